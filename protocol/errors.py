@@ -1,0 +1,48 @@
+"""The hierarchy of errors, each named after its cause.
+
+Every message says what was required, what was got, where, and what to do next.
+"""
+
+
+class PippinError(Exception):
+    """Base of every error that Pippin raises on purpose."""
+
+
+class ConfigError(PippinError):
+    """A configuration that cannot be run: unknown key, bad value, missing or clashing fields."""
+
+
+class DataError(PippinError):
+    """A dataset or row that cannot be used."""
+
+
+class ModelError(PippinError):
+    """A model or tokenizer that cannot be loaded or does not fit the request."""
+
+
+class SnapshotError(PippinError):
+    """Weights whose names, shapes, dtypes or digest are not those required."""
+
+
+class CheckpointError(PippinError):
+    """A checkpoint that cannot be written, read, or resumed from."""
+
+
+class WireError(PippinError):
+    """A message that cannot be accepted: undecodable, oversized, unknown or inconsistent."""
+
+
+class ChannelError(PippinError):
+    """An endpoint that cannot be bound, connected or used."""
+
+
+class RefusedError(PippinError):
+    """The peer refused us, and trying again will not help."""
+
+
+class RewardError(PippinError):
+    """A reward function that cannot be imported, or that broke its contract."""
+
+
+class LedgerError(PippinError):
+    """An event that the ledger's rules exclude: a fault in the program, never in the input."""
