@@ -60,7 +60,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of what messages are made of."""
 
 
-class TaskId(Part, kw_only=True, order=True):
+class TaskId(Part, frozen=True, kw_only=True, order=True):
     """A task's identity, never reused: the run, the learner's incarnation, a number."""
 
     run: str
@@ -68,7 +68,7 @@ class TaskId(Part, kw_only=True, order=True):
     number: int
 
 
-class Sampling(Part, kw_only=True):
+class Sampling(Part, frozen=True, kw_only=True):
     """How completions are sampled. `temperature` 0 is greedy; `top_k` 0 and None are off."""
 
     num_generations: int
@@ -87,7 +87,7 @@ class Sampling(Part, kw_only=True):
         _require(self.min_p is None or 0 <= self.min_p <= 1, "Sampling.min_p must be in [0, 1]")
 
 
-class PolicySpan(Part, kw_only=True):
+class PolicySpan(Part, frozen=True, kw_only=True):
     """The tokens from `start` (up to the next span) were sampled by this policy."""
 
     start: int
@@ -95,14 +95,14 @@ class PolicySpan(Part, kw_only=True):
     digest: str
 
 
-class Segment(Part, kw_only=True):
+class Segment(Part, frozen=True, kw_only=True):
     """A run of completion tokens, from `start`: sampled by the policy, or given (multi-turn)."""
 
     start: int
     sampled: bool
 
 
-class Completion(Part, kw_only=True):
+class Completion(Part, frozen=True, kw_only=True):
     """One sampled completion. C tokens, the stop token included.
 
     `token_ids`: (C,) int32. `behaviour_logprobs`: (C,) float32, nats, of the float32 distribution
@@ -132,7 +132,7 @@ class Completion(Part, kw_only=True):
         _require(not parts or (parts[0] == 0 and parts[-1] < count), "segments must lie inside")
 
 
-class RewardFault(Part, kw_only=True):
+class RewardFault(Part, frozen=True, kw_only=True):
     """A reward function that gave no rewards for a group, and why."""
 
     function: str
@@ -140,7 +140,7 @@ class RewardFault(Part, kw_only=True):
     message: str
 
 
-class RewardResult(Part, kw_only=True):
+class RewardResult(Part, frozen=True, kw_only=True):
     """What the reward functions gave for the G completions of a group.
 
     `rewards`: (G, F) float32 in row-major order, NaN for None; F = len(names).
@@ -157,7 +157,7 @@ class RewardResult(Part, kw_only=True):
 # ---- actor to learner -------------------------------------------------------------------------
 
 
-class Hello(Message, kw_only=True):
+class Hello(Message, frozen=True, kw_only=True):
     """The first word of an actor. Without digests it is an enquiry: the learner answers `Welcome`,
     and the actor says Hello again, with digests, when it has loaded its model."""
 
@@ -169,19 +169,19 @@ class Hello(Message, kw_only=True):
     tokenizer_digest: str = ""
 
 
-class Request(Message, kw_only=True):
+class Request(Message, frozen=True, kw_only=True):
     """Credit: the actor has room for this many more completions."""
 
     free_rows: int
 
 
-class Release(Message, kw_only=True):
+class Release(Message, frozen=True, kw_only=True):
     """The actor is leaving: its leases may be given to others at once."""
 
     reason: str
 
 
-class Group(Message, kw_only=True):
+class Group(Message, frozen=True, kw_only=True):
     """A finished task: its G completions and their rewards."""
 
     task: TaskId
@@ -199,10 +199,10 @@ class Group(Message, kw_only=True):
     def __post_init__(self) -> None:
         expected = 4 * len(self.completions) * len(self.reward.names)
         _require(bool(self.completions), "Group.completions must not be empty")
-        _require(len(self.reward.rewards) == expected, "Group.reward.rewards must be (G, F) float32")
+        _require(len(self.reward.rewards) == expected, "Group.reward.rewards must be (G, F)")
 
 
-class Failed(Message, kw_only=True):
+class Failed(Message, frozen=True, kw_only=True):
     """A task attempt that gave no group."""
 
     task: TaskId
@@ -210,14 +210,14 @@ class Failed(Message, kw_only=True):
     reason: str
 
 
-class Applied(Message, kw_only=True):
+class Applied(Message, frozen=True, kw_only=True):
     """The actor now samples with this policy."""
 
     version: int
     digest: str
 
 
-class Heartbeat(Message, kw_only=True):
+class Heartbeat(Message, frozen=True, kw_only=True):
     """Signs of life. `progress` counts decode steps of the actor's main thread; leases are renewed
     only when it moved. Rates for the display travel along."""
 
@@ -231,14 +231,14 @@ class Heartbeat(Message, kw_only=True):
 # ---- learner to actor -------------------------------------------------------------------------
 
 
-class RewardService(Part, kw_only=True):
+class RewardService(Part, frozen=True, kw_only=True):
     """Where rewards are had: the endpoints share the load; `timeout_s` bounds one call."""
 
     endpoints: list[str]
     timeout_s: float
 
 
-class Welcome(Message, kw_only=True):
+class Welcome(Message, frozen=True, kw_only=True):
     """The learner accepts; what an actor needs to know of the run. `model` is `ModelConfig` as a
     builtin mapping, so that an actor needs no configuration of its own."""
 
@@ -253,17 +253,23 @@ class Welcome(Message, kw_only=True):
     seed: int
 
 
-class Refuse(Message, kw_only=True):
+class Refuse(Message, frozen=True, kw_only=True):
     """The learner does not accept what came. `fatal`: trying again will not help."""
 
     code: Literal[
-        "hello_required", "protocol_version", "model", "tokenizer", "undecodable", "invalid", "stale"
+        "hello_required",
+        "protocol_version",
+        "model",
+        "tokenizer",
+        "undecodable",
+        "invalid",
+        "stale",
     ]
     reason: str
     fatal: bool = False
 
 
-class Task(Message, kw_only=True):
+class Task(Message, frozen=True, kw_only=True):
     """A lease: sample and score this prompt. `row` is the dataset row as JSON, with `prompt`.
 
     `seed` does not depend on the attempt. No token is sampled by a policy older than
@@ -287,21 +293,21 @@ class Task(Message, kw_only=True):
         _require(n > 0 and n % 4 == 0, "Task.prompt_ids must hold at least one int32")
 
 
-class Cancel(Message, kw_only=True):
+class Cancel(Message, frozen=True, kw_only=True):
     """Stop work on this attempt; nothing is owed for it."""
 
     task: TaskId
     attempt: int
 
 
-class Ack(Message, kw_only=True):
+class Ack(Message, frozen=True, kw_only=True):
     """The group (or failure) of this attempt was taken; it need not be sent again."""
 
     task: TaskId
     attempt: int
 
 
-class Policy(Message, kw_only=True):
+class Policy(Message, frozen=True, kw_only=True):
     """A policy can be fetched: `path` on the learner's host, `endpoint` for everyone else."""
 
     version: int
@@ -311,7 +317,7 @@ class Policy(Message, kw_only=True):
     endpoint: str = ""
 
 
-class Stop(Message, kw_only=True):
+class Stop(Message, frozen=True, kw_only=True):
     """The run is over; the actor may leave."""
 
     reason: str
@@ -320,7 +326,7 @@ class Stop(Message, kw_only=True):
 # ---- the snapshot socket ----------------------------------------------------------------------
 
 
-class Fetch(Message, kw_only=True):
+class Fetch(Message, frozen=True, kw_only=True):
     """Ask for part of a snapshot."""
 
     version: int
@@ -329,7 +335,7 @@ class Fetch(Message, kw_only=True):
     length: int
 
 
-class Chunk(Message, kw_only=True):
+class Chunk(Message, frozen=True, kw_only=True):
     """Part of a snapshot of `total` bytes. Empty `data` at `total` 0: no longer served."""
 
     version: int
@@ -351,7 +357,7 @@ class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type")
     """Base of the reward wire's messages: unknown fields are ignored."""
 
 
-class ScoreRequest(RewardMessage, kw_only=True, tag="score"):
+class ScoreRequest(RewardMessage, frozen=True, kw_only=True, tag="score"):
     """Score the N completions of one group. `columns` holds every other dataset column, each a
     list of N values. `prompts` and `completions` are strings, or lists of messages."""
 
@@ -373,7 +379,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
-class ScoreReply(RewardMessage, kw_only=True, tag="rewards"):
+class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
     """`rewards[f][n]` is function f's reward of completion n, or null."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
@@ -386,7 +392,7 @@ class ScoreReply(RewardMessage, kw_only=True, tag="rewards"):
     elapsed_s: float = 0.0
 
 
-class ScoreRefusal(RewardMessage, kw_only=True, tag="refused"):
+class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
     """The request could not be read or is of another version."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION

@@ -13,7 +13,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every section of a recipe."""
 
 
-class RunSettings(Section, kw_only=True):
+class RunSettings(Section, frozen=True, kw_only=True):
     """The run itself."""
 
     name: str = ""  # folder under `dir`; empty: made from the recipe's name and the time
@@ -25,7 +25,7 @@ class RunSettings(Section, kw_only=True):
     log_completions: int = 4  # completions a step written to rollouts.jsonl with text; -1: all
 
 
-class LoraSettings(Section, kw_only=True):
+class LoraSettings(Section, frozen=True, kw_only=True):
     """Adapters, as mlx-lm configures them."""
 
     rank: int = 16
@@ -35,7 +35,7 @@ class LoraSettings(Section, kw_only=True):
     keys: list[str] | None = None  # module names in a layer; None: every linear layer
 
 
-class ModelSettings(Section, kw_only=True):
+class ModelSettings(Section, frozen=True, kw_only=True):
     """The policy."""
 
     path: str = ""  # local folder or hub id, in mlx-lm's format
@@ -45,12 +45,12 @@ class ModelSettings(Section, kw_only=True):
     lora: LoraSettings = LoraSettings()
     quantize_bits: Literal[0, 4, 8] = 0  # quantise a plain base at load
     quantize_group_size: int = 64
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored; CPU float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # as stored; CPU: float32
     chat_template: str = ""  # file with a Jinja template that replaces the tokenizer's
     reference: str = "initial"  # "initial", "base", or a path to a model or an adapter
 
 
-class DataSettings(Section, kw_only=True):
+class DataSettings(Section, frozen=True, kw_only=True):
     """The dataset."""
 
     path: str = ""  # hub id, file (json, jsonl, csv, parquet), or folder
@@ -73,7 +73,7 @@ class DataSettings(Section, kw_only=True):
     max_rows: int | None = None
 
 
-class RewardSettings(Section, kw_only=True):
+class RewardSettings(Section, frozen=True, kw_only=True):
     """What completions are worth."""
 
     functions: list[str] = []  # "pkg.mod:fn", "file.py:fn", "zmq://host:port"
@@ -83,7 +83,7 @@ class RewardSettings(Section, kw_only=True):
     max_none_batches: int = 3  # stop after so many batches without any reward
 
 
-class SamplingSettings(Section, kw_only=True):
+class SamplingSettings(Section, frozen=True, kw_only=True):
     """How completions are sampled."""
 
     num_generations: int = 8
@@ -94,12 +94,12 @@ class SamplingSettings(Section, kw_only=True):
     min_p: float | None = None
 
 
-class GrpoSettings(Section, kw_only=True):
+class GrpoSettings(Section, frozen=True, kw_only=True):
     """The GRPO family; TRL 1.16.0's names and defaults."""
 
-    loss_type: Literal[
-        "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"
-    ] = "dapo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = (
+        "dapo"
+    )
     beta: float = 0.0
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -107,9 +107,9 @@ class GrpoSettings(Section, kw_only=True):
     num_iterations: int = 1
     importance_sampling_level: Literal["token", "sequence"] = "token"
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    multi_objective_aggregation: Literal[
-        "sum_then_normalize", "normalize_then_sum"
-    ] = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
     mask_truncated_completions: bool = False
     top_entropy_quantile: float = 1.0
     use_bias_correction_kl: bool = True
@@ -131,11 +131,11 @@ class GrpoSettings(Section, kw_only=True):
     zero_advantage_step: bool = False  # TRL steps even if every advantage is zero
 
 
-class PreferenceSettings(Section, kw_only=True):
+class PreferenceSettings(Section, frozen=True, kw_only=True):
     """Preference losses; TRL 1.16.0's names and defaults."""
 
     method: Literal["dpo", "cpo", "simpo", "orpo", "kto"] = "dpo"
-    loss_type: list[str] = ["sigmoid"]
+    loss_type: list[str] = msgspec.field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -155,13 +155,13 @@ class PreferenceSettings(Section, kw_only=True):
     precompute_ref_log_probs: bool = False
 
 
-class SftSettings(Section, kw_only=True):
+class SftSettings(Section, frozen=True, kw_only=True):
     """Plain fine-tuning."""
 
     completion_only_loss: bool | None = None  # None: where rows have a prompt
 
 
-class OptimizerSettings(Section, kw_only=True):
+class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
     learning_rate: float = 1e-6
@@ -174,7 +174,7 @@ class OptimizerSettings(Section, kw_only=True):
     max_grad_norm: float = 1.0
 
 
-class TrainSettings(Section, kw_only=True):
+class TrainSettings(Section, frozen=True, kw_only=True):
     """The step."""
 
     batch_size: int = 8  # groups (GRPO) or rows (offline) an optimiser batch
@@ -187,7 +187,7 @@ class TrainSettings(Section, kw_only=True):
     length_bucket: int = 32  # padded lengths are multiples of this
 
 
-class QueueSettings(Section, kw_only=True):
+class QueueSettings(Section, frozen=True, kw_only=True):
     """Asynchrony."""
 
     max_staleness: int = 1  # eta, in batches; 0: the synchronous loop
@@ -195,7 +195,7 @@ class QueueSettings(Section, kw_only=True):
     max_attempts: int = 3
 
 
-class ActorSettings(Section, kw_only=True):
+class ActorSettings(Section, frozen=True, kw_only=True):
     """The local actors."""
 
     count: int = 1
@@ -205,7 +205,7 @@ class ActorSettings(Section, kw_only=True):
     max_restarts: int = 10
 
 
-class EvalSettings(Section, kw_only=True):
+class EvalSettings(Section, frozen=True, kw_only=True):
     """Evaluation of held-out rows."""
 
     steps: int = 0  # steps between evaluations; 0: at the start and at the end
@@ -215,7 +215,7 @@ class EvalSettings(Section, kw_only=True):
     max_completion_length: int | None = None  # None: as in training
 
 
-class TransportSettings(Section, kw_only=True):
+class TransportSettings(Section, frozen=True, kw_only=True):
     """Sockets."""
 
     bind: str = ""  # tcp://host:port for remote actors; empty: ipc only
@@ -223,7 +223,7 @@ class TransportSettings(Section, kw_only=True):
     max_message_mb: int = 64
 
 
-class GrpoRun(Section, kw_only=True):
+class GrpoRun(Section, frozen=True, kw_only=True):
     """A recipe of launch/grpo.py."""
 
     run: RunSettings = RunSettings()
@@ -240,7 +240,7 @@ class GrpoRun(Section, kw_only=True):
     transport: TransportSettings = TransportSettings()
 
 
-class PreferenceRun(Section, kw_only=True):
+class PreferenceRun(Section, frozen=True, kw_only=True):
     """A recipe of launch/preference.py."""
 
     run: RunSettings = RunSettings()
@@ -252,7 +252,7 @@ class PreferenceRun(Section, kw_only=True):
     eval: EvalSettings = EvalSettings()
 
 
-class SftRun(Section, kw_only=True):
+class SftRun(Section, frozen=True, kw_only=True):
     """A recipe of launch/sft.py."""
 
     run: RunSettings = RunSettings()
