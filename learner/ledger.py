@@ -1,0 +1,512 @@
+"""Who owes what: task leases, staleness admission, dedupe and order, as a pure state machine.
+
+    rows ─ join ─▶ queue ─ lease ─▶ actor ─ received ─▶ queue ─ form_batch ─▶ training ─ consumed
+                     ▲                 │ failed, expire, actor_gone
+                     └── same place ───┘ (after max_attempts: dropped)
+
+The bound. Let v be the version (batches consumed), m the newest version that can be fetched, t 1
+while a batch trains and 0 otherwise. A task at position p of the queue begins to train at version
+v + t + ⌊p / B⌋; trained tasks and drops never raise that. It is joined, and leased, only while that
+is at most m + η, and no token for it is sampled below m: hence staleness never exceeds η. With
+m = v this is the rule "queued + in training < (η + 1) · B"; a late publication tightens it.
+
+The end. Once `end_of_rows` was said and fewer than B tasks remain, the last batch is short. Dropped
+tasks are replaced by further rows while there are any. `finished` says that nothing is left.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Self
+
+import msgspec
+
+from learner.ledger_events import (
+    AnyEvent,
+    Closed,
+    Consumed,
+    Counters,
+    Discarded,
+    Dropped,
+    EvalTaken,
+    Formed,
+    Joined,
+    Leased,
+    LedgerState,
+    Published,
+    Received,
+    Renewed,
+    RowKey,
+    RowsEnded,
+    TaskRecord,
+    apply,
+    find,
+    require,
+)
+from protocol.messages import TaskId, TaskKind
+
+Outcome = Literal["accepted", "duplicate", "dropped", "stale", "unknown"]
+
+
+class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger's limits. `total_batches` None: until `end_of_rows`. Rows are completions."""
+
+    batch_size: int
+    max_staleness: int
+    num_generations: int
+    eval_generations: int = 1
+    total_batches: int | None = None
+    lease_s: float = 120.0
+    max_attempts: int = 3
+    max_eval_tasks: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_generations", "eval_generations", "max_attempts"):
+            require(getattr(self, name) >= 1, f"LedgerSettings.{name} must be at least 1")
+        require(self.max_staleness >= 0, "LedgerSettings.max_staleness must be at least 0")
+        require(self.lease_s > 0, "LedgerSettings.lease_s must be above 0")
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease that was given: what a `Task` message needs of the ledger."""
+
+    task: TaskId
+    attempt: int
+    kind: TaskKind
+    row_key: RowKey
+    min_policy_version: int
+    pinned_version: int | None
+
+
+class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease that ended without a group of its own. `dropped`: the task was given up with it."""
+
+    task: TaskId
+    attempt: int
+    actor: str
+    reason: str
+    dropped: bool = False
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What a group or a failure counted for. Only an "accepted" group is to be kept; everything
+    is to be acknowledged. `cancelled` is the attempt that became needless, if any."""
+
+    outcome: Outcome
+    cancelled: Cancelled | None = None
+    dropped: bool = False
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """The tasks that train next, in order; `version` is the number of batches consumed before."""
+
+    tasks: list[TaskId]
+    version: int
+
+
+class EvalRound(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished evaluation: tasks with groups, in order, and tasks dropped with their reason."""
+
+    version: int
+    tasks: list[TaskId]
+    dropped: dict[RowKey, str]
+
+
+class Outstanding(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that a resumed learner joined again, under its old and its new identity."""
+
+    old: TaskId
+    new: TaskId
+    row_key: RowKey
+
+
+class LostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a resume lost: groups received but not trained, leases out, evaluation rows."""
+
+    groups: list[TaskId]
+    leases: list[Cancelled]
+    eval_rows: list[RowKey]
+    rejoined: list[Outstanding]
+
+
+class Ledger:
+    """The ledger of one learner incarnation. Times are seconds of any one clock."""
+
+    def __init__(self, settings: LedgerSettings, run: str, incarnation: str) -> None:
+        self.settings = settings
+        self._state = LedgerState(run=run, incarnation=incarnation)
+        self._events: list[AnyEvent] = []
+
+    # ---- what is known ------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Batches consumed."""
+        return self._state.version
+
+    @property
+    def counters(self) -> Counters:
+        """Totals; not to be changed."""
+        return self._state.counters
+
+    @property
+    def queued(self) -> int:
+        """Training tasks in the queue, with or without a group."""
+        return len(self._state.queue)
+
+    @property
+    def in_training(self) -> int:
+        """Training tasks of the batch that trains."""
+        return len(self._state.training)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no training task is left and none can join."""
+        state = self._state
+        return not state.training and (self._done() or (not state.queue and self._needed() <= 0))
+
+    def leases_of(self, actor: str) -> list[tuple[TaskId, int]]:
+        """Return the tasks and attempts that an actor holds."""
+        return [(self._id(r), len(r.floors)) for r in self._held(actor)]
+
+    # ---- tasks join ---------------------------------------------------------------------------
+
+    def room(self) -> int:
+        """How many training tasks may join now."""
+        return max(0, min(self._window() - self.queued, self._needed()))
+
+    def join(self, row_key: RowKey, now: float) -> TaskId:
+        """Put a row at the end of the queue."""
+        require(self.room() > 0, f"row {row_key!r} joined without room; ask room() first")
+        return self._join(row_key, "train", None, now)
+
+    def end_of_rows(self, now: float) -> None:
+        """Say that no further row will join: the last batch may be short."""
+        if not self._state.rows_ended:
+            self._emit(RowsEnded(at=now))
+
+    def join_eval(self, rows: Sequence[RowKey], version: int, now: float) -> list[TaskId]:
+        """Open an evaluation round, or add rows to the one that is open at the same version."""
+        evals = self._state.evals
+        pinned = {record.pinned_version for record in evals.values()}
+        require(pinned <= {version}, f"evaluation of {version} joined while {pinned} is open")
+        total, limit = len(evals) + len(rows), self.settings.max_eval_tasks
+        require(total <= limit, f"{total} evaluation tasks; max_eval_tasks allows {limit}")
+        return [self._join(row, "eval", version, now) for row in rows]
+
+    # ---- leases -------------------------------------------------------------------------------
+
+    def lease(self, actor: str, free_rows: int, now: float) -> list[Grant]:
+        """Give tasks to an actor with room for `free_rows` completions.
+
+        Tasks leased before come first, then evaluation, then new ones; each in queue order. A
+        group larger than `free_rows` goes only to an actor that has room and holds no lease.
+        """
+        published = self._state.published
+        if published is None or free_rows <= 0:
+            return []
+        idle = not self._held(actor)
+        grants: list[Grant] = []
+        for record in self._leasable():
+            rows = self._rows(record)
+            if rows > free_rows and not (idle and not grants):
+                break
+            free_rows -= rows
+            pinned = record.pinned_version
+            floor = published if pinned is None else pinned
+            grants.append(self._grant(record, actor, floor, now))
+        return grants
+
+    def progressed(self, actor: str, now: float) -> None:
+        """Renew an actor's leases: its main thread moved."""
+        if self._held(actor):
+            self._emit(Renewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
+
+    def expire(self, now: float) -> list[Cancelled]:
+        """End the leases that ran out."""
+        due = [r for r in self._out() if r.lease is not None and r.lease.expires_at <= now]
+        detail = f"no progress for {self.settings.lease_s:g} s"
+        return [self._close(r, "expired", detail, now) for r in due]
+
+    def actor_gone(self, actor: str, now: float, *, blamed: bool = True) -> list[Cancelled]:
+        """End an actor's leases. `blamed` False (an orderly leave) spares `max_attempts`."""
+        detail = f"actor {actor} {'was lost' if blamed else 'left'}"
+        return [self._close(r, "gone", detail, now, blamed=blamed) for r in self._held(actor)]
+
+    # ---- what comes back ----------------------------------------------------------------------
+
+    def received(
+        self, task: TaskId, attempt: int, actor: str, now: float, versions: Iterable[int] = ()
+    ) -> Receipt:
+        """Take a group; `versions` are those of its policy spans, checked against the lease."""
+        outcome = self._outcome(task, attempt)
+        record = find(self._state, task.number)
+        if outcome == "accepted" and record is not None:
+            if self._fits(record, attempt, versions):
+                return self._accept(record, attempt, actor, now)
+            outcome = "stale"
+        self._emit(
+            Discarded(number=task.number, attempt=attempt, actor=actor, reason=outcome, at=now)
+        )
+        if outcome == "stale" and record is not None and _is_open(record, attempt):
+            closed = self._close(record, "stale", "sampled by a policy outside the lease", now)
+            return Receipt(outcome=outcome, dropped=closed.dropped)
+        return Receipt(outcome=outcome)
+
+    def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
+        """Take note that an attempt gave no group; news of a lease that ended changes nothing."""
+        outcome = self._outcome(task, attempt)
+        record = find(self._state, task.number)
+        if outcome != "accepted" or record is None:
+            return Receipt(outcome=outcome)
+        if not _is_open(record, attempt):
+            return Receipt(outcome="duplicate")
+        closed = self._close(record, "failed", reason, now)
+        return Receipt(outcome="accepted", dropped=closed.dropped)
+
+    # ---- batches and versions -----------------------------------------------------------------
+
+    def batch_ready(self) -> bool:
+        """Whether `form_batch` may be called."""
+        return not self._state.training and bool(self._head())
+
+    def form_batch(self, now: float) -> Batch:
+        """Move the first B tasks of the queue, all with groups, into training."""
+        require(self.batch_ready(), "form_batch without a full batch; ask batch_ready() first")
+        head, version = self._head(), self._state.version
+        self._emit(Formed(numbers=[r.number for r in head], version=version, at=now))
+        return Batch(tasks=[self._id(r) for r in head], version=version)
+
+    def consumed(self) -> int:
+        """Say that the batch in training is consumed; returns the new version."""
+        self._emit(Consumed(version=self._state.version + 1))
+        return self._state.version
+
+    def published(self, version: int, digest: str) -> None:
+        """Say that a version can be fetched; nothing is leased before the first."""
+        self._emit(Published(version=version, digest=digest))
+
+    def eval_open(self) -> bool:
+        """Whether an evaluation round is under way or waits to be taken."""
+        return bool(self._state.evals)
+
+    def eval_ready(self) -> bool:
+        """Whether every task of the evaluation round has a group or was dropped."""
+        evals = self._state.evals
+        return bool(evals) and all(record.ended for record in evals.values())
+
+    def take_eval(self) -> EvalRound:
+        """Close the evaluation round and return what came of it."""
+        require(self.eval_ready(), "take_eval before the round ended; ask eval_ready() first")
+        records = list(self._state.evals.values())
+        self._emit(EvalTaken(numbers=[r.number for r in records]))
+        return EvalRound(
+            version=records[0].pinned_version or 0,
+            tasks=[self._id(r) for r in records if r.taken is not None],
+            dropped={r.row_key: r.dropped for r in records if r.dropped is not None},
+        )
+
+    # ---- durability ---------------------------------------------------------------------------
+
+    def drain_events(self) -> list[AnyEvent]:
+        """Return the events since the last drain; replayed on the state of then, they give now."""
+        events, self._events = self._events, []
+        return events
+
+    def state(self) -> LedgerState:
+        """Return a copy of the state, for a checkpoint."""
+        return _copy(self._state)
+
+    @classmethod
+    def replay(
+        cls, settings: LedgerSettings, state: LedgerState, events: Iterable[AnyEvent]
+    ) -> Self:
+        """Return the ledger that `events` lead to from `state`, in the same incarnation."""
+        ledger = cls(settings, state.run, state.incarnation)
+        ledger._state = _copy(state)
+        for event in events:
+            apply(ledger._state, event)
+        return ledger
+
+    @classmethod
+    def restore(
+        cls, settings: LedgerSettings, state: LedgerState, incarnation: str
+    ) -> tuple[Self, LostReport]:
+        """Resume from a checkpoint as a new incarnation.
+
+        Training tasks that had not been consumed join again, in order, as new tasks. Evaluation
+        rows do not: their version may be gone. Nothing is leased until `published` is said.
+        """
+        require(incarnation != state.incarnation, "a resumed learner needs a new incarnation")
+        old, ledger = _copy(state), cls(settings, state.run, incarnation)
+        ledger._state = _copy(state)
+        ledger._state.incarnation, ledger._state.published = incarnation, None
+        for table in (ledger._state.queue, ledger._state.training, ledger._state.evals):
+            table.clear()
+        rejoined: list[Outstanding] = []
+        was = cls(settings, state.run, state.incarnation)
+        records = [*old.training.values(), *old.queue.values()]
+        for record in records:
+            number = ledger._state.next_number
+            new = TaskRecord(number=number, row_key=record.row_key, kind="train")
+            ledger._state.queue[number] = new
+            ledger._state.next_number += 1
+            rejoined.append(
+                Outstanding(old=was._id(record), new=ledger._id(new), row_key=record.row_key)
+            )
+        return ledger, LostReport(
+            groups=[was._id(r) for r in records if r.taken is not None],
+            leases=[
+                was._cancelled(r, r.lease.attempt, r.lease.actor, "learner resumed")
+                for r in (*records, *old.evals.values())
+                if r.lease is not None
+            ],
+            eval_rows=[r.row_key for r in old.evals.values()],
+            rejoined=rejoined,
+        )
+
+    # ---- parts --------------------------------------------------------------------------------
+
+    def _emit(self, event: AnyEvent) -> None:
+        apply(self._state, event)
+        self._events.append(event)
+
+    def _id(self, record: TaskRecord) -> TaskId:
+        return self._task_id(record.number)
+
+    def _task_id(self, number: int) -> TaskId:
+        state = self._state
+        return TaskId(run=state.run, incarnation=state.incarnation, number=number)
+
+    def _window(self) -> int:
+        """Positions of the queue that a task may have to be sampled by the published policy."""
+        state = self._state
+        if state.published is None:
+            return 0
+        late = state.version + bool(state.training) - state.published
+        return max(0, self.settings.max_staleness + 1 - late) * self.settings.batch_size
+
+    def _done(self) -> bool:
+        total = self.settings.total_batches
+        return total is not None and self._state.version >= total
+
+    def _needed(self) -> int:
+        """Training tasks that the run still lacks; without a limit, as many as the window has."""
+        state = self._state
+        if state.rows_ended:
+            return 0
+        if self.settings.total_batches is None:
+            return max(1, self._window())
+        batches = self.settings.total_batches - state.version - bool(state.training)
+        return batches * self.settings.batch_size - len(state.queue)
+
+    def _join(self, row_key: RowKey, kind: TaskKind, pinned: int | None, now: float) -> TaskId:
+        number = self._state.next_number
+        self._emit(Joined(number=number, row_key=row_key, kind=kind, pinned_version=pinned, at=now))
+        return self._task_id(number)
+
+    def _leasable(self) -> list[TaskRecord]:
+        train = list(self._state.queue.values())[: self._window()]
+        evals = list(self._state.evals.values())
+        again = [r for r in (*train, *evals) if r.waiting and r.floors]
+        new = [r for r in (*evals, *train) if r.waiting and not r.floors]
+        return again + new
+
+    def _rows(self, record: TaskRecord) -> int:
+        settings = self.settings
+        return settings.num_generations if record.kind == "train" else settings.eval_generations
+
+    def _grant(self, record: TaskRecord, actor: str, floor: int, now: float) -> Grant:
+        attempt = len(record.floors) + 1
+        self._emit(
+            Leased(
+                number=record.number,
+                attempt=attempt,
+                actor=actor,
+                min_policy_version=floor,
+                expires_at=now + self.settings.lease_s,
+                at=now,
+            )
+        )
+        return Grant(
+            task=self._id(record),
+            attempt=attempt,
+            kind=record.kind,
+            row_key=record.row_key,
+            min_policy_version=floor,
+            pinned_version=record.pinned_version,
+        )
+
+    def _out(self) -> list[TaskRecord]:
+        tables = (self._state.queue, self._state.evals)
+        return [r for table in tables for r in table.values() if r.lease is not None]
+
+    def _held(self, actor: str) -> list[TaskRecord]:
+        return [r for r in self._out() if r.lease is not None and r.lease.actor == actor]
+
+    def _head(self) -> list[TaskRecord]:
+        size = self.settings.batch_size
+        head = [] if self._done() else list(self._state.queue.values())[:size]
+        full = len(head) == size or (bool(head) and self._needed() <= 0)
+        return head if full and all(r.taken is not None for r in head) else []
+
+    def _outcome(self, task: TaskId, attempt: int) -> Outcome:
+        """Say what a message about this attempt can count for, before its versions are seen."""
+        state = self._state
+        known = task == self._task_id(task.number) and 0 <= task.number < state.next_number
+        record = find(state, task.number) if known else None
+        if not known or (record is not None and not 1 <= attempt <= len(record.floors)):
+            return "unknown"
+        if task.number in state.dropped:
+            return "dropped"
+        if record is None or record.ended:
+            return "duplicate"
+        return "accepted"
+
+    def _fits(self, record: TaskRecord, attempt: int, versions: Iterable[int]) -> bool:
+        floor, pinned = record.floors[attempt - 1], record.pinned_version
+        newest = self._state.version if pinned is None else pinned
+        return all(floor <= version <= newest for version in versions)
+
+    def _accept(self, record: TaskRecord, attempt: int, actor: str, now: float) -> Receipt:
+        lease, cancelled = record.lease, None
+        if lease is not None and lease.attempt != attempt:
+            reason = f"attempt {attempt} came first"
+            cancelled = self._cancelled(record, lease.attempt, lease.actor, reason)
+        self._emit(Received(number=record.number, attempt=attempt, actor=actor, at=now))
+        return Receipt(outcome="accepted", cancelled=cancelled)
+
+    def _close(
+        self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
+    ) -> Cancelled:
+        lease = record.lease
+        require(lease is not None, f"task {record.number} has no lease to end")
+        assert lease is not None
+        number = record.number
+        self._emit(
+            Closed(
+                number=number,
+                attempt=lease.attempt,
+                cause=cause,
+                detail=detail,
+                blamed=blamed,
+                at=now,
+            )
+        )
+        dropped = record.failures >= self.settings.max_attempts
+        if dropped:
+            self._emit(Dropped(number=number, cause=cause, detail=detail, at=now))
+        return self._cancelled(record, lease.attempt, lease.actor, detail, dropped=dropped)
+
+    def _cancelled(
+        self, record: TaskRecord, attempt: int, actor: str, reason: str, *, dropped: bool = False
+    ) -> Cancelled:
+        return Cancelled(
+            task=self._id(record), attempt=attempt, actor=actor, reason=reason, dropped=dropped
+        )
+
+
+def _is_open(record: TaskRecord, attempt: int) -> bool:
+    return record.lease is not None and record.lease.attempt == attempt
+
+
+def _copy(state: LedgerState) -> LedgerState:
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=LedgerState)
