@@ -1,0 +1,84 @@
+"""Digests that tell whether two processes hold the same model and the same tokenizer.
+
+They are made from files, not from loaded arrays, so that a learner on CPU (float32) and an actor on
+Metal (bfloat16) agree when they were given the same model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+WHOLE_FILE_BYTES = 64 * 1024 * 1024
+SAMPLES = 64
+SAMPLE_BYTES = 64 * 1024
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+def model_digest(folder: Path, *, quantize_bits: int, quantize_group_size: int) -> str:
+    """Digest of the base weights in `folder` and of how they are quantised at load.
+
+    Of each weight file: its name, size and safetensors header (all names, shapes and dtypes), and
+    its content, whole up to 64 MiB and else 64 evenly spaced parts of 64 KiB with both ends. So
+    gigabytes take milliseconds, and any training run or conversion changes the digest; an edit of
+    single bytes in a large file may not.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("model*.safetensors")):
+        _add_weight_file(digest, path)
+    if quantize_bits:
+        digest.update(f"quantize {quantize_bits} {quantize_group_size}".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(folder: Path, *, chat_template: object, stop_token_ids: Iterable[int]) -> str:
+    """Digest of the vocabulary files in `folder`, the chat template in force and the stop tokens.
+
+    `chat_template` is a string, None, or the name-to-template mapping that some tokenizers have.
+    """
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    digest.update(json.dumps([chat_template, sorted(stop_token_ids)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of an adapter folder in mlx-lm's format: its weights, whole, and its configuration."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _add_weight_file(digest: "_Digest", path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            digest.update(file.read())
+            return
+        header_size = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header_size, WHOLE_FILE_BYTES)))
+        for sample in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))

@@ -1,0 +1,208 @@
+"""Snapshots: the trainable tensors of a policy version as one safetensors file.
+
+The metadata holds the manifest: version, and a digest over names, shapes, dtypes and bytes. A
+snapshot is applied only to a model whose trainable tensors have just these names, shapes and
+dtypes, for `nn.Module.load_weights` would accept wrong shapes in silence.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from protocol.errors import SnapshotError
+
+FORMAT = "1"
+_SAFETENSORS_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.uint16: "U16",
+    mx.uint32: "U32",
+    mx.uint64: "U64",
+    mx.int8: "I8",
+    mx.int16: "I16",
+    mx.int32: "I32",
+    mx.int64: "I64",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.float32: "F32",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `Policy` announces of a snapshot file."""
+
+    version: int
+    digest: str
+    size: int  # bytes of the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A snapshot that was read and whose digest holds."""
+
+    version: int
+    digest: str
+    arrays: dict[str, mx.array]
+
+
+def trainable(model: nn.Module) -> dict[str, mx.array]:
+    """Return the trainable tensors of `model` by name, sorted."""
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters()))
+    return dict(sorted(flat))
+
+
+def tensors_digest(arrays: dict[str, mx.array]) -> str:
+    """Digest over names, shapes, dtypes and bytes, in the order of the names (SHA-256, hex)."""
+    mx.eval(list(arrays.values()))
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.shape} {_dtype_name(name, array)}\n".encode())
+        digest.update(_raw(array))
+    return digest.hexdigest()
+
+
+def write_snapshot(path: str | Path, model: nn.Module, version: int) -> Written:
+    """Write the trainable tensors of `model` to `path`, whole or not at all."""
+    arrays = trainable(model)
+    digest = tensors_digest(arrays)
+    metadata = {"pippin_snapshot": FORMAT, "version": str(version), "digest": digest}
+    size = write_tensors(path, arrays, metadata)
+    return Written(version=version, digest=digest, size=size)
+
+
+def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> int:
+    """Write a safetensors file through a temporary name and `os.replace`; returns its bytes.
+
+    Raises SnapshotError, leaving no part of a file behind, where the disk does not take it.
+    """
+    path = Path(path)
+    mx.eval(list(arrays.values()))
+    names = sorted(arrays)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name in names:
+        array = arrays[name]
+        end = offset + array.nbytes
+        header[name] = {
+            "dtype": _dtype_name(name, array),
+            "shape": list(array.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in names:
+                file.write(_raw(arrays[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        total = 8 + len(head) + offset
+        raise SnapshotError(
+            f"Cannot write {total:,} bytes to {path}: {error.strerror or error}. Nothing was left "
+            "there. Free space or point run.dir at another disk."
+        ) from error
+    return 8 + len(head) + offset
+
+
+def read_snapshot(source: str | Path | bytes | bytearray | memoryview) -> Snapshot:
+    """Read a snapshot from a file or from its bytes, and check its digest."""
+    where = str(source) if isinstance(source, str | Path) else f"{len(source):,} bytes received"
+    try:
+        raw = Path(source).read_bytes() if isinstance(source, str | Path) else source
+    except OSError as error:
+        raise SnapshotError(
+            f"Cannot read the snapshot {where}: {error.strerror or error}. "
+            "A superseded version is deleted; ask for the newest."
+        ) from error
+    arrays, metadata = read_tensors(raw, where)
+    if metadata.get("pippin_snapshot") != FORMAT or "version" not in metadata:
+        raise SnapshotError(
+            f"{where}: required a snapshot of format {FORMAT}, got metadata {metadata}. "
+            "Learner and actor must run the same release of Pippin."
+        )
+    digest = tensors_digest(arrays)
+    if digest != metadata.get("digest"):
+        raise SnapshotError(
+            f"{where}: the digest of its tensors is {digest[:12]}, its manifest says "
+            f"{metadata.get('digest', 'nothing')[:12]}. The file is damaged; fetch it again."
+        )
+    return Snapshot(version=int(metadata["version"]), digest=digest, arrays=arrays)
+
+
+def read_tensors(
+    raw: bytes | bytearray | memoryview, where: str
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors and metadata of the bytes of a safetensors file, evaluated."""
+    try:
+        loaded = mx.load(io.BytesIO(raw), format="safetensors", return_metadata=True)
+        arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
+        mx.eval(list(arrays.values()))
+    except (RuntimeError, ValueError) as error:
+        raise SnapshotError(
+            f"{where}: not a safetensors file ({error}). It is damaged; fetch it again."
+        ) from error
+    return arrays, metadata
+
+
+def apply_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
+    """Put the tensors of `snapshot` in the place of the model's trainable ones.
+
+    Raises SnapshotError, with the model unchanged, where names, shapes or dtypes differ.
+    """
+    load_trainable(model, snapshot.arrays, f"snapshot of version {snapshot.version}")
+
+
+def load_trainable(model: nn.Module, arrays: dict[str, mx.array], what: str) -> None:
+    """Replace the trainable tensors of `model` by `arrays`, which must match them exactly."""
+    own = trainable(model)
+    faults = [f"{name}: missing" for name in own if name not in arrays]
+    for name, array in sorted(arrays.items()):
+        mine = own.get(name)
+        if mine is None:
+            faults.append(f"{name}: not trainable in this model")
+        elif (mine.shape, mine.dtype) != (array.shape, array.dtype):
+            faults.append(
+                f"{name}: required {mine.shape} {_dtype_name(name, mine)}, "
+                f"got {array.shape} {_dtype_name(name, array)}"
+            )
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise SnapshotError(
+            f"The {what} does not fit the model: {'; '.join(faults[:5])}{more}. "
+            "Both sides must load the same model with the same model settings."
+        )
+    model.load_weights(list(arrays.items()), strict=False)
+
+
+def _dtype_name(name: str, array: mx.array) -> str:
+    found = _SAFETENSORS_NAMES.get(array.dtype)
+    if found is None:
+        raise SnapshotError(f"{name}: dtype {array.dtype} cannot be stored in safetensors.")
+    return found
+
+
+def _raw(array: mx.array) -> memoryview:
+    flat = array.reshape(-1)
+    if not flat.size:
+        return memoryview(b"")
+    return memoryview(cast(Any, flat.view(mx.uint8)))
