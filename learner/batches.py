@@ -1,0 +1,103 @@
+"""Prompts and completions as right-padded arrays in bucketed shapes, in numpy up to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+Tokens = Sequence[int] | Int32Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """B rows of prompt and completion; T and C are padded to multiples of the bucket.
+
+    The last completion token is in `targets` only, for nothing is predicted from it.
+    Padding: `input_ids` 0, `targets` 0, `positions` 0, `mask` 0.
+    """
+
+    input_ids: Int32Array  # (B, T) prompt, then completion without its last token
+    targets: Int32Array  # (B, C) completion tokens
+    positions: Int32Array  # (B, C) index into T of the state that predicts the target
+    mask: Float32Array  # (B, C) 1 = the token counts
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rows."""
+        return self.input_ids.shape[0]
+
+
+def bucketed(length: int, bucket: int) -> int:
+    """Return the smallest positive multiple of `bucket` that holds `length`."""
+    return max(1, -(-length // bucket)) * bucket
+
+
+def token_batch(
+    prompts: Sequence[Tokens],
+    completions: Sequence[Tokens],
+    *,
+    length_bucket: int,
+    masks: Sequence[Sequence[float] | Float32Array] | None = None,
+) -> TokenBatch:
+    """Pad B prompts (each at least one token) and their completions (possibly empty).
+
+    `masks` says which completion tokens count; without it all do.
+    """
+    if not (len(prompts) == len(completions) and (masks is None or len(masks) == len(prompts))):
+        raise ValueError(
+            f"token_batch needs as many prompts as completions and masks, got {len(prompts)}, "
+            f"{len(completions)} and {len(masks) if masks is not None else 'no masks'}"
+        )
+    inputs_length = max((len(p) + max(len(c), 1) - 1 for p, c in _pairs(prompts, completions)))
+    width = bucketed(inputs_length, length_bucket)
+    count = bucketed(max(len(c) for c in completions), length_bucket)
+    rows = len(prompts)
+    input_ids = np.zeros((rows, width), np.int32)
+    targets = np.zeros((rows, count), np.int32)
+    positions = np.zeros((rows, count), np.int32)
+    mask = np.zeros((rows, count), np.float32)
+    for row, (prompt, completion) in enumerate(_pairs(prompts, completions)):
+        start, length = len(prompt), len(completion)
+        if not start:
+            raise ValueError(f"row {row} has an empty prompt: its first token has no context")
+        input_ids[row, :start] = prompt
+        input_ids[row, start : start + max(length, 1) - 1] = completion[:-1]
+        targets[row, :length] = completion
+        positions[row, :length] = np.arange(start - 1, start - 1 + length)
+        mask[row, :length] = 1.0 if masks is None else masks[row]
+    return TokenBatch(input_ids=input_ids, targets=targets, positions=positions, mask=mask)
+
+
+def sequence_batch(
+    sequences: Sequence[Tokens],
+    *,
+    length_bucket: int,
+    masks: Sequence[Sequence[float] | Float32Array] | None = None,
+) -> TokenBatch:
+    """Whole sequences for SFT: everything after token 0 is the completion.
+
+    `masks` is per token of the sequence; its entry for token 0 is not used.
+    """
+    return token_batch(
+        [sequence[:1] for sequence in sequences],
+        [sequence[1:] for sequence in sequences],
+        length_bucket=length_bucket,
+        masks=None if masks is None else [mask[1:] for mask in masks],
+    )
+
+
+def aligned(
+    values: Sequence[Sequence[float] | Float32Array], batch: TokenBatch, fill: float = 0.0
+) -> Float32Array:
+    """Per-token values of each completion, padded to (B, C) float32 like `batch.targets`."""
+    padded = np.full(batch.targets.shape, fill, np.float32)
+    for row, line in enumerate(values):
+        padded[row, : len(line)] = line
+    return padded
+
+
+def _pairs(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
+    return list(zip(prompts, completions, strict=True))

@@ -1,0 +1,254 @@
+"""The head of a model apart from its trunk, and its log-probs chunk by chunk.
+
+`split_head` makes head and trunk out of any mlx-lm model without knowing its kind: the head is the
+model's own `__call__` with the trunk replaced by a stand-in that hands on given hidden states, so
+tied and quantised embeddings, logit scales and soft caps are the model's.
+
+Evaluation is breadth-first, so the chunks are chained with `mx.depends`: without that, the logits
+of all chunks would be alive at once.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from protocol.errors import ModelError
+
+CHUNK = 128  # tokens whose logits exist at once
+
+_TRUNKS = ("model", "transformer", "backbone", "gpt_neox")
+
+Logits = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """`trunk`: (B, T) token IDs to (B, T, D) hidden states; `head`: those to (B, T, V) logits.
+
+    `parameters`: the head's trainable tensors by name in `owner`, which holds them.
+    """
+
+    trunk: nn.Module
+    head: nn.Module
+    owner: nn.Module
+    parameters: dict[str, mx.array]
+
+
+class _Hidden(nn.Module):
+    """Stands in for the trunk: returns its input, and the trunk's attributes as its own."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self["_trunk"] = trunk  # first: nn.Module looks names up while it sets itself up
+        super().__init__()
+
+    def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self["_trunk"], name)
+
+
+def split_head(model: nn.Module) -> SplitModel:
+    """Split an mlx-lm model into trunk and head; its modules and arrays are shared, not copied.
+
+    Raises ModelError where the model is not built as a trunk with a head.
+    """
+    inner = model
+    while not any(name in inner for name in _TRUNKS) and "language_model" in inner:
+        inner = inner["language_model"]
+    name = next((name for name in _TRUNKS if name in inner), None)
+    if name is None:
+        raise ModelError(
+            f"{type(model).__module__} has none of {', '.join(_TRUNKS)}, so its head cannot be "
+            'told from its trunk. Set train.head = "full".'
+        )
+    trunk = inner[name]
+    head = copy.copy(inner)
+    head[name] = _Hidden(trunk)
+    # Without layers of its own, the head is the trunk's embedding.
+    others = {key: value for key, value in inner.items() if key != name and _has_arrays(value)}
+    if not others:
+        others = {key: value for key, value in trunk.items() if hasattr(value, "as_linear")}
+    owner = nn.Module()
+    dict.update(owner, others)
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(owner.trainable_parameters()))
+    return SplitModel(trunk=trunk, head=head, owner=owner, parameters=dict(flat))
+
+
+def chunked_logprobs(
+    split: SplitModel,
+    hidden: mx.array,
+    targets: mx.array,
+    *,
+    inverse_temperature: float,
+    entropy: bool,
+    entropy_gradient: bool,
+    gradient: bool,
+) -> tuple[mx.array, mx.array]:
+    """Log-probs of `targets` and entropies, `CHUNK` tokens at a time.
+
+    `hidden` (N, D), `targets` (N,) int32; returns (N,) float32, nats, twice. Entropies are zeros
+    without `entropy`; they carry a gradient only with `entropy_gradient`.
+    """
+
+    def stats(logits: mx.array, chunk_targets: mx.array) -> _Stats:
+        return _Stats(logits, chunk_targets, inverse_temperature, entropy)
+
+    if not gradient:
+        return _values(partial(_logits, split.head), hidden, targets, stats)
+    if split.parameters:
+        return _recomputed(split, hidden, targets, stats, entropy_gradient)
+    return _built_forward(split.head, hidden, targets, stats, entropy_gradient)
+
+
+class _Stats:
+    """Log-probs and entropies of n tokens, and their gradients with respect to the logits."""
+
+    def __init__(
+        self, logits: mx.array, targets: mx.array, inverse_temperature: float, entropy: bool
+    ) -> None:
+        scaled = logits.astype(mx.float32) * inverse_temperature
+        self.logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+        self.targets = targets[:, None]
+        self.inverse_temperature = inverse_temperature
+        self.dtype = logits.dtype
+        self.logps = mx.take_along_axis(self.logs, self.targets, axis=-1).squeeze(-1)
+        if entropy:
+            self.entropies = -(mx.exp(self.logs) * self.logs).sum(axis=-1)
+        else:
+            self.entropies = mx.zeros_like(self.logps)
+
+    def logps_slope(self) -> mx.array:
+        """Return the gradient of each log-prob: one-hot minus p, over the temperature; (n, V)."""
+        one_hot = mx.arange(self.logs.shape[-1])[None] == self.targets
+        slope = one_hot.astype(mx.float32) - mx.exp(self.logs)
+        return (slope * self.inverse_temperature).astype(self.dtype)
+
+    def entropies_slope(self) -> mx.array:
+        """Return the gradient of each entropy: -p (log p + H), over the temperature; (n, V)."""
+        slope = -mx.exp(self.logs) * (self.logs + self.entropies[:, None])
+        return (slope * self.inverse_temperature).astype(self.dtype)
+
+
+_StatsOf = Callable[[mx.array, mx.array], _Stats]
+
+
+def _chained(array: mx.array, previous: list[mx.array]) -> mx.array:
+    return mx.depends(array, previous) if previous else array
+
+
+def _starts(array: mx.array) -> range:
+    return range(0, array.shape[0], CHUNK)
+
+
+def _values(
+    logits: Logits, hidden: mx.array, targets: mx.array, stats: _StatsOf
+) -> tuple[mx.array, mx.array]:
+    logps: list[mx.array] = []
+    entropies: list[mx.array] = []
+    previous: list[mx.array] = []
+    for start in _starts(hidden):
+        chunk = _chained(hidden[start : start + CHUNK], previous)
+        result = stats(logits(chunk), targets[start : start + CHUNK])
+        previous = [result.logps, result.entropies]
+        logps.append(result.logps)
+        entropies.append(result.entropies)
+    return mx.concatenate(logps), mx.concatenate(entropies)
+
+
+def _built_forward(
+    head: nn.Module, hidden: mx.array, targets: mx.array, stats: _StatsOf, entropy_gradient: bool
+) -> tuple[mx.array, mx.array]:
+    """Frozen head: the gradient is a (N, D) array made with the values, then only scaled."""
+
+    @mx.custom_function
+    def both(hidden: mx.array, targets: mx.array) -> list[mx.array]:
+        columns: list[list[mx.array]] = []
+        previous: list[mx.array] = []
+        for start in _starts(hidden):
+            chunk = _chained(hidden[start : start + CHUNK], previous)
+            result = stats(_logits(head, chunk), targets[start : start + CHUNK])
+            previous = [result.logps, result.entropies, _pull(head, chunk, result.logps_slope())]
+            if entropy_gradient:
+                previous.append(_pull(head, chunk, result.entropies_slope()))
+            columns.append(previous)
+        return [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
+
+    @both.vjp
+    def scale(
+        primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        slope = outputs[2] * cotangents[0][:, None]
+        if entropy_gradient:
+            slope = slope + outputs[3] * cotangents[1][:, None]
+        return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
+
+    outputs = cast(list[mx.array], both(hidden, targets))
+    entropies = outputs[1] if entropy_gradient else mx.stop_gradient(outputs[1])
+    return outputs[0], entropies
+
+
+def _recomputed(
+    split: SplitModel,
+    hidden: mx.array,
+    targets: mx.array,
+    stats: _StatsOf,
+    entropy_gradient: bool,
+) -> tuple[mx.array, mx.array]:
+    """Trainable head: the backward pass computes the logits again, adding up chunk by chunk."""
+    names = list(split.parameters)
+
+    def logits(hidden: mx.array, *parameters: mx.array) -> mx.array:
+        split.owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+        out = _logits(split.head, hidden)
+        split.owner.update(tree_unflatten(list(split.parameters.items())))
+        return out
+
+    @mx.custom_function
+    def values(hidden: mx.array, targets: mx.array, *parameters: mx.array) -> list[mx.array]:
+        return list(_values(lambda chunk: logits(chunk, *parameters), hidden, targets, stats))
+
+    @values.vjp
+    def again(
+        primals: list[mx.array], cotangents: list[mx.array], _: list[mx.array]
+    ) -> tuple[mx.array, ...]:
+        hidden, targets, *parameters = primals
+        slopes: list[mx.array] = []
+        sums: list[mx.array] = [mx.zeros(p.shape, mx.float32) for p in parameters]
+        for start in _starts(hidden):
+            stop = start + CHUNK
+            chunk = _chained(hidden[start:stop], sums + slopes[-1:])
+            result = stats(logits(chunk, *parameters), targets[start:stop])
+            pull = result.logps_slope() * cotangents[0][start:stop, None]
+            if entropy_gradient:
+                pull = pull + result.entropies_slope() * cotangents[1][start:stop, None]
+            pull = pull.astype(result.dtype)
+            _, grads = mx.vjp(logits, [chunk, *parameters], [pull])
+            slopes.append(grads[0])
+            sums = [total + grad for total, grad in zip(sums, grads[1:], strict=True)]
+        to_parameters = [s.astype(p.dtype) for s, p in zip(sums, parameters, strict=True)]
+        return (mx.concatenate(slopes), mx.zeros_like(targets), *to_parameters)
+
+    logps, entropies = cast(list[mx.array], values(hidden, targets, *split.parameters.values()))
+    return logps, entropies if entropy_gradient else mx.stop_gradient(entropies)
+
+
+def _logits(head: nn.Module, hidden: mx.array) -> mx.array:
+    """(n, D) to (n, V): the model's own head sees a batch of one row."""
+    return head(hidden[None])[0]
+
+
+def _pull(head: nn.Module, hidden: mx.array, cotangent: mx.array) -> mx.array:
+    """Return the vector-Jacobian product of the head at `hidden`: (n, V) to (n, D)."""
+    _, (slope,) = mx.vjp(lambda chunk: _logits(head, chunk), [hidden], [cotangent])
+    return slope
+
+
+def _has_arrays(value: object) -> bool:
+    return bool(tree_flatten(value)) if isinstance(value, mx.array | nn.Module | list) else False
