@@ -4,127 +4,44 @@
                      ▲                 │ failed, expire, actor_gone
                      └── same place ───┘ (after max_attempts: dropped)
 
-The bound. Let v be the version (batches consumed), m the newest version that can be fetched, t 1
-while a batch trains and 0 otherwise. A task at position p of the queue begins to train at version
-v + t + ⌊p / B⌋; trained tasks and drops never raise that. It is joined, and leased, only while that
-is at most m + η, and no token for it is sampled below m: hence staleness never exceeds η. With
-m = v this is the rule "queued + in training < (η + 1) · B"; a late publication tightens it.
-
-The end. Once `end_of_rows` was said and fewer than B tasks remain, the last batch is short. Dropped
-tasks are replaced by further rows while there are any. `finished` says that nothing is left.
+The proof of the staleness bound and the rules of the last batch are in `ledger_admission.py`.
+`finished` says that nothing is left. The caller drains the events, for its journal or the bin.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Self
 
-import msgspec
-
+from learner.ledger_admission import done, head, needed, window
 from learner.ledger_events import (
     AnyEvent,
     Closed,
     Consumed,
-    Counters,
     Discarded,
     Dropped,
     EvalTaken,
     Formed,
     Joined,
     Leased,
-    LedgerState,
     Published,
     Received,
     Renewed,
-    RowKey,
     RowsEnded,
-    TaskRecord,
     apply,
-    find,
-    require,
 )
+from learner.ledger_resume import resume
+from learner.ledger_state import Counters, LedgerState, RowKey, TaskRecord, require
+from learner.ledger_types import (
+    Batch,
+    Cancelled,
+    EvalRound,
+    Grant,
+    LedgerSettings,
+    LostReport,
+    Outcome,
+    Receipt,
+)
+from protocol.errors import LedgerError
 from protocol.messages import TaskId, TaskKind
-
-Outcome = Literal["accepted", "duplicate", "dropped", "stale", "unknown"]
-
-
-class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The ledger's limits. `total_batches` None: until `end_of_rows`. Rows are completions."""
-
-    batch_size: int
-    max_staleness: int
-    num_generations: int
-    eval_generations: int = 1
-    total_batches: int | None = None
-    lease_s: float = 120.0
-    max_attempts: int = 3
-    max_eval_tasks: int = 4096
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_generations", "eval_generations", "max_attempts"):
-            require(getattr(self, name) >= 1, f"LedgerSettings.{name} must be at least 1")
-        require(self.max_staleness >= 0, "LedgerSettings.max_staleness must be at least 0")
-        require(self.lease_s > 0, "LedgerSettings.lease_s must be above 0")
-
-
-class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease that was given: what a `Task` message needs of the ledger."""
-
-    task: TaskId
-    attempt: int
-    kind: TaskKind
-    row_key: RowKey
-    min_policy_version: int
-    pinned_version: int | None
-
-
-class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease that ended without a group of its own. `dropped`: the task was given up with it."""
-
-    task: TaskId
-    attempt: int
-    actor: str
-    reason: str
-    dropped: bool = False
-
-
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group or a failure counted for. Only an "accepted" group is to be kept; everything
-    is to be acknowledged. `cancelled` is the attempt that became needless, if any."""
-
-    outcome: Outcome
-    cancelled: Cancelled | None = None
-    dropped: bool = False
-
-
-class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """The tasks that train next, in order; `version` is the number of batches consumed before."""
-
-    tasks: list[TaskId]
-    version: int
-
-
-class EvalRound(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished evaluation: tasks with groups, in order, and tasks dropped with their reason."""
-
-    version: int
-    tasks: list[TaskId]
-    dropped: dict[RowKey, str]
-
-
-class Outstanding(msgspec.Struct, frozen=True, kw_only=True):
-    """A task that a resumed learner joined again, under its old and its new identity."""
-
-    old: TaskId
-    new: TaskId
-    row_key: RowKey
-
-
-class LostReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a resume lost: groups received but not trained, leases out, evaluation rows."""
-
-    groups: list[TaskId]
-    leases: list[Cancelled]
-    eval_rows: list[RowKey]
-    rejoined: list[Outstanding]
 
 
 class Ledger:
@@ -161,7 +78,8 @@ class Ledger:
     def finished(self) -> bool:
         """Whether no training task is left and none can join."""
         state = self._state
-        return not state.training and (self._done() or (not state.queue and self._needed() <= 0))
+        exhausted = not state.queue and needed(self.settings, state) <= 0
+        return not state.training and (exhausted or done(self.settings, state))
 
     def leases_of(self, actor: str) -> list[tuple[TaskId, int]]:
         """Return the tasks and attempts that an actor holds."""
@@ -171,7 +89,8 @@ class Ledger:
 
     def room(self) -> int:
         """How many training tasks may join now."""
-        return max(0, min(self._window() - self.queued, self._needed()))
+        free = window(self.settings, self._state) - self.queued
+        return max(0, min(free, needed(self.settings, self._state)))
 
     def join(self, row_key: RowKey, now: float) -> TaskId:
         """Put a row at the end of the queue."""
@@ -238,7 +157,7 @@ class Ledger:
     ) -> Receipt:
         """Take a group; `versions` are those of its policy spans, checked against the lease."""
         outcome = self._outcome(task, attempt)
-        record = find(self._state, task.number)
+        record = self._state.find(task.number)
         if outcome == "accepted" and record is not None:
             if self._fits(record, attempt, versions):
                 return self._accept(record, attempt, actor, now)
@@ -254,7 +173,7 @@ class Ledger:
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
         """Take note that an attempt gave no group; news of a lease that ended changes nothing."""
         outcome = self._outcome(task, attempt)
-        record = find(self._state, task.number)
+        record = self._state.find(task.number)
         if outcome != "accepted" or record is None:
             return Receipt(outcome=outcome)
         if not _is_open(record, attempt):
@@ -266,14 +185,14 @@ class Ledger:
 
     def batch_ready(self) -> bool:
         """Whether `form_batch` may be called."""
-        return not self._state.training and bool(self._head())
+        return bool(head(self.settings, self._state))
 
     def form_batch(self, now: float) -> Batch:
         """Move the first B tasks of the queue, all with groups, into training."""
         require(self.batch_ready(), "form_batch without a full batch; ask batch_ready() first")
-        head, version = self._head(), self._state.version
-        self._emit(Formed(numbers=[r.number for r in head], version=version, at=now))
-        return Batch(tasks=[self._id(r) for r in head], version=version)
+        records, version = head(self.settings, self._state), self._state.version
+        self._emit(Formed(numbers=[r.number for r in records], version=version, at=now))
+        return Batch(tasks=[self._id(r) for r in records], version=version)
 
     def consumed(self) -> int:
         """Say that the batch in training is consumed; returns the new version."""
@@ -313,7 +232,7 @@ class Ledger:
 
     def state(self) -> LedgerState:
         """Return a copy of the state, for a checkpoint."""
-        return _copy(self._state)
+        return self._state.copy()
 
     @classmethod
     def replay(
@@ -321,7 +240,7 @@ class Ledger:
     ) -> Self:
         """Return the ledger that `events` lead to from `state`, in the same incarnation."""
         ledger = cls(settings, state.run, state.incarnation)
-        ledger._state = _copy(state)
+        ledger._state = state.copy()
         for event in events:
             apply(ledger._state, event)
         return ledger
@@ -335,33 +254,9 @@ class Ledger:
         Training tasks that had not been consumed join again, in order, as new tasks. Evaluation
         rows do not: their version may be gone. Nothing is leased until `published` is said.
         """
-        require(incarnation != state.incarnation, "a resumed learner needs a new incarnation")
-        old, ledger = _copy(state), cls(settings, state.run, incarnation)
-        ledger._state = _copy(state)
-        ledger._state.incarnation, ledger._state.published = incarnation, None
-        for table in (ledger._state.queue, ledger._state.training, ledger._state.evals):
-            table.clear()
-        rejoined: list[Outstanding] = []
-        was = cls(settings, state.run, state.incarnation)
-        records = [*old.training.values(), *old.queue.values()]
-        for record in records:
-            number = ledger._state.next_number
-            new = TaskRecord(number=number, row_key=record.row_key, kind="train")
-            ledger._state.queue[number] = new
-            ledger._state.next_number += 1
-            rejoined.append(
-                Outstanding(old=was._id(record), new=ledger._id(new), row_key=record.row_key)
-            )
-        return ledger, LostReport(
-            groups=[was._id(r) for r in records if r.taken is not None],
-            leases=[
-                was._cancelled(r, r.lease.attempt, r.lease.actor, "learner resumed")
-                for r in (*records, *old.evals.values())
-                if r.lease is not None
-            ],
-            eval_rows=[r.row_key for r in old.evals.values()],
-            rejoined=rejoined,
-        )
+        ledger = cls(settings, state.run, incarnation)
+        ledger._state, lost = resume(state, incarnation)
+        return ledger, lost
 
     # ---- parts --------------------------------------------------------------------------------
 
@@ -370,41 +265,15 @@ class Ledger:
         self._events.append(event)
 
     def _id(self, record: TaskRecord) -> TaskId:
-        return self._task_id(record.number)
-
-    def _task_id(self, number: int) -> TaskId:
-        state = self._state
-        return TaskId(run=state.run, incarnation=state.incarnation, number=number)
-
-    def _window(self) -> int:
-        """Positions of the queue that a task may have to be sampled by the published policy."""
-        state = self._state
-        if state.published is None:
-            return 0
-        late = state.version + bool(state.training) - state.published
-        return max(0, self.settings.max_staleness + 1 - late) * self.settings.batch_size
-
-    def _done(self) -> bool:
-        total = self.settings.total_batches
-        return total is not None and self._state.version >= total
-
-    def _needed(self) -> int:
-        """Training tasks that the run still lacks; without a limit, as many as the window has."""
-        state = self._state
-        if state.rows_ended:
-            return 0
-        if self.settings.total_batches is None:
-            return max(1, self._window())
-        batches = self.settings.total_batches - state.version - bool(state.training)
-        return batches * self.settings.batch_size - len(state.queue)
+        return self._state.task_id(record.number)
 
     def _join(self, row_key: RowKey, kind: TaskKind, pinned: int | None, now: float) -> TaskId:
         number = self._state.next_number
         self._emit(Joined(number=number, row_key=row_key, kind=kind, pinned_version=pinned, at=now))
-        return self._task_id(number)
+        return self._state.task_id(number)
 
     def _leasable(self) -> list[TaskRecord]:
-        train = list(self._state.queue.values())[: self._window()]
+        train = list(self._state.queue.values())[: window(self.settings, self._state)]
         evals = list(self._state.evals.values())
         again = [r for r in (*train, *evals) if r.waiting and r.floors]
         new = [r for r in (*evals, *train) if r.waiting and not r.floors]
@@ -442,17 +311,11 @@ class Ledger:
     def _held(self, actor: str) -> list[TaskRecord]:
         return [r for r in self._out() if r.lease is not None and r.lease.actor == actor]
 
-    def _head(self) -> list[TaskRecord]:
-        size = self.settings.batch_size
-        head = [] if self._done() else list(self._state.queue.values())[:size]
-        full = len(head) == size or (bool(head) and self._needed() <= 0)
-        return head if full and all(r.taken is not None for r in head) else []
-
     def _outcome(self, task: TaskId, attempt: int) -> Outcome:
         """Say what a message about this attempt can count for, before its versions are seen."""
         state = self._state
-        known = task == self._task_id(task.number) and 0 <= task.number < state.next_number
-        record = find(state, task.number) if known else None
+        known = task == state.task_id(task.number) and 0 <= task.number < state.next_number
+        record = state.find(task.number) if known else None
         if not known or (record is not None and not 1 <= attempt <= len(record.floors)):
             return "unknown"
         if task.number in state.dropped:
@@ -478,8 +341,8 @@ class Ledger:
         self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
     ) -> Cancelled:
         lease = record.lease
-        require(lease is not None, f"task {record.number} has no lease to end")
-        assert lease is not None
+        if lease is None:
+            raise LedgerError(f"task {record.number} has no lease to end")
         number = record.number
         self._emit(
             Closed(
@@ -506,7 +369,3 @@ class Ledger:
 
 def _is_open(record: TaskRecord, attempt: int) -> bool:
     return record.lease is not None and record.lease.attempt == attempt
-
-
-def _copy(state: LedgerState) -> LedgerState:
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=LedgerState)

@@ -1,4 +1,4 @@
-"""What the ledger remembers and what can happen to it: state, events, and how they act.
+"""What can happen to the ledger, and how it changes the ledger's state.
 
 `apply` is the only place that changes a `LedgerState`, so a journal of events replays to the same
 state. The decisions (who gets which task, what a group counts for) are in `learner/ledger.py`.
@@ -9,83 +9,9 @@ from typing import Any
 
 import msgspec
 
+from learner.ledger_state import Lease, LedgerState, RowKey, TaskRecord, require
 from protocol.errors import LedgerError
 from protocol.messages import TaskKind
-
-RowKey = int | str
-
-
-class Lease(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The open attempt of a task: who works on it, and until when without progress."""
-
-    attempt: int
-    actor: str
-    expires_at: float
-
-
-class TaskRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A task that has not ended.
-
-    `floors[attempt - 1]` is the `min_policy_version` of that attempt; attempts count from 1.
-    `failures` counts the attempts that are held against the task; `taken` is the attempt whose
-    group counts; `dropped` is set only in evaluation tasks that wait for their round to end.
-    """
-
-    number: int
-    row_key: RowKey
-    kind: TaskKind
-    pinned_version: int | None = None
-    floors: list[int] = []
-    lease: Lease | None = None
-    failures: int = 0
-    taken: int | None = None
-    dropped: str | None = None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the task can be leased."""
-        return self.lease is None and self.taken is None and self.dropped is None
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more is expected from actors."""
-        return self.taken is not None or self.dropped is not None
-
-
-class Counters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Totals over the run, in tasks, attempts or groups; they survive a resume."""
-
-    joined: int = 0
-    leased: int = 0  # attempts
-    retried: int = 0  # attempts after a task's first
-    received: int = 0  # groups that count
-    duplicates: int = 0  # groups of a task that already had one
-    expired: int = 0  # leases
-    trained: int = 0  # tasks
-    evaluated: int = 0  # tasks
-    discarded: dict[str, int] = {}  # groups, by reason
-    dropped: dict[str, int] = {}  # tasks, by reason
-
-
-class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Everything that the ledger knows; a checkpoint holds it.
-
-    `queue`, `training` and `evals` are ordered by position. `dropped` keeps the reason of every
-    dropped task: any other number below `next_number` that is in no dictionary was trained.
-    """
-
-    run: str
-    incarnation: str
-    version: int = 0
-    published: int | None = None
-    digest: str = ""
-    next_number: int = 0
-    rows_ended: bool = False
-    queue: dict[int, TaskRecord] = {}
-    training: dict[int, TaskRecord] = {}
-    evals: dict[int, TaskRecord] = {}
-    dropped: dict[int, str] = {}
-    counters: Counters = msgspec.field(default_factory=Counters)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -220,20 +146,6 @@ def apply(state: LedgerState, event: AnyEvent) -> None:
     _APPLY[type(event)](state, event)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise `LedgerError` unless a rule of the ledger holds."""
-    if not condition:
-        raise LedgerError(message)
-
-
-def find(state: LedgerState, number: int) -> TaskRecord | None:
-    """Return the record of a task that has not left the ledger."""
-    for table in (state.queue, state.evals, state.training):
-        if number in table:
-            return table[number]
-    return None
-
-
 def _live(state: LedgerState, number: int, event: str) -> TaskRecord:
     record = state.queue.get(number) or state.evals.get(number)
     if record is None:
@@ -283,7 +195,8 @@ def _received(state: LedgerState, event: Received) -> None:
 def _discarded(state: LedgerState, event: Discarded) -> None:
     if event.reason == "duplicate":
         state.counters.duplicates += 1
-    _count(state.counters.discarded, event.reason)
+    else:
+        _count(state.counters.discarded, event.reason)
 
 
 def _closed(state: LedgerState, event: Closed) -> None:

@@ -3,8 +3,10 @@
 import msgspec
 import pytest
 
-from learner.ledger import Ledger, LedgerSettings, Receipt
-from learner.ledger_events import LedgerState, Published
+from learner.ledger import Ledger
+from learner.ledger_events import Published
+from learner.ledger_state import LedgerState
+from learner.ledger_types import LedgerSettings, Receipt
 from protocol.errors import LedgerError
 from protocol.messages import TaskId
 
