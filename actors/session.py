@@ -1,0 +1,311 @@
+"""The actor's side of the conversation with its learner, without a socket, clock or MLX.
+
+Messages and results go in; what must be done comes out of `take_actions`, in order. Every lease is
+in one of three stages: it is being sampled, being scored, or owed: its message is sent again until
+the learner acknowledges it. Time is passed in.
+"""
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.engine import GenerationRequest, GenerationResult
+from actors.port import LeaseKey
+from protocol.errors import RefusedError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    ActorMessage,
+    Applied,
+    Cancel,
+    Failed,
+    Group,
+    Hello,
+    LearnerMessage,
+    Policy,
+    Refuse,
+    Release,
+    Request,
+    RewardResult,
+    Stop,
+    Task,
+    Welcome,
+    ids_view,
+)
+
+log = logging.getLogger("pippin.actor")
+
+RESEND_S = 5.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the actor is, and what it loaded."""
+
+    actor_id: str
+    incarnation: str
+    host: str
+    model_digest: str
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True)
+class Say:
+    """Send this message."""
+
+    message: ActorMessage
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Give this request to the engine."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Cancel this request in the engine."""
+
+    key: Hashable
+
+
+@dataclass(frozen=True)
+class HaveScored:
+    """Have this group's completions scored."""
+
+    task: Task
+    result: GenerationResult
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A policy can be fetched."""
+
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The learner accepted; its terms. `anew`: another incarnation, whose versions begin anew."""
+
+    welcome: Welcome
+    anew: bool
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The run is over."""
+
+    reason: str
+
+
+Action = Say | Sample | Abandon | HaveScored | Announced | Joined | Leave
+
+
+@dataclass
+class _Lease:
+    task: Task
+    stage: Literal["sampling", "scoring", "owed"] = "sampling"
+    result: GenerationResult | None = None
+    message: Group | Failed | None = None
+    sent_at: float = 0.0
+
+
+@dataclass
+class Session:
+    """The state of one actor towards its learner."""
+
+    identity: Identity
+    resend_s: float = RESEND_S
+    welcome: Welcome | None = None
+    joined: bool = False
+    _leases: dict[LeaseKey, _Lease] = field(default_factory=dict)
+    _actions: list[Action] = field(default_factory=list)
+    _hello_at: float = 0.0
+    _offered: int = 0  # completions that the learner may still lease to us
+
+    @property
+    def groups_held(self) -> int:
+        """Leases in any stage."""
+        return len(self._leases)
+
+    def take_actions(self) -> list[Action]:
+        """Return and clear what must be done, in order."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # ---- joining and leaving -------------------------------------------------------------
+
+    def hello(self, now: float) -> None:
+        """Say who we are; until the learner welcomes us nothing else is said."""
+        self.joined = False
+        self._hello_at = now
+        self._say(
+            Hello(
+                protocol_version=PROTOCOL_VERSION,
+                actor_id=self.identity.actor_id,
+                actor_incarnation=self.identity.incarnation,
+                host=self.identity.host,
+                model_digest=self.identity.model_digest,
+                tokenizer_digest=self.identity.tokenizer_digest,
+            )
+        )
+
+    def leave(self, reason: str) -> None:
+        """Give the leases back."""
+        self._say(Release(reason=reason))
+        self._leases.clear()
+        self.joined = False
+
+    # ---- the learner's messages ----------------------------------------------------------
+
+    def receive(self, message: LearnerMessage, now: float) -> None:
+        """Act on one message. Raises RefusedError when trying again will not help."""
+        match message:
+            case Welcome():
+                self._welcomed(message, now)
+            case Refuse():
+                self._refused(message, now)
+            case Task():
+                self._leased(message, now)
+            case Cancel():
+                self._cancelled((message.task, message.attempt))
+            case Ack():
+                lease = self._leases.get((message.task, message.attempt))
+                if lease is not None and lease.stage == "owed":
+                    del self._leases[message.task, message.attempt]
+            case Policy():
+                self._actions.append(Announced(message))
+            case Stop():
+                self._actions.append(Leave(message.reason))
+
+    def _welcomed(self, welcome: Welcome, now: float) -> None:
+        known, self.welcome = self.welcome, welcome
+        anew = known is None or known.incarnation != welcome.incarnation
+        if anew:
+            for key in list(self._leases):
+                self._cancelled(key)
+        self._actions.append(Joined(welcome, anew))
+        if known is not None and anew:
+            log.info("the learner is a new one (%s): starting over", welcome.incarnation)
+            self.hello(now)
+            return
+        self.joined = True
+        self._offered = 0
+        for lease in self._leases.values():
+            self._send_owed(lease, now)
+
+    def _refused(self, refuse: Refuse, now: float) -> None:
+        if refuse.fatal:
+            raise RefusedError(f"the learner refused this actor ({refuse.code}): {refuse.reason}")
+        if refuse.code == "hello_required":
+            # Answers to several messages of ours may be on their way: one Hello is enough.
+            if self.joined:
+                self.hello(now)
+        else:
+            log.warning("the learner refused a message (%s): %s", refuse.code, refuse.reason)
+
+    def _leased(self, task: Task, now: float) -> None:
+        key = (task.task, task.attempt)
+        held = self._leases.get(key)
+        if held is not None:
+            self._send_owed(held, now)
+            return
+        self._leases[key] = _Lease(task)
+        self._offered = max(0, self._offered - task.sampling.num_generations)
+        self._actions.append(
+            Sample(
+                GenerationRequest(
+                    key=key,
+                    prompt_ids=ids_view(task.prompt_ids).tolist(),
+                    sampling=task.sampling,
+                    seed=task.seed,
+                    min_policy_version=task.min_policy_version,
+                    pinned_version=task.pinned_version,
+                )
+            )
+        )
+
+    def _cancelled(self, key: LeaseKey) -> None:
+        lease = self._leases.pop(key, None)
+        if lease is not None and lease.stage == "sampling":
+            self._actions.append(Abandon(key))
+
+    # ---- results -------------------------------------------------------------------------
+
+    def generated(self, key: LeaseKey, result: GenerationResult, now: float) -> None:
+        """Have a sampled group scored, or send it where the run has no rewards."""
+        lease = self._leases.get(key)
+        if lease is None:
+            return
+        lease.stage, lease.result = "scoring", result
+        if self.welcome is not None and self.welcome.rewards:
+            self._actions.append(HaveScored(lease.task, result))
+        else:
+            self.scored(key, RewardResult(names=[], rewards=b""), 0.0, now)
+
+    def scored(self, key: LeaseKey, reward: RewardResult, elapsed_s: float, now: float) -> None:
+        """Send the finished group; a lease that was cancelled meanwhile is nobody's."""
+        lease = self._leases.get(key)
+        if lease is None or lease.stage != "scoring" or lease.result is None:
+            return
+        result = lease.result
+        lease.message = Group(
+            task=lease.task.task,
+            attempt=lease.task.attempt,
+            actor_id=self.identity.actor_id,
+            actor_incarnation=self.identity.incarnation,
+            learner_incarnation=self.welcome.incarnation if self.welcome else "",
+            completions=result.completions,
+            reward=reward,
+            started_at=result.started_at,
+            finished_at=result.finished_at,
+            generation_s=result.generation_s,
+            reward_s=elapsed_s,
+        )
+        self._owe(lease, now)
+
+    def failed(self, key: LeaseKey, reason: str, now: float) -> None:
+        """Report an attempt that gives no group, for a reason on our side."""
+        lease = self._leases.get(key)
+        if lease is None or lease.stage == "owed":
+            return
+        log.warning("task %d attempt %d failed: %s", key[0].number, key[1], reason)
+        lease.message = Failed(task=key[0], attempt=key[1], reason=reason)
+        self._owe(lease, now)
+
+    def applied(self, version: int, digest: str) -> None:
+        """Tell which policy is in force."""
+        self._say(Applied(version=version, digest=digest))
+
+    # ---- time and credit -----------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Send again what was not answered in time."""
+        if not self.joined:
+            if now - self._hello_at >= self.resend_s:
+                self.hello(now)
+            return
+        for lease in self._leases.values():
+            if now - lease.sent_at >= self.resend_s:
+                self._send_owed(lease, now)
+
+    def credit(self, free_rows: int) -> None:
+        """Ask for work when there is more room than the learner knows of."""
+        if self.joined and free_rows > self._offered:
+            self._offered = free_rows
+            self._say(Request(free_rows=free_rows))
+
+    def _owe(self, lease: _Lease, now: float) -> None:
+        lease.stage, lease.result = "owed", None
+        self._send_owed(lease, now)
+
+    def _send_owed(self, lease: _Lease, now: float) -> None:
+        if self.joined and lease.stage == "owed" and lease.message is not None:
+            lease.sent_at = now
+            self._say(lease.message)
+
+    def _say(self, message: ActorMessage) -> None:
+        self._actions.append(Say(message))

@@ -1,0 +1,225 @@
+"""The actor's main thread: tasks in, groups out.
+
+    learner ──Task──▶ Session ──▶ Engine ──groups──▶ scoring (I/O thread) ──▶ Session ──Group──▶
+            ◀─credit─            ◀─weights─ PolicyStore ◀─snapshots (I/O thread)
+
+What is held is bounded by the credit that the session gives: the engine's free rows. A group stays
+until the learner acknowledges it. The worker does not own the process: a program calls `advance`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from actors.engine import Engine, GenerationResult
+from actors.policy_store import PolicyStore
+from actors.port import (
+    Command,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    LeaseKey,
+    Port,
+    Received,
+    Score,
+    Scored,
+    ScoreFailed,
+    Send,
+    UseRewards,
+)
+from actors.session import (
+    Abandon,
+    Action,
+    Announced,
+    HaveScored,
+    Joined,
+    Leave,
+    Sample,
+    Say,
+    Session,
+)
+from protocol.errors import DataError, ModelError
+from protocol.messages import Heartbeat, Task, ids_view
+
+log = logging.getLogger("pippin.actor")
+
+RATE_WINDOW_S = 2.0
+
+
+class Worker:
+    """Drives an engine for a learner through a port to the I/O thread.
+
+    `decode` turns completion token IDs into text for the rewards. `load(source, digest)` reads a
+    snapshot, a file or bytes, checks its digest, and returns what puts it into the model; it
+    raises SnapshotError. `heartbeat` may be read by another thread at any time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        session: Session,
+        port: Port,
+        *,
+        decode: Callable[[list[int]], str],
+        load: Callable[[Path | bytes, str], Callable[[], None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.heartbeat = Heartbeat(progress=0)
+        self.stopped: str | None = None  # why the run is over, once it is
+        self._engine = engine
+        self._session = session
+        self._port = port
+        self._decode = decode
+        self._load = load
+        self._clock = clock
+        self._policies = PolicyStore(engine.wants_policy)
+        self._progress = 0
+        self._tokens = 0
+        self._rate = _Rate(clock())
+
+    def start(self) -> None:
+        """Say Hello."""
+        self._session.hello(self._clock())
+        self._perform()
+
+    def advance(self) -> bool:
+        """Do what can be done now, at most one decode step; False if there was nothing to do.
+
+        Raises RefusedError, SnapshotError, and what the I/O thread raised.
+        """
+        now = self._clock()
+        busy = False
+        for event in self._port.poll():
+            busy = True
+            self._take(event, now)
+            self._perform()
+        self._swap()
+        busy = self._step(now) or busy
+        self._session.tick(now)
+        self._session.credit(self._engine.free_rows)
+        policy = self._policies.next_fetch(now)
+        if policy is not None:
+            self._port.put(Fetch(policy))
+        self._perform()
+        self._beat()
+        return busy
+
+    def leave(self, reason: str) -> None:
+        """Give the leases back; the engine's work is dropped."""
+        self._session.leave(reason)
+        self._engine.reset()
+        self._perform()
+
+    # ---- events --------------------------------------------------------------------------
+
+    def _take(self, event: Event, now: float) -> None:
+        match event:
+            case Received(message):
+                self._session.receive(message, now)
+            case Fetched(policy, source):
+                self._policies.arrived(policy, source)
+            case FetchFailed(policy, reason):
+                self._policies.failed(policy, reason, now)
+            case Scored(key, reward, elapsed_s):
+                self._session.scored(key, reward, elapsed_s, now)
+            case ScoreFailed(key, reason):
+                self._session.failed(key, f"scoring failed: {reason}", now)
+
+    def _swap(self) -> None:
+        """Put a fetched policy in force, between two decode steps."""
+        taken = self._policies.take()
+        if taken is None:
+            return
+        policy, source = taken
+        self._engine.set_policy(self._load(source, policy.digest), policy.version, policy.digest)
+        self._session.applied(policy.version, policy.digest)
+
+    def _step(self, now: float) -> bool:
+        step = self._engine.step()
+        self._tokens += step.tokens
+        for result in step.finished:
+            self._session.generated(cast(LeaseKey, result.key), result, now)
+        return step.progressed
+
+    # ---- actions -------------------------------------------------------------------------
+
+    def _perform(self) -> None:
+        while actions := self._session.take_actions():
+            for action in actions:
+                self._act(action)
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Say(message):
+                self._port.put(Send(message))
+            case Sample(request):
+                try:
+                    self._engine.add(request)
+                except (DataError, ModelError) as error:
+                    key = cast(LeaseKey, request.key)
+                    self._session.failed(key, str(error), self._clock())
+            case Abandon(key):
+                self._engine.cancel(key)
+            case HaveScored(task, result):
+                self._port.put(self._score(task, result))
+            case Announced(policy):
+                self._policies.announce(policy)
+            case Joined(welcome, anew):
+                if anew:
+                    self._engine.reset()
+                    self._policies.reset()
+                self._port.put(UseRewards(welcome.rewards))
+            case Leave(reason):
+                self.stopped = reason
+
+    def _score(self, task: Task, result: GenerationResult) -> Command:
+        ids = [ids_view(completion.token_ids).tolist() for completion in result.completions]
+        return Score(
+            key=(task.task, task.attempt),
+            row=bytes(task.row),
+            completions=as_answers(task.row, [self._decode(tokens) for tokens in ids]),
+            completion_ids=ids,
+            trainer_state=task.trainer_state,
+        )
+
+    def _beat(self) -> None:
+        # Turns of this loop count, not decode steps alone: a group that is being scored is alive.
+        self._progress += 1
+        self.heartbeat = Heartbeat(
+            progress=self._progress,
+            tokens_sampled=self._tokens,
+            tokens_per_s=self._rate.of(self._tokens, self._clock()),
+            groups_held=self._session.groups_held,
+            oldest_version=self._engine.oldest_version,
+        )
+
+
+class _Rate:
+    """Tokens a second over the last window."""
+
+    def __init__(self, now: float) -> None:
+        self._since, self._tokens, self._rate = now, 0, 0.0
+
+    def of(self, tokens: int, now: float) -> float:
+        elapsed = now - self._since
+        if elapsed >= RATE_WINDOW_S:
+            self._rate = (tokens - self._tokens) / elapsed
+            self._since, self._tokens = now, tokens
+        return self._rate
+
+
+class _Prompt(msgspec.Struct):
+    prompt: Any = ""
+
+
+def as_answers(row: msgspec.Raw | bytes, texts: list[str]) -> list[Any]:
+    """Return completions as reward functions take them: strings or messages, as the prompt is."""
+    prompt = msgspec.json.decode(bytes(row), type=_Prompt).prompt
+    if not isinstance(prompt, list):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]

@@ -1,0 +1,282 @@
+"""The actor's conversation as a pure state machine: messages in, actions out."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.engine import GenerationResult
+from actors.session import (
+    Abandon,
+    Announced,
+    HaveScored,
+    Identity,
+    Joined,
+    Leave,
+    Sample,
+    Say,
+    Session,
+)
+from protocol.errors import RefusedError
+from protocol.messages import (
+    Ack,
+    Cancel,
+    Completion,
+    Failed,
+    Group,
+    Hello,
+    Policy,
+    PolicySpan,
+    Refuse,
+    Release,
+    Request,
+    RewardResult,
+    RewardService,
+    Sampling,
+    Stop,
+    Task,
+    TaskId,
+    Welcome,
+    floats_bytes,
+    floats_view,
+    ids_bytes,
+)
+
+REWARD = RewardResult(names=["exact"], rewards=floats_bytes([1.0, 0.0]))
+
+
+def welcome(incarnation: str = "L1", **changes: Any) -> Welcome:
+    fields: dict[str, Any] = {
+        "protocol_version": 1,
+        "run": "r",
+        "incarnation": incarnation,
+        "model": {},
+        "model_digest": "m",
+        "tokenizer_digest": "t",
+        "rewards": [RewardService(endpoints=["ipc://x"], timeout_s=1.0)],
+        "heartbeat_s": 2.0,
+        "seed": 0,
+    }
+    return Welcome(**(fields | changes))
+
+
+def task(number: int = 1, attempt: int = 1, *, incarnation: str = "L1", **changes: Any) -> Task:
+    fields: dict[str, Any] = {
+        "task": TaskId(run="r", incarnation=incarnation, number=number),
+        "attempt": attempt,
+        "kind": "train",
+        "prompt_ids": ids_bytes([4, 5]),
+        "row": msgspec.Raw(b'{"prompt":"2+2","answer":"4"}'),
+        "sampling": Sampling(num_generations=2, max_completion_length=4),
+        "seed": 11,
+        "min_policy_version": 3,
+        "lease_s": 60.0,
+    }
+    return Task(**(fields | changes))
+
+
+def key_of(lease: Task) -> tuple[TaskId, int]:
+    return (lease.task, lease.attempt)
+
+
+def completion(ids: list[int]) -> Completion:
+    return Completion(
+        token_ids=ids_bytes(ids),
+        behaviour_logprobs=floats_bytes([-0.5] * len(ids)),
+        policy_spans=[PolicySpan(start=0, version=3, digest="d3")],
+        finish_reason="length",
+    )
+
+
+def result_of(lease: Task) -> GenerationResult:
+    return GenerationResult(
+        key=key_of(lease),
+        completions=[completion([1, 2]), completion([3])],
+        started_at=100.0,
+        finished_at=102.5,
+    )
+
+
+def identity() -> Identity:
+    return Identity("a0", "i0", "host", model_digest="m", tokenizer_digest="t")
+
+
+def joined_session() -> Session:
+    session = Session(identity())
+    session.hello(0.0)
+    session.receive(welcome(), 0.0)
+    session.take_actions()
+    return session
+
+
+def said(session: Session) -> list[Any]:
+    return [action.message for action in session.take_actions() if isinstance(action, Say)]
+
+
+def owe_group(session: Session, lease: Task, now: float) -> Group:
+    session.receive(lease, now)
+    session.generated(key_of(lease), result_of(lease), now)
+    session.scored(key_of(lease), REWARD, 0.25, now)
+    (group,) = (m for m in said(session) if isinstance(m, Group))
+    return group
+
+
+def test_hello_is_repeated_until_the_learner_welcomes():
+    session = Session(identity(), resend_s=5.0)
+    session.hello(0.0)
+    (hello,) = said(session)
+    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 1)
+    session.credit(8)
+    session.tick(4.9)
+    assert said(session) == []
+    session.tick(5.0)
+    assert said(session) == [hello]
+    session.receive(welcome(), 5.1)
+    assert session.take_actions() == [Joined(welcome(), anew=True)]
+    session.tick(60.0)
+    assert said(session) == []
+
+
+def test_credit_follows_free_rows_less_what_was_leased():
+    session = joined_session()
+    session.credit(8)
+    session.credit(8)
+    assert said(session) == [Request(free_rows=8)]
+    session.receive(task(1), 0.0)
+    session.take_actions()
+    session.credit(6)  # 8 offered, 2 leased: the learner knows
+    assert said(session) == []
+    session.credit(7)
+    assert said(session) == [Request(free_rows=7)]
+
+
+def test_a_task_is_sampled_scored_sent_and_kept_until_acknowledged():
+    session = joined_session()
+    lease = task()
+    session.receive(lease, 1.0)
+    (sample,) = session.take_actions()
+    assert isinstance(sample, Sample)
+    assert sample.request.prompt_ids == [4, 5]
+    assert (sample.request.seed, sample.request.min_policy_version) == (11, 3)
+    session.generated(key_of(lease), result_of(lease), 2.0)
+    assert session.take_actions() == [HaveScored(lease, result_of(lease))]
+    session.scored(key_of(lease), REWARD, 0.25, 3.0)
+    (group,) = said(session)
+    assert (group.actor_id, group.actor_incarnation, group.learner_incarnation) == (
+        "a0",
+        "i0",
+        "L1",
+    )
+    assert (group.generation_s, group.reward_s, group.attempt) == (2.5, 0.25, 1)
+    assert floats_view(group.reward.rewards).tolist() == [1.0, 0.0]
+    session.tick(7.9)
+    assert said(session) == []
+    session.tick(8.0)
+    assert said(session) == [group]
+    session.receive(lease, 8.1)  # leased again while it is owed
+    assert said(session) == [group]
+    session.receive(Ack(task=lease.task, attempt=1), 8.2)
+    session.tick(100.0)
+    assert said(session) == []
+    assert session.groups_held == 0
+
+
+def test_without_reward_services_a_group_has_no_rewards():
+    session = Session(identity())
+    session.hello(0.0)
+    session.receive(welcome(rewards=[]), 0.0)
+    lease = task()
+    session.receive(lease, 0.0)
+    session.take_actions()
+    session.generated(key_of(lease), result_of(lease), 0.0)
+    (group,) = said(session)
+    assert (group.reward.names, group.reward.rewards) == ([], b"")
+
+
+def test_a_cancelled_lease_is_nobodys():
+    session = joined_session()
+    sampling, scoring = task(1), task(2)
+    session.receive(sampling, 0.0)
+    session.receive(scoring, 0.0)
+    session.generated(key_of(scoring), result_of(scoring), 0.0)
+    session.take_actions()
+    session.receive(Cancel(task=sampling.task, attempt=1), 1.0)
+    session.receive(Cancel(task=scoring.task, attempt=1), 1.0)
+    session.receive(Cancel(task=scoring.task, attempt=7), 1.0)
+    assert session.take_actions() == [Abandon(key_of(sampling))]
+    session.scored(key_of(scoring), REWARD, 0.1, 1.0)
+    session.failed(key_of(scoring), "late", 1.0)
+    session.generated(key_of(sampling), result_of(sampling), 1.0)
+    assert session.take_actions() == []
+
+
+def test_a_failure_is_owed_like_a_group():
+    session = joined_session()
+    lease = task()
+    session.receive(lease, 0.0)
+    session.take_actions()
+    session.failed(key_of(lease), "no room", 0.0)
+    expected = Failed(task=lease.task, attempt=1, reason="no room")
+    assert said(session) == [expected]
+    session.tick(5.0)
+    assert said(session) == [expected]
+    session.receive(Ack(task=lease.task, attempt=1), 5.0)
+    session.tick(20.0)
+    assert said(session) == []
+
+
+def test_after_a_reconnect_hello_comes_first_then_what_is_owed():
+    session = joined_session()
+    group = owe_group(session, task(), 1.0)
+    for _ in range(3):
+        session.receive(Refuse(code="hello_required", reason="say Hello first"), 2.0)
+    (hello,) = said(session)
+    assert isinstance(hello, Hello)
+    session.tick(6.5)
+    session.credit(32)
+    assert said(session) == []  # nothing before the welcome
+    session.receive(welcome(), 6.6)
+    assert said(session) == [group]
+    session.credit(32)
+    assert said(session) == [Request(free_rows=32)]
+
+
+def test_a_new_learner_gets_a_new_hello_and_nothing_of_the_old():
+    session = joined_session()
+    owe_group(session, task(1), 1.0)
+    session.receive(task(2), 1.0)
+    session.take_actions()
+    session.receive(welcome("L2"), 2.0)
+    abandon, joined, hello = session.take_actions()
+    assert abandon == Abandon(key_of(task(2)))
+    assert joined == Joined(welcome("L2"), anew=True)
+    assert isinstance(hello, Say)
+    assert isinstance(hello.message, Hello)
+    assert session.groups_held == 0
+    session.receive(welcome("L2"), 2.1)
+    assert session.take_actions() == [Joined(welcome("L2"), anew=False)]
+    assert session.joined
+
+
+def test_refusals_that_are_final_end_the_actor():
+    session = Session(identity())
+    session.hello(0.0)
+    with pytest.raises(RefusedError, match=r"\(tokenizer\): ours is t, yours u"):
+        session.receive(Refuse(code="tokenizer", reason="ours is t, yours u", fatal=True), 0.0)
+    session.receive(Refuse(code="invalid", reason="a bad group"), 0.0)
+
+
+def test_policy_and_stop_are_passed_on_and_leaving_releases():
+    session = joined_session()
+    policy = Policy(version=4, digest="d4", size=10)
+    session.receive(policy, 0.0)
+    session.applied(4, "d4")
+    session.receive(Stop(reason="done"), 0.0)
+    first, second, third = session.take_actions()
+    assert (first, third) == (Announced(policy), Leave("done"))
+    assert isinstance(second, Say)
+    session.receive(task(), 0.0)
+    session.take_actions()
+    session.leave("done")
+    assert said(session) == [Release(reason="done")]
+    assert session.groups_held == 0

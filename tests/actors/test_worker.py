@@ -1,0 +1,326 @@
+"""The worker over a fake engine and a fake port: what follows what."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.engine import GenerationRequest, GenerationResult, Step
+from actors.port import (
+    Command,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Received,
+    Score,
+    Scored,
+    ScoreFailed,
+    Send,
+    UseRewards,
+)
+from actors.session import Identity, Session
+from actors.worker import Worker, as_answers
+from protocol.errors import DataError, RefusedError, SnapshotError
+from protocol.messages import (
+    Ack,
+    Applied,
+    Cancel,
+    Completion,
+    Failed,
+    Group,
+    Hello,
+    Policy,
+    PolicySpan,
+    Refuse,
+    Release,
+    Request,
+    RewardResult,
+    RewardService,
+    Sampling,
+    Stop,
+    Task,
+    TaskId,
+    Welcome,
+    floats_bytes,
+    ids_bytes,
+)
+
+
+@dataclass
+class FakeEngine:
+    """Finishes every request in two steps; records what was asked of it."""
+
+    log: list[Any] = field(default_factory=list)
+    version: int = -1
+    oldest_version: int = -1
+    held: dict[Hashable, int] = field(default_factory=dict)
+    requests: dict[Hashable, GenerationRequest] = field(default_factory=dict)
+    pinned: bool = False
+
+    @property
+    def free_rows(self) -> int:
+        return 8 - 2 * len(self.held)
+
+    def add(self, request: GenerationRequest) -> None:
+        if request.prompt_ids == [99]:
+            raise DataError("token IDs must lie in [0, 50), got 99")
+        self.held[request.key] = 0
+        self.log.append(("add", request.key))
+
+    def cancel(self, key: Hashable) -> bool:
+        self.log.append(("cancel", key))
+        return self.held.pop(key, None) is not None
+
+    def wants_policy(self, version: int) -> bool:
+        return version > self.version and not self.pinned
+
+    def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
+        apply()
+        self.version = version
+        self.log.append(("policy", version, digest))
+
+    def step(self) -> Step:
+        done = [key for key, steps in self.held.items() if steps == 1]
+        running = len(self.held)
+        self.held = {key: 1 for key in self.held if key not in done}
+        return Step(finished=[finished(key) for key in done], tokens=2 * running)
+
+    def reset(self) -> None:
+        self.held.clear()
+        self.version = -1
+        self.log.append("reset")
+
+
+def finished(key: Hashable) -> GenerationResult:
+    completions = [
+        Completion(
+            token_ids=ids_bytes(ids),
+            behaviour_logprobs=floats_bytes([-0.5] * len(ids)),
+            policy_spans=[PolicySpan(start=0, version=0, digest="d0")],
+            finish_reason="length",
+        )
+        for ids in ([1, 2], [3])
+    ]
+    return GenerationResult(key=key, completions=completions, started_at=1.0, finished_at=2.0)
+
+
+@dataclass
+class FakePort:
+    """Events are put in by the test; commands pile up."""
+
+    events: list[Event] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+
+    def poll(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def put(self, command: Command) -> None:
+        self.commands.append(command)
+
+    def take(self) -> list[Any]:
+        commands, self.commands = self.commands, []
+        return [c.message if isinstance(c, Send) else c for c in commands]
+
+
+class House:
+    """A worker with its fakes, joined to learner L1."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.applied: list[tuple[Any, str]] = []
+        self.engine, self.port = FakeEngine(), FakePort()
+        session = Session(Identity("a0", "i0", "host", model_digest="m", tokenizer_digest="t"))
+        self.worker = Worker(
+            self.engine,
+            session,
+            self.port,
+            decode=lambda ids: " ".join(str(i) for i in ids),
+            load=self.load,
+            clock=lambda: self.now,
+        )
+        self.worker.start()
+        self.hear(welcome())
+        self.port.take()
+
+    def load(self, source: Path | bytes, digest: str) -> Callable[[], None]:
+        if source == b"bad":
+            raise SnapshotError("digest differs")
+        return lambda: self.applied.append((source, digest))
+
+    def hear(self, *messages: Any) -> bool:
+        self.port.events.extend(Received(message) for message in messages)
+        return self.worker.advance()
+
+    def tell(self, *events: Event) -> bool:
+        self.port.events.extend(events)
+        return self.worker.advance()
+
+
+def welcome(incarnation: str = "L1") -> Welcome:
+    return Welcome(
+        protocol_version=1,
+        run="r",
+        incarnation=incarnation,
+        model={},
+        model_digest="m",
+        tokenizer_digest="t",
+        rewards=[RewardService(endpoints=["ipc://x"], timeout_s=1.0)],
+        heartbeat_s=2.0,
+        seed=0,
+    )
+
+
+def task(number: int = 1, prompt: tuple[int, ...] = (4, 5), row: bytes = b'{"prompt":"q"}') -> Task:
+    return Task(
+        task=TaskId(run="r", incarnation="L1", number=number),
+        attempt=1,
+        kind="train",
+        prompt_ids=ids_bytes(prompt),
+        row=msgspec.Raw(row),
+        sampling=Sampling(num_generations=2, max_completion_length=4),
+        seed=11,
+        min_policy_version=0,
+        lease_s=60.0,
+        trainer_state={"global_step": 3},
+    )
+
+
+def policy(version: int) -> Policy:
+    return Policy(version=version, digest=f"d{version}", size=1)
+
+
+REWARD = RewardResult(names=["f"], rewards=floats_bytes([1.0, 0.0]))
+
+
+def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
+    house = House()
+    worker = Worker(
+        FakeEngine(),
+        Session(Identity("a0", "i0", "h", model_digest="m", tokenizer_digest="t")),
+        house.port,
+        decode=str,
+        load=house.load,
+        clock=lambda: 0.0,
+    )
+    worker.start()
+    house.port.events.append(Received(welcome()))
+    assert worker.advance()
+    hello, rewards, request = house.port.take()
+    assert isinstance(hello, Hello)
+    assert rewards == UseRewards(welcome().rewards)
+    assert request == Request(free_rows=8)
+    assert not worker.advance()
+    assert worker.heartbeat.progress == 2
+
+
+def test_a_group_from_lease_to_acknowledgement():
+    house = House()
+    lease = task()
+    key = (lease.task, 1)
+    assert house.hear(lease)
+    assert house.engine.log == ["reset", ("add", key)]
+    assert house.worker.heartbeat.groups_held == 1
+    house.port.take()
+    house.worker.advance()
+    score, request = house.port.take()
+    assert score == Score(
+        key=key,
+        row=b'{"prompt":"q"}',
+        completions=["1 2", "3"],
+        completion_ids=[[1, 2], [3]],
+        trainer_state={"global_step": 3},
+    )
+    assert request == Request(free_rows=8)
+    house.tell(Scored(key, REWARD, 0.5))
+    (group,) = house.port.take()
+    assert isinstance(group, Group)
+    assert (group.reward, group.reward_s) == (REWARD, 0.5)
+    house.now = 5.0
+    house.worker.advance()
+    assert house.port.take() == [group]
+    house.hear(Ack(task=lease.task, attempt=1))
+    house.now = 50.0
+    house.worker.advance()
+    assert house.port.take() == []
+    assert house.worker.heartbeat.groups_held == 0
+    assert house.worker.heartbeat.tokens_sampled == 4
+
+
+def test_what_fails_here_is_reported_and_the_rest_goes_on():
+    house = House()
+    bad, good = task(1, prompt=(99,)), task(2)
+    house.hear(bad, good)
+    failed = next(m for m in house.port.take() if isinstance(m, Failed))
+    assert failed.reason == "token IDs must lie in [0, 50), got 99"
+    house.worker.advance()
+    house.tell(ScoreFailed((good.task, 1), "no server"))
+    failed = next(m for m in house.port.take() if isinstance(m, Failed))
+    assert (failed.task, failed.reason) == (good.task, "scoring failed: no server")
+
+
+def test_a_policy_is_fetched_put_in_force_and_reported():
+    house = House()
+    house.hear(policy(0))
+    assert house.port.take() == [Fetch(policy(0))]
+    house.tell(Fetched(policy(0), Path("p0")))
+    assert house.applied == [(Path("p0"), "d0")]
+    assert house.port.take() == [Applied(version=0, digest="d0")]
+    house.engine.pinned = True
+    house.hear(policy(1))
+    assert house.port.take() == []
+    house.engine.pinned = False
+    house.worker.advance()
+    assert house.port.take() == [Fetch(policy(1))]
+    house.tell(FetchFailed(policy(1), "no longer served"))
+    assert house.port.take() == []
+    house.now = 1.0
+    house.worker.advance()
+    assert house.port.take() == [Fetch(policy(1))]
+    with pytest.raises(SnapshotError):
+        house.tell(Fetched(policy(1), b"bad"))
+    assert house.engine.version == 0
+
+
+def test_a_new_learner_starts_everything_anew():
+    house = House()
+    house.hear(policy(7))
+    house.tell(Fetched(policy(7), b"w"))
+    house.hear(task())
+    house.port.take()
+    house.engine.log.clear()
+    house.hear(welcome("L2"), policy(0))
+    assert house.engine.log == [("cancel", (task().task, 1)), "reset"]
+    rewards, hello, fetch = house.port.take()
+    assert (rewards, fetch) == (UseRewards(welcome().rewards), Fetch(policy(0)))
+    assert isinstance(hello, Hello)
+    house.tell(Fetched(policy(0), b"w0"))
+    assert house.engine.version == 0
+
+
+def test_cancel_stop_and_refusal():
+    house = House()
+    lease = task()
+    house.hear(lease, Cancel(task=lease.task, attempt=1))
+    assert house.engine.log[-1] == ("cancel", (lease.task, 1))
+    assert house.worker.stopped is None
+    house.hear(Stop(reason="done"))
+    assert house.worker.stopped == "done"
+    house.port.take()
+    house.worker.leave("done")
+    assert house.port.take() == [Release(reason="done")]
+    with pytest.raises(RefusedError, match="protocol_version"):
+        house.hear(Refuse(code="protocol_version", reason="1, not 2", fatal=True))
+
+
+def test_completions_match_the_prompts_form():
+    assert as_answers(b'{"prompt":"2+2="}', ["4", "5"]) == ["4", "5"]
+    row = b'{"prompt":[{"role":"user","content":"2+2"}],"answer":4}'
+    assert as_answers(row, ["4", "5"]) == [
+        [{"role": "assistant", "content": "4"}],
+        [{"role": "assistant", "content": "5"}],
+    ]
