@@ -29,7 +29,12 @@ class CheckpointError(PippinError):
 
 
 class WireError(PippinError):
-    """A message that cannot be accepted: undecodable, oversized, unknown or inconsistent."""
+    """A message that cannot be accepted; `kind` says why: "oversized", "undecodable" (not
+    msgpack), "unknown" (no message of this wire has that tag) or "invalid" (fields or sizes)."""
+
+    def __init__(self, message: str, *, kind: str = "invalid") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ChannelError(PippinError):

@@ -270,7 +270,7 @@ class Refuse(Message, frozen=True, kw_only=True):
 
 
 class Task(Message, frozen=True, kw_only=True):
-    """A lease: sample and score this prompt. `row` is the dataset row as JSON, with `prompt`.
+    """A lease: sample and score this prompt. `row` is the dataset row as JSON text, with `prompt`.
 
     `seed` does not depend on the attempt. No token is sampled by a policy older than
     `min_policy_version`; `pinned_version` (evaluation) allows that version alone.
@@ -280,7 +280,7 @@ class Task(Message, frozen=True, kw_only=True):
     attempt: int
     kind: TaskKind
     prompt_ids: bytes
-    row: msgspec.Raw
+    row: bytes
     sampling: Sampling
     seed: int
     min_policy_version: int

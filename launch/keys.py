@@ -1,0 +1,32 @@
+"""Make a folder of CURVE keys, which sockets that leave this machine require.
+
+Example: `uv run launch/keys.py keys`; then `transport.keys = "keys"` in the recipe, and
+`--keys keys` for actors elsewhere, whose hosts need server.public, actor.public and actor.secret.
+"""
+
+import argparse
+import sys
+
+from protocol.errors import ChannelError
+from protocol.keys import ACTOR_PUBLIC, ACTOR_SECRET, SERVER_PUBLIC, make_keys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="launch/keys.py", description="Make a folder of CURVE keys for tcp:// endpoints."
+    )
+    parser.add_argument("folder", help="folder to make (0700); must not hold keys yet")
+    options = parser.parse_args(arguments)
+    try:
+        folder = make_keys(options.folder)
+    except (ChannelError, OSError) as error:
+        print(f"keys: {error}", file=sys.stderr)
+        return 1
+    print(f"Keys are in {folder}. Name it as transport.keys in the recipe.")
+    print(f"Actors elsewhere need {SERVER_PUBLIC}, {ACTOR_PUBLIC} and {ACTOR_SECRET} of it.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
