@@ -23,7 +23,7 @@ from actors.sampling import RowParameters, draw, token_keys
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
-PREFILL_GROUPS = 8  # prompts that are read in one pass
+PREFILL_TOKENS = 8192  # prompt tokens, padding included, that are read in one pass
 
 
 class _Lane(GenerationBatch):
@@ -209,13 +209,17 @@ class MlxEngine:
         """Start waiting rows while there is room; returns the prompt tokens read."""
         room = self._max_rows - sum(len(rows) for _, rows in self._lanes)
         chosen: list[Work] = []
-        planned = 0
+        planned = longest = 0
         for work in self._works.values():
-            if planned >= room or len(chosen) == PREFILL_GROUPS:
+            if planned >= room:
                 break
-            if work.may_start(self._version):
-                chosen.append(work)
-                planned += len(work.waiting)
+            if not work.may_start(self._version):
+                continue
+            longest = max(longest, len(work.request.prompt_ids))
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            chosen.append(work)
+            planned += len(work.waiting)
         if not chosen:
             return 0
         now = self._clock()

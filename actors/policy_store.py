@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from protocol.messages import Policy
 
@@ -19,7 +18,7 @@ class PolicyStore:
     wants: Callable[[int], bool]
     _announced: dict[int, Policy] = field(default_factory=dict)
     _fetching: Policy | None = None
-    _here: tuple[Policy, Path | bytes] | None = None
+    _here: tuple[Policy, bytes] | None = None
     _not_before: float = 0.0
 
     def announce(self, policy: Policy) -> None:
@@ -36,7 +35,7 @@ class PolicyStore:
         self._fetching = self._announced[wanted]
         return self._fetching
 
-    def arrived(self, policy: Policy, source: Path | bytes) -> None:
+    def arrived(self, policy: Policy, source: bytes) -> None:
         """Keep a fetched snapshot until the engine takes it."""
         if policy == self._fetching:
             self._fetching = None
@@ -53,7 +52,7 @@ class PolicyStore:
         else:
             log.warning("policy version %d could not be fetched: %s", policy.version, reason)
 
-    def take(self) -> tuple[Policy, Path | bytes] | None:
+    def take(self) -> tuple[Policy, bytes] | None:
         """Return the snapshot to put in force now, once, if there is one."""
         if self._here is None or not self.wants(self._here[0].version):
             return None

@@ -6,7 +6,6 @@ arrays, which stay on the main thread.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from protocol.messages import (
@@ -30,10 +29,10 @@ class Received:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A snapshot is here: a file on this host, or its bytes."""
+    """A snapshot is here, as the bytes of its file."""
 
     policy: Policy
-    source: Path | bytes
+    data: bytes
 
 
 @dataclass(frozen=True)

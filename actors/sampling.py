@@ -41,7 +41,7 @@ def token_keys(seeds: np.ndarray, indices: np.ndarray) -> mx.array:
 class RowParameters:
     """How the B rows of a batch are sampled, as columns (B, 1). None: off for every row."""
 
-    scale: mx.array  # 1 / temperature, 1 for greedy rows
+    scale: mx.array | None  # 1 / temperature, 1 for greedy rows
     greedy: mx.array | None
     all_greedy: bool
     top_k: mx.array | None
@@ -60,7 +60,9 @@ class RowParameters:
         min_p = [s.min_p or 0.0 for s in rows]
         drawn = [s for s in rows if s.temperature > 0]
         return cls(
-            scale=column([1 / s.temperature if s.temperature else 1.0 for s in rows]),
+            scale=column([1 / s.temperature if s.temperature else 1.0 for s in rows])
+            if any(s.temperature not in (0, 1) for s in rows)
+            else None,
             greedy=mx.array(greedy) if any(greedy) else None,
             all_greedy=all(greedy),
             top_k=mx.array(top_k)[:, None] if any(s.top_k for s in drawn) else None,
@@ -91,14 +93,15 @@ def has_filter(sampling: Sampling) -> bool:
     return sampling.temperature > 0 and filters
 
 
-def draw(logits: mx.array, keys: mx.array, rows: RowParameters) -> Draw:
-    """Sample one token a row from logits (B, V) with `keys` (B, 2); greedy rows take the argmax.
+def draw(logprobs: mx.array, keys: mx.array, rows: RowParameters) -> Draw:
+    """Sample one token a row with `keys` (B, 2); greedy rows take the argmax.
 
-    The log-probs are those of the float32 distribution at the row's temperature (1 for greedy
-    rows), before any filter.
+    `logprobs` (B, V) float32, nats, are normalised, at temperature 1. The log-probs returned are
+    those of the distribution at the row's temperature (1 for greedy rows), before any filter.
     """
-    scaled = logits.astype(mx.float32) * rows.scale
-    logprobs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    if rows.scale is not None:
+        scaled = logprobs * rows.scale
+        logprobs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
     kept_logmass = None
     candidates = logprobs
     if rows.filtered and not rows.all_greedy:

@@ -10,7 +10,6 @@ until the learner acknowledges it. The worker does not own the process: a progra
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -54,8 +53,8 @@ RATE_WINDOW_S = 2.0
 class Worker:
     """Drives an engine for a learner through a port to the I/O thread.
 
-    `decode` turns completion token IDs into text for the rewards. `load(source, digest)` reads a
-    snapshot, a file or bytes, checks its digest, and returns what puts it into the model; it
+    `decode` turns completion token IDs into text for the rewards. `load(data, digest)` reads a
+    snapshot's bytes, checks its digest, and returns what puts it into the model; it
     raises SnapshotError. `heartbeat` may be read by another thread at any time.
     """
 
@@ -66,7 +65,7 @@ class Worker:
         port: Port,
         *,
         decode: Callable[[list[int]], str],
-        load: Callable[[Path | bytes, str], Callable[[], None]],
+        load: Callable[[bytes, str], Callable[[], None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.heartbeat = Heartbeat(progress=0)

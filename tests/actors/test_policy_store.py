@@ -1,7 +1,5 @@
 """Which snapshots are fetched, and when they are put in force."""
 
-from pathlib import Path
-
 from actors.policy_store import PolicyStore
 from protocol.messages import Policy
 
@@ -24,8 +22,8 @@ def test_the_newest_is_fetched_one_at_a_time_and_taken_once():
     assert store.take() == (policy(2), b"two")
     current = 2
     assert store.take() is None
-    store.arrived(policy(3), Path("three"))
-    assert store.take() == (policy(3), Path("three"))
+    store.arrived(policy(3), b"three")
+    assert store.take() == (policy(3), b"three")
     current = 3
     store.announce(policy(3))
     assert store.next_fetch(0.0) is None
