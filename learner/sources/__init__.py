@@ -1,0 +1,1 @@
+"""Where batches come from: datasets (offline, prompts) and actors (online)."""

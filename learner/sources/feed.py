@@ -1,0 +1,147 @@
+"""Examples in order, epoch after epoch, from memory or from a stream, with exact resume."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from learner.sources.dataset import RawRow, Rows
+from learner.sources.order import IndexArray, epoch_order
+from learner.sources.sieve import Sieve, require_some, stream_epoch
+from protocol.errors import CheckpointError
+from protocol.settings import DataSettings
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class FeedState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a feed stands: `taken` rows into `epoch`. `size` guards against another dataset
+    (-1: a stream)."""
+
+    epoch: int = 0
+    taken: int = 0
+    size: int = -1
+
+
+class Feed(Protocol[T_co]):
+    """Examples epoch after epoch; `next` gives None once at the end of each epoch."""
+
+    size: int
+
+    def next(self) -> T_co | None: ...
+    def state(self) -> FeedState: ...
+    def restore(self, state: FeedState) -> None: ...
+
+
+class ListFeed(Generic[T]):
+    """A feed over examples in memory."""
+
+    def __init__(
+        self,
+        examples: list[T],
+        settings: DataSettings,
+        *,
+        seed: int,
+        batch_size: int,
+        length: Callable[[T], int],
+    ) -> None:
+        self.examples = examples
+        self.size = len(examples)
+        self._settings = settings
+        self._seed = seed
+        self._batch_size = batch_size
+        self._lengths = [length(example) for example in examples]
+        self._epoch = 0
+        self._taken = 0
+        self._orders: dict[int, IndexArray] = {}
+
+    def at(self, epoch: int, place: int) -> T:
+        """Return the example at a place of an epoch."""
+        if epoch not in self._orders:
+            self._orders = {
+                epoch: epoch_order(
+                    self._settings.order,
+                    self.size,
+                    seed=self._seed,
+                    epoch=epoch,
+                    lengths=self._lengths,
+                    batch_size=self._batch_size,
+                )
+            }
+        return self.examples[int(self._orders[epoch][place])]
+
+    def next(self) -> T | None:
+        """Return the next example, or None at the end of an epoch."""
+        if self._taken == self.size:
+            self._epoch, self._taken = self._epoch + 1, 0
+            return None
+        self._taken += 1
+        return self.at(self._epoch, self._taken - 1)
+
+    def state(self) -> FeedState:
+        """Where the next example comes from."""
+        return FeedState(epoch=self._epoch, taken=self._taken, size=self.size)
+
+    def restore(self, state: FeedState) -> None:
+        """Go on from `state`; raises CheckpointError if it is of another dataset."""
+        if state.size != self.size:
+            raise CheckpointError(
+                f"the checkpoint was made with {state.size} usable rows, the dataset now has "
+                f"{self.size}; give the same data to resume (-1 stands for a stream)"
+            )
+        self._epoch, self._taken = state.epoch, state.taken
+
+
+class StreamFeed(Generic[T]):
+    """A feed over a stream: rows are read, shuffled in a finite buffer and tokenised as needed.
+
+    Resuming reads the rows before the place again, without tokenising them. The report's counts
+    start anew.
+    """
+
+    size = -1
+
+    def __init__(
+        self, rows: Rows, sieve: Sieve[T], settings: DataSettings, *, seed: int, skip: int
+    ) -> None:
+        self._rows = rows
+        self._sieve = sieve
+        self._settings = settings
+        self._seed = seed
+        self._skip = skip
+        self._epoch = 0
+        self._taken = 0
+        self._source: Iterator[tuple[int, RawRow]] | None = None
+
+    def next(self) -> T | None:
+        """Return the next example, or None at the end of an epoch; refuse an empty stream."""
+        if self._source is None:
+            self._source = islice(self._open(), self._taken, None)
+        for number, raw in self._source:
+            self._taken += 1
+            example = self._sieve(number, raw)
+            if example is not None:
+                return example
+        require_some(self._sieve.report)
+        self._epoch, self._taken, self._source = self._epoch + 1, 0, None
+        return None
+
+    def _open(self) -> Iterator[tuple[int, Any]]:
+        return stream_epoch(
+            self._rows, self._settings, skip=self._skip, seed=self._seed, epoch=self._epoch
+        )
+
+    def state(self) -> FeedState:
+        """Where the next example comes from."""
+        return FeedState(epoch=self._epoch, taken=self._taken)
+
+    def restore(self, state: FeedState) -> None:
+        """Go on from `state`; raises CheckpointError if it is of another dataset."""
+        if state.size != -1:
+            raise CheckpointError(
+                f"the checkpoint was made with {state.size} rows in memory, but data.streaming "
+                "is on; resume with the same data settings"
+            )
+        self._epoch, self._taken, self._source = state.epoch, state.taken, None

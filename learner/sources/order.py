@@ -1,0 +1,96 @@
+"""The order in which rows are visited: a pure function of kind, seed and epoch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import ConfigError
+
+T = TypeVar("T")
+Order = Literal["shuffled", "sequential", "length_grouped", "torch_randperm"]
+IndexArray = npt.NDArray[np.int64]
+
+MEGA_BATCHES = 50  # batches sorted together, as transformers' length-grouped sampler does
+# From here on torch draws 64 bits an element (aten/src/ATen/native/TensorFactories.cpp).
+_TORCH_LIMIT = (2**32 - 1) // 20
+
+
+def epoch_order(
+    order: Order,
+    count: int,
+    *,
+    seed: int,
+    epoch: int,
+    lengths: Sequence[int] = (),
+    batch_size: int = 1,
+) -> IndexArray:
+    """Return the indices (count,) of an epoch.
+
+    `lengths` (count,), in tokens, and `batch_size` serve "length_grouped" only.
+    """
+    if order == "sequential":
+        return np.arange(count, dtype=np.int64)
+    if order == "torch_randperm":
+        return torch_randperm(count, seed + epoch)
+    shuffled = _generator(seed, epoch).permutation(count).astype(np.int64)
+    if order == "shuffled":
+        return shuffled
+    return _length_grouped(shuffled, np.asarray(lengths), batch_size, _generator(seed, epoch, 1))
+
+
+def _generator(*entropy: int) -> np.random.Generator:
+    return np.random.default_rng([value % 2**64 for value in entropy])
+
+
+def _length_grouped(
+    shuffled: IndexArray, lengths: npt.NDArray[np.int64], batch_size: int, rng: np.random.Generator
+) -> IndexArray:
+    """Batches of similar length, in random order; what is left over comes last."""
+    span = batch_size * MEGA_BATCHES
+    grouped = np.concatenate(
+        [
+            chunk[np.argsort(lengths[chunk], kind="stable")]
+            for chunk in (shuffled[at : at + span] for at in range(0, len(shuffled), span))
+        ]
+        or [shuffled]
+    )
+    whole = len(grouped) // batch_size * batch_size
+    batches = grouped[:whole].reshape(-1, batch_size)
+    return np.concatenate([rng.permutation(batches).reshape(-1), grouped[whole:]])
+
+
+def torch_randperm(count: int, seed: int) -> IndexArray:
+    """`torch.randperm(count, generator=torch.Generator().manual_seed(seed))` on CPU, bit by bit.
+
+    Transformers' trainer visits rows in this order, with seed + epoch (accelerate's
+    SeedableRandomSampler).
+    """
+    if count >= _TORCH_LIMIT:
+        raise ConfigError(
+            f'data.order = "torch_randperm" serves up to {_TORCH_LIMIT} rows, got {count}; '
+            'use "shuffled"'
+        )
+    bits = np.random.RandomState(seed % 2**32)  # MT19937 seeded by the same recurrence as torch
+    draws = bits.randint(0, 2**32, size=max(count - 1, 0), dtype=np.uint32).astype(np.int64)
+    targets = np.arange(max(count - 1, 0)) + draws % np.arange(count, 1, -1)
+    order = list(range(count))
+    for index, target in enumerate(targets.tolist()):
+        order[index], order[target] = order[target], order[index]
+    return np.asarray(order, dtype=np.int64)
+
+
+def buffered_shuffle(items: Iterator[T], size: int, *, seed: int, epoch: int) -> Iterator[T]:
+    """Shuffle a stream with at most `size` items held: each draw is replaced by the next item."""
+    rng = _generator(seed, epoch)
+    buffer: list[T] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
+        place = int(rng.integers(size))
+        yield buffer[place]
+        buffer[place] = item
+    for place in rng.permutation(len(buffer)):
+        yield buffer[place]

@@ -1,0 +1,214 @@
+"""Chat templates and prompts to token IDs: one implementation for both sides of the wire.
+
+Semantics are TRL 1.16.0's (`trl/data_utils.py`, `_tokenize`): plain strings are encoded with the
+tokenizer's own special tokens, conversations by its chat template with nothing added.
+Tokenizers are transformers' or mlx-lm's TokenizerWrapper around one.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+from protocol.errors import DataError
+
+Tokenizer: TypeAlias = Any  # transformers' or mlx-lm's; neither is typed
+Json: TypeAlias = Any  # what JSON can hold
+Row = Mapping[str, Any]
+Messages = list[dict[str, Any]]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEXT_PARTS = ("text",)
+
+
+class RowError(DataError):
+    """One row that cannot be used; `kind` groups the reasons of a report."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Return transformers' tokenizer out of mlx-lm's wrapper.
+
+    The wrapper adds `enable_thinking` to every template call, which TRL does not. Wrappers with a
+    template function of their own (no Jinja) stay as they are.
+    """
+    wrappers = sys.modules.get("mlx_lm.tokenizer_utils")
+    if wrappers is None or not isinstance(tokenizer, wrappers.TokenizerWrapper):
+        return tokenizer
+    own = getattr(tokenizer, "_chat_template", None) is not None
+    return tokenizer if own else tokenizer._tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token IDs of plain text, with the special tokens that the tokenizer adds by itself."""
+    return list(plain_tokenizer(tokenizer).encode(text))
+
+
+def check_text(text: str, where: str) -> str:
+    """Return `text`; raise RowError for lone surrogates, which no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "invalid_text",
+            f"{where} holds the lone surrogate {text[error.start]!r} at character {error.start}; "
+            "text must be valid Unicode",
+        ) from None
+    return text
+
+
+def check_messages(messages: Json, where: str) -> Messages:
+    """Return messages without their null fields; raise RowError for what no template takes.
+
+    Arrow fills fields that other messages have with nulls; templates would read them as set.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RowError("mixed_types", f"{where} must be a list of messages, not {_type(messages)}")
+    if not messages:
+        raise RowError("empty", f"{where} holds no message")
+    checked: Messages = []
+    for index, message in enumerate(cast("Sequence[Any]", messages)):
+        at = f"{where}[{index}]"
+        if not isinstance(message, Mapping):
+            raise RowError("mixed_types", f"{at} must be a message, not {_type(message)}")
+        fields = cast("Mapping[str, Any]", message)
+        _check_role(fields, at)
+        content = fields.get("content")
+        _check_content(content, at, required=not fields.get("tool_calls"))
+        checked.append({k: without_nulls(v) for k, v in fields.items() if v is not None})
+        checked[-1].setdefault("content", content)
+    return checked
+
+
+def _check_role(message: Mapping[str, Any], at: str) -> None:
+    role = message.get("role")
+    if role not in ROLES:
+        raise RowError("invalid_role", f"{at}.role is {role!r}; it must be one of {list(ROLES)}")
+
+
+def _check_content(content: Json, at: str, *, required: bool) -> None:
+    if content is None and not required:
+        return
+    if isinstance(content, str):
+        check_text(content, f"{at}.content")
+        return
+    if not isinstance(content, list):
+        raise RowError("mixed_types", f"{at}.content must be text, not {_type(content)}")
+    for part in cast("list[Any]", content):
+        kind = cast("Any", part).get("type") if isinstance(part, Mapping) else _type(part)
+        if kind not in _TEXT_PARTS:
+            raise RowError("unsupported", f"{at}.content has a {kind!r} part; only text is trained")
+        check_text(str(cast("Any", part).get("text") or ""), f"{at}.content")
+
+
+def without_nulls(value: Json) -> Json:
+    """Return a copy of nested mappings and lists in which no mapping has a null."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {key: without_nulls(item) for key, item in items if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in cast("list[Any]", value)]
+    return value
+
+
+def template_options(row: Row) -> dict[str, Any]:
+    """Keyword arguments of the chat template that a row carries: `tools`, `chat_template_kwargs`.
+
+    Either may be a JSON string, as Arrow cannot hold rows of different structure.
+    """
+    kwargs = _loaded(row, "chat_template_kwargs", Mapping) or {}
+    tools = _loaded(row, "tools", list) or None  # some templates announce tools for an empty list
+    return {**without_nulls(kwargs), "tools": without_nulls(tools)}
+
+
+def _loaded(row: Row, column: str, kind: type) -> Json:
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError("mixed_types", f"{column} is not valid JSON: {error}") from None
+    if value is not None and not isinstance(value, kind):
+        raise RowError(
+            "mixed_types", f"{column} must be a {kind.__name__.lower()}, not {_type(value)}"
+        )
+    return value
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Token IDs of a conversation under the tokenizer's chat template.
+
+    Raises DataError without a template, and RowError where the template refuses the messages.
+    """
+    from jinja2.exceptions import TemplateError
+
+    plain = plain_tokenizer(tokenizer)
+    own = getattr(plain, "_chat_template", None) is not None
+    if not own and not plain.chat_template:
+        raise DataError(
+            "the dataset holds chat messages, but the tokenizer has no chat template; set "
+            "model.chat_template to a Jinja file, or use plain strings as prompts"
+        )
+    extra = {} if own else {"return_dict": True}
+    try:
+        rendered = plain.apply_chat_template(
+            messages,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **extra,
+            **options,
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise RowError("template", f"the chat template refuses the messages: {error}") from error
+    return list(rendered if own else rendered["input_ids"])
+
+
+def render_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
+    """Token IDs of `row["prompt"]`, a string or messages.
+
+    After a user or tool turn the generation prompt follows; an assistant turn is continued. Columns
+    `tools` and `chat_template_kwargs` are honoured. Raises RowError, or DataError if no row of the
+    dataset can be rendered.
+    """
+    prompt = row.get("prompt")
+    if prompt is None:
+        raise RowError("missing_column", f"no prompt; the row has {sorted(row)}")
+    if isinstance(prompt, str):
+        ids = encode(tokenizer, check_text(prompt, "prompt"))
+    else:
+        messages = check_messages(prompt, "prompt")
+        last = messages[-1]["role"]
+        if last not in ("user", "tool", "assistant"):
+            raise RowError(
+                "invalid_role",
+                f"the prompt ends with a {last!r} message; it must end with a user or tool turn "
+                "to answer or an assistant turn to continue",
+            )
+        ids = render_chat(
+            tokenizer,
+            messages,
+            template_options(row),
+            add_generation_prompt=last != "assistant",
+            continue_final_message=last == "assistant",
+        )
+    if not ids:
+        raise RowError("empty", "the prompt has no tokens")
+    return ids
+
+
+def _type(value: Json) -> str:
+    return "null" if value is None else type(value).__name__
