@@ -115,7 +115,9 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close at once; what was not sent is dropped."""
+        """Close, giving what is in the outboxes (such as `Stop`) a second to leave."""
+        if self._socket is not None:
+            self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
         await self._resources.aclose()
 

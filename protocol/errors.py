@@ -3,6 +3,8 @@
 Every message says what was required, what was got, where, and what to do next.
 """
 
+from typing import cast
+
 
 class PippinError(Exception):
     """Base of every error that Pippin raises on purpose."""
@@ -51,3 +53,13 @@ class RewardError(PippinError):
 
 class LedgerError(PippinError):
     """An event that the ledger's rules exclude: a fault in the program, never in the input."""
+
+
+def only_leaf(error: BaseException) -> BaseException:
+    """Return the single exception inside nested groups, or the group where there are several."""
+    while isinstance(error, BaseExceptionGroup):
+        inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        if len(inner) != 1:
+            break
+        error = inner[0]
+    return cast("BaseException", error)
