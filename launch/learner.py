@@ -1,0 +1,64 @@
+"""The learner process: `launch/learner.py RUN_DIR --kind grpo|preference|sft [...]`.
+
+Started by the launcher, which wrote RUN_DIR/config.toml. MLX stays on this main thread; sockets
+are served by an I/O thread. Exit status 0: the run is done or was stopped on request; 1: it failed.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from protocol.blas import HINT, load_openblas
+from protocol.errors import PippinError
+from protocol.lifeline import Lifeline
+
+log = logging.getLogger("pippin.learner")
+POLL_S = 0.2
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--kind", choices=["grpo", "preference", "sft"], required=True)
+    parser.add_argument("--endpoint", action="append", default=[], help="where actors connect")
+    parser.add_argument("--snapshots", default="", help="where snapshots are served")
+    parser.add_argument("--rewards", action="append", default=[], help="a service's endpoints, ','")
+    parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Build the run, advance it to its end, and report how it ended by the exit status."""
+    args = arguments()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    lifeline = Lifeline(child=args.child)
+    if not load_openblas():
+        log.info(HINT)
+    from launch.assemble import assemble
+
+    try:
+        with assemble(args) as run:
+            signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+            while not run.trainer.done:
+                if lifeline.stop_requested and not run.trainer.stopping:
+                    log.info("stopping after this step, as asked")
+                    run.trainer.stopping = True
+                run.trainer.advance(timeout_s=POLL_S)
+            run.complete()
+    except PippinError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if status else sys.exit(0)

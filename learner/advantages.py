@@ -1,0 +1,103 @@
+"""Rewards to advantages, as TRL 1.16.0's `GRPOTrainer` computes them (numpy, once a batch)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """`advantages` (N,) float64, 0 for rows without a reward; `metrics` under TRL's names."""
+
+    advantages: Floats
+    metrics: dict[str, float]
+
+
+def advantages(
+    rewards: npt.NDArray[np.floating],
+    *,
+    groups: npt.NDArray[np.integer],
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    scale_rewards: Literal["group", "batch", "none"] = "group",
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+) -> Advantages:
+    """Return the advantages of N completions from rewards (N, F), NaN for None.
+
+    `groups` (N,) names each row's group; groups may differ in size. Deviations are
+    Bessel-corrected and 1e-4 is added to them; a group with one valid row gets advantage 0.
+    `normalize_then_sum` is GDPO: each function is normalised in its group, then their weighted sum
+    over the batch.
+    """
+    table = np.asarray(rewards, np.float64)
+    scale = np.asarray(weights if weights is not None else [1.0] * table.shape[1], np.float64)
+    if scale.shape != (table.shape[1],):
+        raise ValueError(
+            f"reward_weights has {scale.size} numbers, but {table.shape[1]} reward functions "
+            f"answered: {', '.join(names)}. Give one weight a function, in their order."
+        )
+    total = _weighted(table, scale)
+    deviations = _per_group(total, groups, _std)
+    if aggregation == "sum_then_normalize":
+        result = total - _per_group(total, groups, _mean)
+        if scale_rewards == "group":
+            result = result / (deviations + EPSILON)
+        elif scale_rewards == "batch":
+            result = result / (_std(total) + EPSILON)
+    else:
+        columns = [
+            (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
+            for c in table.T
+        ]
+        summed = _weighted(np.stack(columns, axis=1), scale)
+        result = (summed - _mean(summed)) / (_std(summed) + EPSILON)
+    return Advantages(np.nan_to_num(result, nan=0.0), _metrics(table, total, groups, names))
+
+
+def _metrics(
+    table: Floats, total: Floats, groups: npt.NDArray[np.integer], names: Sequence[str]
+) -> dict[str, float]:
+    firsts = np.unique(groups, return_index=True)[1]
+    means = _per_group(total, groups, _mean)[firsts]
+    deviations = _per_group(total, groups, _std)[firsts]
+    metrics: dict[str, float] = {}
+    for name, column in zip(names, table.T, strict=True):
+        metrics[f"rewards/{name}/mean"] = _mean(column)
+        metrics[f"rewards/{name}/std"] = _std(column)
+    metrics["reward"] = _mean(means)
+    metrics["reward_std"] = _mean(deviations)
+    metrics["frac_reward_zero_std"] = float(np.isclose(deviations, 0.0).mean())
+    return metrics
+
+
+def _weighted(table: Floats, scale: Floats) -> Floats:
+    """Return the weighted sum of a row's values, NaN left out; NaN where all are."""
+    empty = np.isnan(table).all(axis=1)
+    return np.where(empty, np.nan, np.nansum(table * scale, axis=1))
+
+
+def _mean(values: Floats) -> float:
+    valid = values[~np.isnan(values)]
+    return float(valid.mean()) if valid.size else np.nan
+
+
+def _std(values: Floats) -> float:
+    valid = values[~np.isnan(values)]
+    return float(valid.std(ddof=1)) if valid.size > 1 else np.nan
+
+
+def _per_group(
+    values: Floats, groups: npt.NDArray[np.integer], of: Callable[[Floats], float]
+) -> Floats:
+    """Return `of` a group's values, at each of its rows."""
+    result = np.empty(len(values))
+    for group in np.unique(groups):
+        rows = groups == group
+        result[rows] = of(values[rows])
+    return result

@@ -1,0 +1,416 @@
+"""The learner's side of the conversation with its actors, without a socket, clock or MLX.
+
+The coordinator owns the ledger and the prompts. It turns messages of actors and commands of the
+trainer into ledger events, and collects what must be sent: `take_outgoing`. Time is passed in.
+An I/O shell (`learner/service.py`) moves the bytes.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from learner.ledger import Ledger
+from learner.ledger_types import Cancelled, Receipt
+from learner.sources.prompts import Prompt, PromptSource
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    ActorMessage,
+    Applied,
+    Cancel,
+    Failed,
+    Group,
+    Heartbeat,
+    Hello,
+    LearnerMessage,
+    Policy,
+    Refuse,
+    Release,
+    Request,
+    Sampling,
+    Stop,
+    Task,
+    TaskId,
+    Welcome,
+    floats_view,
+    ids_bytes,
+    ids_view,
+)
+
+log = logging.getLogger("pippin.learner")
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """A group with the prompt that it answers; `attempt` is the one that counted."""
+
+    prompt: Prompt
+    group: Group
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """B groups in queue order. `trained_at` is the policy version of the first update."""
+
+    groups: list[TrainedGroup]
+    trained_at: int
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The evaluation of one policy version: its groups, and how many rows were dropped."""
+
+    version: int
+    groups: list[TrainedGroup]
+    dropped: int
+
+
+@dataclass
+class Peer:
+    """What the learner knows of an actor. `credit` is in completions."""
+
+    actor_id: str
+    incarnation: str
+    host: str
+    ready: bool = False
+    credit: int = 0
+    progress: int = -1
+    applied: int = -1
+    tokens_per_s: float = 0.0
+    tokens_sampled: int = 0
+    last_seen: float = 0.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run asks of its tasks, and what it tells an actor that joins."""
+
+    welcome: Welcome
+    train: Sampling
+    evaluate: Sampling
+    seed: int
+    lease_s: float
+    vocab_size: int
+    actor_timeout_s: float = 30.0
+    trainer_state: Callable[[], dict[str, Any]] = dict
+
+
+@dataclass
+class Coordinator:
+    """Leases tasks, takes groups, announces policies. One thread at a time may call it."""
+
+    ledger: Ledger
+    prompts: PromptSource
+    eval_prompts: list[Prompt]
+    terms: Terms
+    peers: dict[bytes, Peer] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    policy: Policy | None = None
+    _tasks: dict[TaskId, Prompt] = field(default_factory=dict)
+    _train: set[TaskId] = field(default_factory=set)
+    _groups: dict[TaskId, Group] = field(default_factory=dict)
+    _waiting: Policy | None = None
+    _outgoing: list[tuple[bytes, LearnerMessage]] = field(default_factory=list)
+
+    # ---- from the actors -----------------------------------------------------------------
+
+    def receive(self, peer: bytes, message: ActorMessage, now: float) -> None:
+        """Act on one message of an actor; anything but Hello needs a Hello before it."""
+        known = self.peers.get(peer)
+        if isinstance(message, Hello):
+            self._hello(peer, message, now)
+        elif known is None:
+            self._refuse(peer, "hello_required", "say Hello first")
+        else:
+            known.last_seen = now
+            self._from_actor(peer, known, message, now)
+        self.assign(now)
+
+    def _from_actor(self, peer: bytes, actor: Peer, message: ActorMessage, now: float) -> None:
+        match message:
+            case Request():
+                actor.credit = message.free_rows
+            case Group():
+                self._group(peer, actor, message, now)
+            case Failed():
+                self._failed(peer, actor, message, now)
+            case Heartbeat():
+                if message.progress != actor.progress:
+                    self.ledger.progressed(actor.actor_id, now)
+                actor.progress = message.progress
+                actor.tokens_per_s = message.tokens_per_s
+                actor.tokens_sampled = message.tokens_sampled
+            case Applied():
+                actor.applied = message.version
+            case Release():
+                log.info("actor %s leaves: %s", actor.actor_id, message.reason)
+                self.gone(peer, now, blamed=False)
+            case Hello():
+                self._hello(peer, message, now)
+
+    def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
+        terms = self.terms.welcome
+        if hello.protocol_version != PROTOCOL_VERSION:
+            self._refuse(
+                peer,
+                "protocol_version",
+                f"the learner speaks protocol version {PROTOCOL_VERSION}, actor {hello.actor_id} "
+                f"speaks {hello.protocol_version}; install the same version of Pippin on both",
+            )
+            return
+        if not hello.model_digest and not hello.tokenizer_digest:
+            self._send(peer, terms)
+            return
+        for code, ours, theirs in (
+            ("model", terms.model_digest, hello.model_digest),
+            ("tokenizer", terms.tokenizer_digest, hello.tokenizer_digest),
+        ):
+            if ours != theirs:
+                self._refuse(
+                    peer,
+                    code,
+                    f"the learner's {code} has digest {ours}, that of actor {hello.actor_id} on "
+                    f"{hello.host or 'its host'} has {theirs}; give both the same folder",
+                )
+                return
+        for other, actor in list(self.peers.items()):
+            if actor.actor_id == hello.actor_id and (
+                other != peer or actor.incarnation != hello.actor_incarnation
+            ):
+                self.gone(other, now, keep_leases=actor.incarnation == hello.actor_incarnation)
+        self.peers[peer] = Peer(
+            hello.actor_id, hello.actor_incarnation, hello.host, ready=True, last_seen=now
+        )
+        self.counters["hellos"] += 1
+        self._send(peer, terms)
+        if self.policy is not None:
+            self._send(peer, self.policy)
+
+    def _group(self, peer: bytes, actor: Peer, group: Group, now: float) -> None:
+        prompt = self._tasks.get(group.task)
+        if prompt is None:
+            self.ledger.received(group.task, group.attempt, actor.actor_id, now)
+            self.counters["groups_unknown"] += 1
+            self._send(peer, Ack(task=group.task, attempt=group.attempt))
+            return
+        fault = self._fault(group)
+        if fault:
+            self.counters["groups_invalid"] += 1
+            log.error("group %s of actor %s: %s", group.task, actor.actor_id, fault)
+            self._send(peer, Refuse(code="invalid", reason=fault))
+            self._settle(group.task, self.ledger.failed(group.task, group.attempt, fault, now))
+        else:
+            versions = {s.version for c in group.completions for s in c.policy_spans}
+            receipt = self.ledger.received(
+                group.task, group.attempt, actor.actor_id, now, versions=sorted(versions)
+            )
+            if receipt.outcome == "accepted":
+                self._groups[group.task] = group
+            self._settle(group.task, receipt)
+        self._send(peer, Ack(task=group.task, attempt=group.attempt))
+
+    def _fault(self, group: Group) -> str:
+        """Return why a group cannot be trained, or ''."""
+        sampling = self.terms.train if group.task in self._train else self.terms.evaluate
+        expected = sampling.num_generations
+        if len(group.completions) != expected:
+            return f"{expected} completions are required, got {len(group.completions)}"
+        for completion in group.completions:
+            ids = ids_view(completion.token_ids)
+            if ids.min() < 0 or ids.max() >= self.terms.vocab_size:
+                return f"token IDs must lie in [0, {self.terms.vocab_size})"
+            if not np.isfinite(floats_view(completion.behaviour_logprobs)).all():
+                return "behaviour_logprobs must be finite"
+        return ""
+
+    def _failed(self, peer: bytes, actor: Peer, message: Failed, now: float) -> None:
+        log.warning("task %s of actor %s: %s", message.task, actor.actor_id, message.reason)
+        receipt = self.ledger.failed(message.task, message.attempt, message.reason, now)
+        self._settle(message.task, receipt)
+        self._send(peer, Ack(task=message.task, attempt=message.attempt))
+
+    def _settle(self, task: TaskId, receipt: Receipt) -> None:
+        """Cancel the attempt that became needless, and forget a task that was given up."""
+        if receipt.cancelled is not None:
+            self._cancel([receipt.cancelled])
+        if receipt.dropped:
+            self._forget(task)
+
+    def _cancel(self, ended: list[Cancelled]) -> None:
+        holders = {actor.actor_id: peer for peer, actor in self.peers.items()}
+        for lease in ended:
+            if lease.actor in holders:
+                self._send(holders[lease.actor], Cancel(task=lease.task, attempt=lease.attempt))
+            if lease.dropped:
+                self._forget(lease.task)
+
+    def gone(
+        self, peer: bytes, now: float, *, keep_leases: bool = False, blamed: bool = True
+    ) -> None:
+        """Forget an actor; its leases go to others unless it only reconnected."""
+        actor = self.peers.pop(peer, None)
+        if actor is not None and not keep_leases:
+            self._cancel(self.ledger.actor_gone(actor.actor_id, now, blamed=blamed))
+
+    # ---- from the trainer ----------------------------------------------------------------
+
+    def advance(self, policy: Policy, now: float) -> None:
+        """Take a new policy; one newer than the ledger's version consumes the batch in training.
+
+        While an evaluation is open the announcement waits for it, and no task joins meanwhile: a
+        task that joined now would be sampled by a policy older than the bound on staleness allows.
+        """
+        if policy.version > self.ledger.version:
+            self.ledger.consumed()
+        self._waiting = policy
+        self._announce(now)
+
+    def _announce(self, now: float) -> None:
+        if self._waiting is not None and not self.ledger.eval_open():
+            policy, self._waiting = self._waiting, None
+            self.policy = policy
+            self.ledger.published(policy.version, policy.digest)
+            for peer in self.peers:
+                self._send(peer, policy)
+        self.assign(now)
+
+    def evaluate(self, version: int, now: float) -> None:
+        """Queue the held-out rows, pinned to a version."""
+        keys = [prompt.row_key for prompt in self.eval_prompts]
+        tasks = self.ledger.join_eval(keys, version, now)
+        self._tasks.update(zip(tasks, self.eval_prompts, strict=True))
+        self.assign(now)
+
+    def stop(self, reason: str) -> None:
+        """Tell every actor that the run is over."""
+        for peer in self.peers:
+            self._send(peer, Stop(reason=reason))
+
+    # ---- time ----------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Let leases expire, and forget actors that have been silent."""
+        self._cancel(self.ledger.expire(now))
+        for peer, actor in list(self.peers.items()):
+            if now - actor.last_seen > self.terms.actor_timeout_s:
+                log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
+                self.gone(peer, now)
+        self.assign(now)
+
+    def assign(self, now: float) -> None:
+        """Join new tasks while there is room, and lease what can be leased."""
+        for _ in range(self.ledger.room() if self._waiting is None else 0):
+            prompt = self.prompts.next()
+            if prompt is None:
+                self.ledger.end_of_rows(now)
+                break
+            task = self.ledger.join(prompt.row_key, now)
+            self._tasks[task] = prompt
+            self._train.add(task)
+        if self.policy is None:
+            return
+        for peer, actor in sorted(self.peers.items(), key=lambda item: -item[1].credit):
+            if actor.ready and actor.credit > 0:
+                self._lease(peer, actor, now)
+
+    def _lease(self, peer: bytes, actor: Peer, now: float) -> None:
+        for lease in self.ledger.lease(actor.actor_id, actor.credit, now):
+            sampling = self.terms.train if lease.kind == "train" else self.terms.evaluate
+            actor.credit = max(0, actor.credit - sampling.num_generations)
+            prompt = self._tasks[lease.task]
+            self._send(
+                peer,
+                Task(
+                    task=lease.task,
+                    attempt=lease.attempt,
+                    kind=lease.kind,
+                    prompt_ids=ids_bytes(prompt.prompt_ids),
+                    row=msgspec.json.encode(prompt.row),
+                    sampling=sampling,
+                    seed=task_seed(self.terms.seed, lease.task, lease.kind),
+                    min_policy_version=lease.min_policy_version,
+                    pinned_version=lease.pinned_version,
+                    lease_s=self.terms.lease_s,
+                    trainer_state=self.terms.trainer_state(),
+                ),
+            )
+
+    # ---- results -------------------------------------------------------------------------
+
+    def next_batch(self, now: float) -> TrainBatch | None:
+        """Form the next batch if its B groups are there."""
+        if not self.ledger.batch_ready():
+            return None
+        formed = self.ledger.form_batch(now)
+        return TrainBatch([self._take(task) for task in formed.tasks], trained_at=formed.version)
+
+    def next_eval(self, now: float) -> EvalResult | None:
+        """Return a finished evaluation."""
+        if not self.ledger.eval_ready():
+            return None
+        done = self.ledger.take_eval()
+        result = EvalResult(done.version, [self._take(t) for t in done.tasks], len(done.dropped))
+        for task in self._tasks.keys() - self._train:
+            del self._tasks[task]
+        self._announce(now)
+        return result
+
+    def _take(self, task: TaskId) -> TrainedGroup:
+        taken = TrainedGroup(self._tasks[task], self._groups[task])
+        self._forget(task)
+        return taken
+
+    def _forget(self, task: TaskId) -> None:
+        self._tasks.pop(task, None)
+        self._groups.pop(task, None)
+        self._train.discard(task)
+
+    def take_outgoing(self) -> list[tuple[bytes, LearnerMessage]]:
+        """Return and clear what must be sent, in order."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    def rates(self) -> dict[str, float]:
+        """Return the figures of the actors and the queue for metrics and display."""
+        figures = {f"actors/{a.actor_id}/tokens_per_s": a.tokens_per_s for a in self.peers.values()}
+        figures["actors/tokens_per_s"] = sum(figures.values())
+        figures["actors/count"] = float(len(self.peers))
+        figures["actors/tokens_sampled"] = float(sum(a.tokens_sampled for a in self.peers.values()))
+        figures["queue/queued"] = float(self.ledger.queued)
+        figures["queue/in_training"] = float(self.ledger.in_training)
+        for name, value in msgspec.to_builtins(self.ledger.counters).items():
+            total = sum(value.values()) if isinstance(value, dict) else value
+            figures[f"ledger/{name}"] = float(total)
+        figures.update({f"wire/{k}": float(v) for k, v in self.counters.items()})
+        return figures
+
+    def oldest_applied(self) -> int:
+        """Return the oldest version that an actor may still sample with."""
+        return min((a.applied for a in self.peers.values()), default=-1)
+
+    def _send(self, peer: bytes, message: LearnerMessage) -> None:
+        self._outgoing.append((peer, message))
+
+    def _refuse(
+        self,
+        peer: bytes,
+        code: Literal["hello_required", "protocol_version", "model", "tokenizer"],
+        reason: str,
+    ) -> None:
+        self.counters[f"refused_{code}"] += 1
+        self._send(peer, Refuse(code=code, reason=reason, fatal=code != "hello_required"))
+
+
+def task_seed(seed: int, task: TaskId, kind: str) -> int:
+    """Return a task's sampling seed, 64 bits: of the run's seed, number and kind, not the attempt.
+
+    The incarnation is left out, so that a resumed run samples what the first would have sampled.
+    """
+    entropy = np.random.SeedSequence([seed, task.number, int(kind == "eval")])
+    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,284 @@
+"""GRPO over groups from the actors: groups to arrays, and the loss of a micro-batch.
+
+The mathematics is in `learner/objectives/grpo.py` and `learner/advantages.py`; here rows are
+gathered, padded and skipped, reference and old log-probs are computed, and rollouts described.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from learner.advantages import advantages
+from learner.batches import TokenBatch, aligned, token_batch
+from learner.coordinator import TrainBatch, TrainedGroup
+from learner.evaluation import reward_matrix
+from learner.forward import Head, completion_logprobs
+from learner.objectives import grpo as objective
+from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
+from learner.trainer import Arrays, Prepared
+from protocol.errors import RewardError
+from protocol.messages import floats_view, ids_view
+from protocol.settings import GrpoSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The N completions of a batch, rows in group order. `groups` holds each row's group."""
+
+    prompts: list[np.ndarray]
+    completions: list[np.ndarray]
+    sampler_logprobs: list[np.ndarray]
+    finished: np.ndarray  # (N,) bool, False: cut at max_completion_length
+    groups: np.ndarray  # (N,) int
+
+
+def gather_rows(groups: Sequence[TrainedGroup]) -> Rows:
+    """Return the rows of `groups`."""
+    pairs = [(i, item, c) for i, item in enumerate(groups) for c in item.group.completions]
+    return Rows(
+        prompts=[np.asarray(item.prompt.prompt_ids, np.int32) for _, item, _ in pairs],
+        completions=[ids_view(c.token_ids) for _, _, c in pairs],
+        sampler_logprobs=[floats_view(c.behaviour_logprobs) for _, _, c in pairs],
+        finished=np.array([c.finish_reason == "stop" for _, _, c in pairs]),
+        groups=np.array([i for i, _, _ in pairs]),
+    )
+
+
+@dataclass
+class GrpoObjective:
+    """GRPO's loss family over batches of groups.
+
+    `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
+    """
+
+    settings: GrpoSettings
+    train: TrainSettings
+    model: nn.Module
+    temperature: float
+    max_completion_length: int
+    weights: Sequence[float] | None
+    head: Head
+    describe: Callable[[TrainedGroup, int], dict[str, Any]]
+    reference: nn.Module | None = None
+    max_none_batches: int = 3
+    _none_batches: int = 0
+
+    @property
+    def num_iterations(self) -> int:
+        """Return how often the batch is trained on."""
+        return self.settings.num_iterations
+
+    def prepare(self, batch: TrainBatch) -> Prepared:
+        """Return the arrays of a batch: rows that cannot contribute are left out of them."""
+        rows = gather_rows(batch.groups)
+        names, rewards = reward_matrix(batch.groups)
+        self._check_rewards(names, rewards, batch)
+        result = advantages(
+            rewards,
+            groups=rows.groups,
+            names=names,
+            weights=self.weights,
+            scale_rewards=self.settings.scale_rewards,
+            aggregation=self.settings.multi_objective_aggregation,
+        )
+        masks = [np.ones(len(c), np.float32) for c in rows.completions]
+        if self.settings.mask_truncated_completions:
+            masks = [m * float(f) for m, f in zip(masks, rows.finished, strict=True)]
+        metrics = {**result.metrics, **self._metrics(batch, rows)}
+        lines = [self.describe(item, batch.trained_at) for item in batch.groups]
+        live = self._contributing(result.advantages)
+        step = bool(result.advantages.any()) or self._moves_without_advantages()
+        prepared = Prepared([], metrics, step=step, rollouts=lines)
+        if step:
+            prepared.micro = self._micro(rows, masks, result.advantages, live)
+        return prepared
+
+    def _moves_without_advantages(self) -> bool:
+        s = self.settings
+        return s.zero_advantage_step or s.beta > 0 or s.entropy_coef != 0
+
+    def _contributing(self, row_advantages: np.ndarray) -> np.ndarray:
+        """Return which rows (N,) the forward pass needs: exact, for the others give no gradient."""
+        if self._moves_without_advantages() or self.settings.top_entropy_quantile < 1:
+            return np.ones(len(row_advantages), bool)
+        return row_advantages != 0
+
+    def _micro(
+        self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, live: np.ndarray
+    ) -> list[Arrays]:
+        """Return one mapping of arrays a micro-batch of `micro_batch_size` groups."""
+        chosen = sorted({int(g) for g in rows.groups[live]})
+        size = self.train.micro_batch_size
+        micro: list[Arrays] = []
+        for start in range(0, len(chosen), size):
+            part = set(chosen[start : start + size])
+            index = [i for i in range(len(live)) if live[i] and int(rows.groups[i]) in part]
+            micro.append(self._arrays(rows, masks, row_advantages, index))
+        shared = self._normalisers(masks, micro)
+        for arrays in micro:
+            arrays.update(shared)
+        return micro
+
+    def _normalisers(self, masks: list[np.ndarray], micro: list[Arrays]) -> Arrays:
+        """Return the whole batch's normalisers, each under `normaliser/...`."""
+        threshold: float | None = None
+        tokens: float | None = None
+        if self.settings.top_entropy_quantile < 1:
+            entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
+            flat = [np.array(arrays["mask"]).ravel() for arrays in micro]
+            threshold, tokens = objective.entropy_quantile(
+                np.concatenate(entropies), np.concatenate(flat), self.settings.top_entropy_quantile
+            )
+        values = objective.grpo_normalisers(
+            mask_sums=np.array([m.sum() for m in masks]),
+            max_completion_length=self.max_completion_length,
+            entropy_threshold=threshold,
+            entropy_tokens=tokens,
+        )
+        return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
+
+    def _arrays(
+        self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
+    ) -> Arrays:
+        tokens = token_batch(
+            [rows.prompts[i] for i in index],
+            [rows.completions[i] for i in index],
+            masks=[masks[i] for i in index],
+            length_bucket=self.train.length_bucket,
+        )
+        sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
+        arrays = to_device(tokens)
+        arrays["advantages"] = mx.array(row_advantages[index].astype(np.float32))
+        arrays["sampling_logps"] = mx.array(sampler)
+        settings = self.settings
+        if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
+            old, entropies = self._logprobs(self.model, arrays)
+            if settings.old_logprobs == "recompute":
+                arrays["old_logps"] = old
+            if settings.top_entropy_quantile < 1:
+                arrays["entropies"] = entropies
+        if settings.importance_sampling_correction:
+            arrays["ratio"] = objective.importance_ratio(
+                arrays["old_logps"], arrays["sampling_logps"], arrays["mask"], settings
+            )
+        if settings.beta > 0:
+            if self.reference is None:
+                raise ValueError("objective.beta > 0 needs a reference policy")
+            arrays["ref_logps"], _ = self._logprobs(self.reference, arrays)
+        mx.eval(arrays)
+        return arrays
+
+    def _logprobs(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        return completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            temperature=self.temperature,
+            head=self.head,
+            entropy=self.settings.top_entropy_quantile < 1,
+            gradient=False,
+        )
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss and its mergeable metrics."""
+        logps, entropies = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            temperature=self.temperature,
+            head=self.head,
+            entropy=True,
+            entropy_gradient=self.settings.entropy_coef != 0,
+        )
+        sampling = arrays["sampling_logps"]
+        loss, metrics = objective.grpo_loss(
+            logps,
+            entropies,
+            advantages=arrays["advantages"],
+            mask=arrays["mask"],
+            old_logps=arrays.get("old_logps", sampling),
+            ref_logps=arrays.get("ref_logps"),
+            sampling_logps=sampling,
+            ratio=arrays.get("ratio"),
+            normalisers={
+                key.removeprefix("normaliser/"): value
+                for key, value in arrays.items()
+                if key.startswith("normaliser/")
+            },
+            settings=self.settings,
+        )
+        gap = mx.abs(arrays.get("old_logps", mx.stop_gradient(logps)) - sampling) * arrays["mask"]
+        name = "sampling/sampling_logp_difference"
+        metrics |= mean(f"{name}/mean", gap.sum(), arrays["mask"].sum())
+        return loss, metrics | maximum(f"{name}/max", gap.max())
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        return merge_metrics(first, second)
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        """Turn merged metrics into TRL's."""
+        return finish_metrics(metrics)
+
+    def _check_rewards(self, names: list[str], rewards: np.ndarray, batch: TrainBatch) -> None:
+        self._none_batches = self._none_batches + 1 if np.isnan(rewards).all() else 0
+        if self._none_batches >= self.max_none_batches:
+            faults = {
+                f"{f.function}: {f.kind}: {f.message.splitlines()[-1]}"
+                for item in batch.groups
+                for f in item.group.reward.faults
+                if f.message
+            }
+            raise RewardError(
+                f"Every reward of {self._none_batches} batches in a row was None "
+                f"(functions: {', '.join(names) or 'none answered'}). "
+                f"{' '.join(sorted(faults)[:5])} See the reward server's log; mend the functions, "
+                "then go on with --run.resume."
+            )
+
+    def _metrics(self, batch: TrainBatch, rows: Rows) -> dict[str, float]:
+        lengths = np.array([len(c) for c in rows.completions])
+        ended = lengths[rows.finished]
+        ages = [
+            batch.trained_at - s.version
+            for item in batch.groups
+            for c in item.group.completions
+            for s in c.policy_spans
+        ]
+        faults = [f for item in batch.groups for f in item.group.reward.faults]
+        metrics = {
+            "completions/mean_length": float(lengths.mean()),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": float(1 - rows.finished.mean()),
+            "completions/mean_terminated_length": float(ended.mean()) if ended.size else 0.0,
+            "completions/min_terminated_length": float(ended.min()) if ended.size else 0.0,
+            "completions/max_terminated_length": float(ended.max()) if ended.size else 0.0,
+            "staleness/mean": float(np.mean(ages)),
+            "staleness/max": float(max(ages)),
+            "rewards/faults": float(len(faults)),
+            "rewards/timeouts": float(sum(f.kind == "timeout" for f in faults)),
+            "time/reward_s": float(np.mean([g.group.reward_s for g in batch.groups])),
+            "time/generation_s": float(np.mean([g.group.generation_s for g in batch.groups])),
+            "batch_tokens": float(lengths.sum() + sum(len(p) for p in rows.prompts)),
+        }
+        for item in batch.groups:
+            for name, value in item.group.reward.log_metric.items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
+        return metrics
+
+
+def to_device(tokens: TokenBatch) -> Arrays:
+    """Return a token batch as MLX arrays by name."""
+    return {
+        "input_ids": mx.array(tokens.input_ids),
+        "targets": mx.array(tokens.targets),
+        "positions": mx.array(tokens.positions),
+        "mask": mx.array(tokens.mask),
+    }

@@ -1,0 +1,201 @@
+"""The learner's I/O thread: sockets on one side, the trainer's bridge on the other.
+
+The trainer's commands come in through the bridge and what it waits for goes out through it; the
+coordinator, which owns the ledger, decides in between. Everything here handles bytes and numpy.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from learner.coordinator import Coordinator
+from protocol.bridge import Bridge
+from protocol.channel import Server
+from protocol.messages import Policy
+from protocol.snapshot_channel import SnapshotServer
+
+log = logging.getLogger("pippin.learner")
+TICK_S = 0.25
+
+
+@dataclass(frozen=True)
+class WantBatch:
+    """The trainer is free: hand over the next batch as soon as its groups are there."""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """A policy can be fetched; one of a new version says that the batch in training is consumed."""
+
+    policy: Policy
+    path: Path
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the policy of this version on the held-out rows."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class WantState:
+    """Hand over the state of ledger and prompts, for a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The run is over: tell the actors, then end."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What a checkpoint keeps of the I/O thread: encoded ledger, position of the prompts."""
+
+    ledger: bytes
+    prompts: bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Figures of actors, queue and wire, sent with every batch."""
+
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Exhausted:
+    """No batch will come: the rows are used up."""
+
+
+Command = WantBatch | Publish | Evaluate | WantState | Finish
+
+
+@dataclass
+class Service:
+    """Run the coordinator over sockets until the trainer says Finish."""
+
+    coordinator: Coordinator
+    endpoints: list[str]
+    snapshot_endpoint: str
+    bridge: Bridge
+    journal: Path
+    keys: str = ""
+    max_message_bytes: int = 64 << 20
+    wants_batch: bool = False
+    _policies: dict[tuple[int, str], Path] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Serve until Finish; errors end the bridge and are raised at the trainer."""
+        async with (
+            Server(
+                self.endpoints, keys=self.keys or None, max_message_bytes=self.max_message_bytes
+            ) as server,
+            SnapshotServer(self.snapshot_endpoint, keys=self.keys or None) as snapshots,
+        ):
+            self._server, self._snapshots = server, snapshots
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._receive)
+                tasks.start_soon(self._tick)
+                await self._commands()
+                tasks.cancel_scope.cancel()
+
+    async def _receive(self) -> None:
+        while True:
+            peer, message = await self._server.receive()
+            self.coordinator.receive(peer, message, time.monotonic())
+            await self._flush()
+
+    async def _tick(self) -> None:
+        while True:
+            await anyio.sleep(TICK_S)
+            for peer in self._server.take_gone():
+                self.coordinator.gone(peer, time.monotonic())
+            self.coordinator.tick(time.monotonic())
+            self._retire_snapshots()
+            await self._flush()
+
+    async def _commands(self) -> None:
+        while True:
+            command: Command = await self.bridge.aget()
+            now = time.monotonic()
+            match command:
+                case WantBatch():
+                    self.wants_batch = True
+                case Publish(policy, path):
+                    self._serve(policy, path)
+                    self.coordinator.advance(self._announced(policy), now)
+                case Evaluate(version):
+                    self.coordinator.evaluate(version, now)
+                case WantState():
+                    await self.bridge.aput(self._state())
+                case Finish(reason):
+                    self.coordinator.stop(reason)
+                    await self._flush()
+                    return
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """Send what the coordinator decided, journal it, and hand over what is ready."""
+        for peer, message in self.coordinator.take_outgoing():
+            self._server.send(peer, message)
+        self._write_journal()
+        result = self.coordinator.next_eval(time.monotonic())
+        if result is not None:
+            await self.bridge.aput(result)
+        if not self.wants_batch:
+            return
+        batch = self.coordinator.next_batch(time.monotonic())
+        if batch is not None:
+            self.wants_batch = False
+            await self.bridge.aput(self._rates())
+            await self.bridge.aput(batch)
+        elif self.coordinator.ledger.finished:
+            self.wants_batch = False
+            await self.bridge.aput(Exhausted())
+
+    def _rates(self) -> Rates:
+        figures = self.coordinator.rates()
+        for kind, count in self._server.refusals.items():
+            figures[f"wire/refused_{kind}"] = float(count)
+        return Rates(figures)
+
+    def _state(self) -> SourceState:
+        return SourceState(
+            msgspec.msgpack.encode(self.coordinator.ledger.state()),
+            msgspec.msgpack.encode(self.coordinator.prompts.state()),
+        )
+
+    def _serve(self, policy: Policy, path: Path) -> None:
+        self._policies[policy.version, policy.digest] = path
+        self._snapshots.register(policy.version, policy.digest, path)
+
+    def _announced(self, policy: Policy) -> Policy:
+        return msgspec.structs.replace(policy, endpoint=self._snapshots.endpoint)
+
+    def _retire_snapshots(self) -> None:
+        """Delete superseded files that no actor can still ask for."""
+        current = self.coordinator.policy
+        if current is None:
+            return
+        keep_from = min(current.version, max(0, self.coordinator.oldest_applied()))
+        paths = {path for key, path in self._policies.items() if key[0] >= keep_from}
+        for key, path in list(self._policies.items()):
+            if key[0] < keep_from:
+                del self._policies[key]
+                self._snapshots.unregister(*key)
+                if path not in paths:
+                    path.unlink(missing_ok=True)
+
+    def _write_journal(self) -> None:
+        events = self.coordinator.ledger.drain_events()
+        if events:
+            with self.journal.open("ab") as file:
+                for event in events:
+                    file.write(msgspec.json.encode(event) + b"\n")

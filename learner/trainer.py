@@ -1,0 +1,288 @@
+"""The loop: a source yields batches, an objective turns them into arrays, the updater steps.
+
+The trainer knows neither where batches come from nor what is optimised. It owns no process: a
+program calls `advance` until `done`, and waits on the source in between.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.records import Records
+from learner.step import Step, random_state, set_random_state
+from protocol.errors import CheckpointError
+from protocol.policy import trainable
+
+log = logging.getLogger("pippin.learner")
+
+BatchT = TypeVar("BatchT")
+Arrays = dict[str, mx.array]
+
+
+@dataclass
+class Prepared:
+    """A batch as arrays: one mapping a micro-batch, and what is known before the step.
+
+    `step` False: nothing can be learned from it, so the optimiser does not move. `micro` may
+    leave out rows that contribute nothing; normalisers count them all the same.
+    """
+
+    micro: list[Arrays]
+    metrics: dict[str, float]
+    step: bool = True
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Source(Protocol[BatchT]):
+    """Where batches come from."""
+
+    exhausted: bool
+
+    def poll(self, timeout_s: float = 0.0) -> BatchT | None:
+        """Return the next batch, if it is there."""
+        ...
+
+    def stepped(self, version: int) -> None:
+        """Take note that a batch was consumed: `version` batches are, in all."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """Return what the source measured for this batch."""
+        ...
+
+    def state(self) -> bytes:
+        """Return what a resume needs."""
+        ...
+
+
+class Objective(Protocol[BatchT]):
+    """What is optimised."""
+
+    num_iterations: int
+
+    def prepare(self, batch: BatchT) -> Prepared:
+        """Turn a batch into arrays; may run the policy or its reference without a gradient."""
+        ...
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss, and metrics that merge over micro-batches."""
+        ...
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        ...
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        """Turn merged metrics into logged ones."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Held-out rows. `start` begins, `poll` returns metrics when they are there."""
+
+    pending: bool
+
+    def start(self, version: int) -> None:
+        """Begin the evaluation of the policy as it is."""
+        ...
+
+    def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
+        """Return (version, metrics, rollouts) of a finished evaluation."""
+        ...
+
+
+@dataclass
+class Schedule:
+    """When the trainer does what, in batches. `max_steps` None: until the source is exhausted."""
+
+    max_steps: int | None
+    save_steps: int
+    save_total_limit: int
+    eval_steps: int
+    eval_at_start: bool
+
+
+@dataclass
+class Trainer(Generic[BatchT]):
+    """One run's loop. `step` counts batches consumed, which is the policy's version."""
+
+    model: nn.Module
+    source: Source[BatchT]
+    objective: Objective[BatchT]
+    updater: Step
+    records: Records
+    schedule: Schedule
+    evaluator: Evaluator | None = None
+    step: int = 0
+    num_tokens: float = 0.0
+    resume_state: Mapping[str, Any] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    done: bool = False
+    stopping: bool = False
+    best: dict[str, float] = field(default_factory=dict)
+    _evaluated: int = -1
+    _waiting_s: float = 0.0
+    _idle_since: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the run's checkpoints."""
+        return self.records.folder / "checkpoints"
+
+    def advance(self, timeout_s: float = 0.0) -> bool:
+        """Do the next piece of work; return whether there was any. Blocks `timeout_s` at most."""
+        if self.done:
+            return False
+        if self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0:
+            self._start_eval()
+        self._take_eval()
+        if self.stopping or self._complete():
+            return self._finish(timeout_s)
+        batch = self.source.poll(timeout_s)
+        if batch is None:
+            return False
+        self._waiting_s = time.monotonic() - self._idle_since
+        self._train(batch)
+        self._idle_since = time.monotonic()
+        return True
+
+    def _complete(self) -> bool:
+        limit = self.schedule.max_steps
+        return self.source.exhausted or (limit is not None and self.step >= limit)
+
+    def _train(self, batch: BatchT) -> None:
+        started, wall = time.monotonic(), time.time()
+        prepared = self.objective.prepare(batch)
+        ready = time.monotonic()
+        learned = self._update(prepared)
+        finished = time.monotonic()
+        self.step += 1
+        metrics = {**prepared.metrics, **learned, **self.source.figures()}
+        self.num_tokens += metrics.get("batch_tokens", 0.0)
+        self.source.stepped(self.step)
+        published = time.monotonic()
+        total = max(1e-9, published - self._idle_since)
+        metrics |= {
+            "num_tokens": self.num_tokens,
+            "step_time": published - started,
+            "time/waiting_s": self._waiting_s,
+            "time/prepare_s": ready - started,
+            "time/update_s": finished - ready,
+            "time/publish_s": published - finished,
+            "learner/waiting_share": self._waiting_s / total,
+            "train_started_at": wall,
+            "train_finished_at": wall + (finished - started),
+            "optimizer_skipped": float(not prepared.step),
+        }
+        if mx.metal.is_available() or mx.default_device().type == mx.DeviceType.gpu:
+            metrics["memory/peak_gb"] = mx.get_peak_memory() / 1e9
+        self.last_metrics = metrics
+        self.records.metrics(self.step, metrics)
+        self.records.rollouts(prepared.rollouts)
+        self._intervals()
+
+    def _update(self, prepared: Prepared) -> dict[str, float]:
+        """Take the batch's optimiser steps; with `num_iterations`, metrics are their mean."""
+        count = self.objective.num_iterations
+        if not prepared.step:
+            for _ in range(count):
+                update = self.updater.skip()
+            return {"learning_rate": update.learning_rate, "loss": 0.0}
+        loss, merged = 0.0, None
+        for _ in range(count):
+            for arrays in prepared.micro:
+                value, parts = self.updater.accumulate(arrays, self.objective.loss)
+                loss += float(value.item())
+                merged = parts if merged is None else self.objective.merge(merged, parts)
+            update = self.updater.apply()
+        metrics = self.objective.finish(merged or {})
+        return {
+            "loss": loss / count,
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+            **metrics,
+        }
+
+    def _intervals(self) -> None:
+        every = self.schedule.eval_steps
+        if every > 0 and self.step % every == 0:
+            self._start_eval()
+        if self.schedule.save_steps > 0 and self.step % self.schedule.save_steps == 0:
+            self.save(required=False)
+
+    def _start_eval(self) -> None:
+        if self.evaluator is None or self.evaluator.pending:
+            return
+        self._evaluated = self.step
+        self.evaluator.start(self.step)
+
+    def _take_eval(self) -> None:
+        result = self.evaluator.poll() if self.evaluator is not None else None
+        if result is not None:
+            version, metrics, rollouts = result
+            self.records.metrics(version, metrics)
+            self.records.rollouts(rollouts)
+            self._keep_best(version, metrics)
+
+    def _keep_best(self, version: int, metrics: dict[str, float]) -> None:
+        """Remember the best evaluation: the highest reward or accuracy, or else the lowest loss."""
+        for name, sign in (("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)):
+            if name in metrics:
+                value = sign * metrics[name]
+                if value > self.best.get("value", -float("inf")):
+                    self.best = {"value": value, "step": float(version)}
+                return
+
+    def _finish(self, timeout_s: float) -> bool:
+        """Evaluate the last policy, save, and be done."""
+        if self.evaluator is not None and not self.stopping:
+            if self.evaluator.pending:
+                self.source.poll(timeout_s)
+                return False
+            if self._evaluated < self.step:
+                self._start_eval()
+                return True
+        self.save(required=True)
+        self.done = True
+        return True
+
+    def save(self, *, required: bool) -> None:
+        """Write a checkpoint; one that is not `required` may fail with a logged error."""
+        checkpoint = Checkpoint(
+            step=self.step,
+            weights=trainable(self.model),
+            optimizer=self.updater.state(),
+            source=self.source.state(),
+            state={
+                **self.resume_state,
+                "num_tokens": self.num_tokens,
+                "evaluated": self._evaluated,
+                "best": self.best,
+                "random": random_state(),
+            },
+        )
+        try:
+            path = save_checkpoint(
+                self.checkpoints, checkpoint, keep=self.schedule.save_total_limit
+            )
+            log.info("saved %s", path)
+        except CheckpointError:
+            if required:
+                raise
+            log.exception("training goes on without this checkpoint")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; the model's tensors are already its own."""
+        self.step = checkpoint.step
+        self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))
+        self._evaluated = int(checkpoint.state.get("evaluated", -1))
+        self.best = dict(checkpoint.state.get("best", {}))
+        self.updater.load_state(checkpoint.optimizer)
+        set_random_state(int(checkpoint.state["random"]))
