@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from protocol.adapters import load_adapter_folder, read_adapter_config
 from protocol.errors import ModelError
 from protocol.identity import folder_digest, model_digest
-from protocol.policy import LoadedPolicy, load_base, model_folder
+from protocol.policy import LoadedPolicy, load_base, model_folder, seeded
 from protocol.settings import ModelSettings
 from protocol.snapshots import tensors_digest
 
@@ -46,8 +46,14 @@ def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
 
     Call it on a policy fresh from `load_policy`: before any update, and on resume before the
     checkpoint's weights are put in, so that it comes from its source again. Raises ModelError where
-    the request cannot be met; there is no falling back to a run without reference.
+    the request cannot be met; there is no falling back to a run without reference. The global
+    random state is left as it was.
     """
+    with seeded(0):  # loading draws values that it then overwrites
+        return _make(policy, settings)
+
+
+def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     wanted = settings.reference
     if wanted == "initial":
         return _initial(policy, settings)

@@ -47,6 +47,7 @@ __all__ = [
     "model_folder",
     "read_snapshot",
     "save_adapters",
+    "seeded",
     "trainable",
     "write_snapshot",
 ]
@@ -84,9 +85,10 @@ def load_policy(settings: ModelSettings, *, seed: int) -> LoadedPolicy:
     Raises ModelError where it cannot be had. The global random state is left as it was.
     """
     folder = model_folder(settings.path, settings.revision)
-    model, config = load_base(settings, folder)
+    with seeded(seed):
+        model, config = load_base(settings, folder)
     tokenizer = _load_tokenizer(settings, folder, config)
-    with _seeded(seed):
+    with seeded(seed):
         adapter_config = attach_adapters(model, settings)
         mx.eval(model.parameters())
     _check_adapter_types(model)
@@ -273,7 +275,7 @@ def _log_trainable(model: nn.Module, adapter_config: AdapterConfig) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Generator[None]:
+def seeded(seed: int) -> Generator[None]:
     """Draw from `seed` inside, and go on with the caller's random state after."""
     high, low = np.array(cast(Any, mx.random.state)[0]).tolist()
     mx.random.seed(seed)
