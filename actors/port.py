@@ -60,7 +60,15 @@ class ScoreFailed:
     reason: str
 
 
-Event = Received | Fetched | FetchFailed | Scored | ScoreFailed
+@dataclass(frozen=True)
+class NotSent:
+    """A group is larger than a message may be."""
+
+    key: LeaseKey
+    reason: str
+
+
+Event = NotSent | Received | Fetched | FetchFailed | Scored | ScoreFailed
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,13 @@ class Session:
         lease.message = Failed(task=key[0], attempt=key[1], reason=reason)
         self._owe(lease, now)
 
+    def not_sent(self, key: LeaseKey, reason: str, now: float) -> None:
+        """Report a failure in the place of a group that no message can hold."""
+        lease = self._leases.get(key)
+        if lease is not None and isinstance(lease.message, Group):
+            lease.message = Failed(task=key[0], attempt=key[1], reason=reason)
+            self._owe(lease, now)
+
     def applied(self, version: int, digest: str) -> None:
         """Tell which policy is in force."""
         self._say(Applied(version=version, digest=digest))

@@ -23,6 +23,7 @@ from actors.port import (
     Fetched,
     FetchFailed,
     LeaseKey,
+    NotSent,
     Port,
     Received,
     Score,
@@ -55,7 +56,8 @@ class Worker:
 
     `decode` turns completion token IDs into text for the rewards. `load(data, digest)` reads a
     snapshot's bytes, checks its digest, and returns what puts it into the model; it
-    raises SnapshotError. `heartbeat` may be read by another thread at any time.
+    raises SnapshotError. `heartbeat`, None until the learner has welcomed us, may be read by
+    another thread at any time.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Worker:
         load: Callable[[bytes, str], Callable[[], None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.heartbeat = Heartbeat(progress=0)
+        self.heartbeat: Heartbeat | None = None
         self.stopped: str | None = None  # why the run is over, once it is
         self._engine = engine
         self._session = session
@@ -128,6 +130,8 @@ class Worker:
                 self._session.scored(key, reward, elapsed_s, now)
             case ScoreFailed(key, reason):
                 self._session.failed(key, f"scoring failed: {reason}", now)
+            case NotSent(key, reason):
+                self._session.not_sent(key, reason, now)
 
     def _swap(self) -> None:
         """Put a fetched policy in force, between two decode steps."""
@@ -189,6 +193,9 @@ class Worker:
     def _beat(self) -> None:
         # Turns of this loop count, not decode steps alone: a group that is being scored is alive.
         self._progress += 1
+        if not self._session.joined:
+            self.heartbeat = None
+            return
         self.heartbeat = Heartbeat(
             progress=self._progress,
             tokens_sampled=self._tokens,

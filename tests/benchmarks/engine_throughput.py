@@ -34,7 +34,7 @@ VOCAB = 8192
 
 
 def build_model(hidden: int, layers: int) -> nn.Module:
-    """A Qwen3 of random float32 weights."""
+    """Return a Qwen3 of random float32 weights."""
     mx.random.seed(0)
     model = qwen3.Model(
         qwen3.ModelArgs(

@@ -1,0 +1,223 @@
+"""The I/O thread's program over an in-memory channel: commands in, events out."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from actors.io import ActorIo, BridgePort
+from actors.port import (
+    Command,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Received,
+    Score,
+    Scored,
+    ScoreFailed,
+    Send,
+    UseRewards,
+)
+from protocol.bridge import Bridge, BridgeClosed
+from protocol.errors import ChannelError, RewardError
+from protocol.memory import MemoryServer
+from protocol.messages import (
+    Heartbeat,
+    Policy,
+    Request,
+    RewardResult,
+    RewardService,
+    Stop,
+    TaskId,
+    floats_bytes,
+)
+
+KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
+
+
+@dataclass
+class FakeBridge:
+    """Both queues on one event loop; `end` closes the main side."""
+
+    inward: asyncio.Queue[Command | None] = field(default_factory=asyncio.Queue)
+    outward: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+    async def aget(self) -> Command:
+        command = await self.inward.get()
+        if command is None:
+            raise BridgeClosed("the main side has ended")
+        return command
+
+    async def aput(self, item: Event) -> None:
+        await self.outward.put(item)
+
+    def end(self) -> None:
+        self.inward.put_nowait(None)
+
+
+@dataclass
+class FakeScorer:
+    """Fails for completions "bad"; waits for `gate` for "slow" ones."""
+
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def score(
+        self,
+        row: bytes,
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        trainer_state: dict[str, Any],
+    ) -> RewardResult:
+        if completions == ["bad"]:
+            raise RewardError("no server answers")
+        if completions == ["slow"]:
+            await self.gate.wait()
+        return RewardResult(names=[row.decode()], rewards=floats_bytes([float(len(completions))]))
+
+
+class House:
+    """The program with its fakes on one event loop."""
+
+    def __init__(self) -> None:
+        self.server = MemoryServer()
+        self.client = self.server.connect()
+        self.bridge = FakeBridge()
+        self.scorer = FakeScorer()
+        self.opened: list[list[RewardService]] = []
+        self.heartbeat: Heartbeat | None = None
+        self.io = ActorIo(
+            connect=lambda: self.client,
+            make_scorer=self.make_scorer,
+            heartbeat=lambda: self.heartbeat,
+            heartbeat_s=0.001,
+        )
+
+    @asynccontextmanager
+    async def make_scorer(self, services: list[RewardService]) -> AsyncGenerator[FakeScorer]:
+        self.opened.append(services)
+        yield self.scorer
+
+    async def run(self, scenario) -> None:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.io.run, self.bridge)
+                await scenario(self)
+                self.bridge.end()
+
+
+def score(text: str, number: int = 1) -> Score:
+    return Score(
+        key=(TaskId(run="r", incarnation="L1", number=number), 1),
+        row=b"row",
+        completions=[text],
+        completion_ids=[[1]],
+        trainer_state={},
+    )
+
+
+def test_messages_pass_both_ways_and_heartbeats_follow_the_main_thread():
+    async def scenario(house: House) -> None:
+        house.bridge.inward.put_nowait(Send(Request(free_rows=4)))
+        peer, message = await house.server.receive()
+        assert message == Request(free_rows=4)
+        house.server.send(peer, Stop(reason="done"))
+        assert await house.bridge.outward.get() == Received(Stop(reason="done"))
+        house.heartbeat = Heartbeat(progress=7, groups_held=2)
+        assert await house.server.receive() == (peer, Heartbeat(progress=7, groups_held=2))
+
+    house = House()
+    anyio.run(house.run, scenario)
+
+
+def test_a_slow_reward_delays_its_own_group_alone():
+    services = [RewardService(endpoints=["ipc://x"], timeout_s=1.0)]
+
+    async def scenario(house: House) -> None:
+        for command in (
+            score("early", 0),
+            UseRewards(services),
+            UseRewards(services),
+            score("slow", 1),
+            score("bad", 2),
+            score("good", 3),
+        ):
+            house.bridge.inward.put_nowait(command)
+        early = await house.bridge.outward.get()
+        assert isinstance(early, ScoreFailed)
+        failed = await house.bridge.outward.get()
+        assert failed == ScoreFailed(score("bad", 2).key, "no server answers")
+        good = await house.bridge.outward.get()
+        assert isinstance(good, Scored)
+        assert good.key == score("good", 3).key
+        house.scorer.gate.set()
+        slow = await house.bridge.outward.get()
+        assert isinstance(slow, Scored)
+        assert slow.key == score("slow", 1).key
+        assert slow.reward == RewardResult(names=["row"], rewards=floats_bytes([1.0]))
+        assert house.opened == [services]
+
+    house = House()
+    anyio.run(house.run, scenario)
+
+
+def test_snapshots_are_read_from_the_file_if_it_is_the_right_one(tmp_path):
+    path = tmp_path / "p1"
+    path.write_bytes(b"weights")
+
+    async def scenario(house: House) -> None:
+        whole = Policy(version=1, digest="d", size=7, path=str(path))
+        house.bridge.inward.put_nowait(Fetch(whole))
+        assert await house.bridge.outward.get() == Fetched(whole, b"weights")
+        for policy, reason in (
+            (msgspec.structs.replace(whole, size=8), "holds 7 bytes, not 8"),
+            (msgspec.structs.replace(whole, path=str(path) + "x"), "No such file"),
+            (msgspec.structs.replace(whole, path=""), "neither a file nor an endpoint"),
+        ):
+            house.bridge.inward.put_nowait(Fetch(policy))
+            failed = await house.bridge.outward.get()
+            assert isinstance(failed, FetchFailed)
+            assert reason in failed.reason
+
+    house = House()
+    anyio.run(house.run, scenario)
+
+
+def test_over_a_real_bridge_errors_reach_the_main_thread():
+    @asynccontextmanager
+    async def unusable() -> AsyncGenerator[Any]:
+        raise ChannelError("cannot connect")
+        yield
+
+    io = ActorIo(connect=unusable, make_scorer=House().make_scorer, heartbeat=lambda: None)
+    with (
+        pytest.raises(ChannelError, match="cannot connect"),
+        Bridge[Command, Event]() as bridge,
+    ):
+        bridge.start(io.run)
+        port = BridgePort(bridge)
+        port.wait(10.0)
+        port.poll()
+
+
+def test_a_port_keeps_what_it_waited_for():
+    async def announce(bridge: Any) -> None:
+        await bridge.aput(Received(Stop(reason="1")))
+        await bridge.aput(Received(Stop(reason="2")))
+        with pytest.raises(BridgeClosed):
+            await bridge.aget()
+
+    with Bridge[Command, Event]() as bridge:
+        bridge.start(announce)
+        port = BridgePort(bridge)
+        seen: list[Event] = []
+        while len(seen) < 2:
+            port.wait(10.0)
+            seen.extend(port.poll())
+        assert seen == [Received(Stop(reason="1")), Received(Stop(reason="2"))]
+        assert port.poll() == []
