@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, llama, mamba
-from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from actors.engine import GenerationRequest, GenerationResult
 from actors.mlx_engine import MlxEngine
@@ -106,7 +106,7 @@ def request(key: str, prompt: list[int], seed: int, **kwargs) -> GenerationReque
 
 def alone_logprobs(model: nn.Module, prompt: list[int], completion: Completion) -> np.ndarray:
     """Log-probs of a row decoded by itself, a token at a time."""
-    cache = model.make_cache()
+    cache = make_prompt_cache(model)
     ids = ids_view(completion.token_ids).tolist()
     logits = model(mx.array([prompt]), cache=cache)[0, -1]
     found = []

@@ -195,14 +195,15 @@ def test_over_a_real_bridge_errors_reach_the_main_thread():
         yield
 
     io = ActorIo(connect=unusable, make_scorer=House().make_scorer, heartbeat=lambda: None)
-    with (
-        pytest.raises(ChannelError, match="cannot connect"),
-        Bridge[Command, Event]() as bridge,
-    ):
-        bridge.start(io.run)
-        port = BridgePort(bridge)
-        port.wait(10.0)
-        port.poll()
+
+    def main_thread() -> None:
+        with Bridge[Command, Event]() as bridge:
+            bridge.start(io.run)
+            BridgePort(bridge).wait(10.0)
+            raise AssertionError("the error did not come")
+
+    with pytest.raises(ChannelError, match="cannot connect"):
+        main_thread()
 
 
 def test_a_port_keeps_what_it_waited_for():
