@@ -27,9 +27,8 @@ ACTORS = st.sampled_from(["a", "b", "c"])
 
 @dataclass
 class FakeActor:
-    """What an actor holds, and the newest policy that it fetched."""
+    """What an actor holds."""
 
-    policy: int = 0
     work: list[Grant] = field(default_factory=list)
 
 
@@ -120,14 +119,16 @@ class Simulation(RuleBasedStateMachine):
         done = self.ledger.take_eval()
         assert all(set(self.versions[task]) == {done.version} for task in done.tasks)
 
-    @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))
+    @rule(seconds=st.sampled_from([1.0, 2.0, 4.0, 11.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.cancel(self.ledger.expire(self.now))
 
-    @rule()
-    def resume(self) -> None:
-        """Kill the learner and resume it from the newest state."""
+    @rule(kill=st.sampled_from([False, False, False, True]))
+    def resume(self, kill: bool) -> None:
+        """Kill the learner, now and then, and resume it from the newest state."""
+        if not kill:
+            return
         saved = msgspec.json.decode(msgspec.json.encode(self.ledger.state()), type=type(self.base))
         old = [*saved.training.values(), *saved.queue.values()]
         self.check_replay()
@@ -145,25 +146,36 @@ class Simulation(RuleBasedStateMachine):
 
     # ---- the actors ---------------------------------------------------------------------------
 
-    @rule(name=ACTORS, free_rows=st.integers(0, 12))
+    @rule(name=ACTORS, free_rows=st.sampled_from([0, 2, 3, 7, 12]))
     def lease(self, name: str, free_rows: int) -> None:
+        self.join(6)
         self.give(name, free_rows)
 
-    @rule(name=ACTORS, data=st.data())
-    def sample(self, name: str, data: Any) -> None:
-        """Finish a group, with a swap between its tokens where the task allows one."""
+    @rule(name=ACTORS, count=st.integers(1, 4), data=st.data())
+    def sample(self, name: str, count: int, data: Any) -> None:
+        """Finish some groups, in any order; the actor swaps policies whenever it likes."""
         actor = self.actors[name]
-        if not actor.work:
-            return
-        grant = actor.work.pop(data.draw(st.integers(0, len(actor.work) - 1)))
-        if grant.pinned_version is not None:
-            versions: tuple[int, ...] = (grant.pinned_version,)
-        else:
-            # Whatever the actor has when it starts; at worst the oldest that the task allows.
-            first = data.draw(st.integers(grant.min_policy_version, self.published))
-            actor.policy = data.draw(st.integers(first, self.published))
-            versions = (first, actor.policy)
-        self.network.append(Parcel(grant, name, versions))
+        for _ in range(min(count, len(actor.work))):
+            grant = actor.work.pop(data.draw(st.integers(0, len(actor.work) - 1)))
+            versions: tuple[int, ...] = (grant.pinned_version or 0,)
+            if grant.pinned_version is None:
+                first = data.draw(st.integers(grant.min_policy_version, self.published))
+                versions = (first, data.draw(st.integers(first, self.published)))
+            self.network.append(Parcel(grant, name, versions))
+
+    @rule(name=ACTORS, free_rows=st.sampled_from([3, 6, 12]))
+    def work_well(self, name: str, free_rows: int) -> None:
+        """Lease, sample with the oldest policy that is allowed, deliver twice, and train."""
+        self.join(6)
+        for grant in self.give(name, free_rows):
+            version = grant.min_policy_version
+            self.hand_over(Parcel(grant, name, (version,)))
+            self.hand_over(Parcel(grant, name, (version,)))
+        self.actors[name].work.clear()
+        if self.batch is not None:
+            self.consume(False)
+        if self.ledger.batch_ready():
+            self.form()
 
     @rule(data=st.data(), repeat=st.booleans())
     def deliver(self, data: Any, repeat: bool) -> None:
@@ -252,8 +264,7 @@ class Simulation(RuleBasedStateMachine):
             self.publish()
             self.join(self.rows + 1)
             for grant in self.give("a", 1000):
-                pinned = grant.pinned_version
-                version = grant.min_policy_version if pinned is None else pinned
+                version = grant.min_policy_version
                 self.hand_over(Parcel(grant, "a", (version,)))
             if self.ledger.eval_ready():
                 self.take_eval()
@@ -278,8 +289,8 @@ def test_no_fault_of_actors_or_network_breaks_the_ledger(eta):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
-            stateful_step_count=40,
+            max_examples=60,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
