@@ -1,0 +1,272 @@
+"""Log-probs, entropies and their gradients against a plain log-softmax over all logits."""
+
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from learner import head as head_module
+from learner.forward import checkpointed, choose_head, completion_logprobs
+from protocol.adapters import attach_adapters
+from protocol.errors import ModelError
+from protocol.settings import LoraSettings, ModelSettings
+from protocol.snapshots import trainable
+from tests.tiny import VOCAB, on_device, ragged_batch, tiny_model
+
+GEMMA2 = {
+    "model_type": "gemma2",
+    "final_logit_softcapping": 2.0,
+    "attn_logit_softcapping": 50.0,
+    "query_pre_attn_scalar": 32.0,
+}
+COHERE = {
+    "model_type": "cohere",
+    "logit_scale": 0.25,
+    "layer_norm_eps": 1e-5,
+    "layer_norm_bias": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
+
+
+def trained(kind, *, bits=0, keys=None, **changes):
+    model = tiny_model(**changes)
+    if bits:
+        nn.quantize(model, 32, bits)
+    settings = ModelSettings(fine_tune_type=kind, lora=LoraSettings(keys=keys, rank=4))
+    attach_adapters(model, settings)
+    mx.random.seed(1)
+    for name, array in trainable(model).items():
+        if name.endswith("lora_b"):
+            model.load_weights([(name, mx.random.normal(array.shape) * 0.1)], strict=False)
+    return model
+
+
+def plain(model, arrays, temperature):
+    """Log-probs and entropies by log-softmax of all logits."""
+    logits = model(arrays["input_ids"]).astype(mx.float32) / temperature
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
+    logps = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
+    return logps, -(mx.exp(logs) * logs).sum(axis=-1)
+
+
+def gradients(model, arrays, forward):
+    """Gradients of a random weighting of log-probs and entropies: no two tokens count alike."""
+    mx.random.seed(2)
+    weights = mx.random.normal((2, *arrays["mask"].shape)) * arrays["mask"]
+
+    def loss(model):
+        logps, entropies = forward(model)
+        return (logps * weights[0]).sum() + (entropies * weights[1]).sum()
+
+    value, tree = nn.value_and_grad(model, loss)(model)
+    return value, dict(tree_flatten(tree))
+
+
+def assert_close(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        scale = mx.abs(right[name]).max().item() + 1e-6
+        assert mx.abs(left[name] - right[name]).max().item() <= tolerance * scale, name
+
+
+CASES = {
+    "lora": lambda: trained("lora"),
+    "lora, 4 bits": lambda: trained("lora", bits=4),
+    "lora, untied": lambda: trained("lora", tie_word_embeddings=False),
+    "lora, untied, 4 bits": lambda: trained("lora", bits=4, tie_word_embeddings=False),
+    "dora": lambda: trained("dora"),
+    "full, tied": lambda: trained("full"),
+    "full, untied": lambda: trained("full", tie_word_embeddings=False),
+    "full, 4 bits": lambda: trained("full", bits=4),
+    "lora on the head": lambda: trained(
+        "lora", keys=["self_attn.q_proj", "lm_head"], tie_word_embeddings=False
+    ),
+    "lora on the embedding": lambda: trained("lora", keys=["model.embed_tokens"]),
+    "llama": lambda: trained("lora", model_type="llama"),
+    "soft cap": lambda: trained("lora", **GEMMA2),
+    "soft cap, full": lambda: trained("full", **GEMMA2),
+    "logit scale": lambda: trained("lora", **COHERE),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunked_head_equals_log_softmax(case):
+    model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    assert choose_head(model, "chunked") == "chunked"
+
+    def chunked(model):
+        return completion_logprobs(
+            model, *ids, temperature=0.7, head="chunked", entropy_gradient=True
+        )
+
+    expected = plain(model, arrays, 0.7)
+    for got in (
+        chunked(model),
+        completion_logprobs(model, *ids, temperature=0.7, entropy=True, gradient=False),
+        completion_logprobs(model, *ids, temperature=0.7, entropy=True, head="full"),
+    ):
+        for value, wanted in zip(got, expected, strict=True):
+            assert value.dtype == mx.float32
+            np.testing.assert_allclose(value, wanted, rtol=2e-6, atol=5e-6)
+    value, grads = gradients(model, arrays, chunked)
+    wanted, wanted_grads = gradients(model, arrays, lambda model: plain(model, arrays, 0.7))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert_close(grads, wanted_grads, 5e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_entropy_without_gradient_leaves_the_log_prob_gradient_alone(kind):
+    model, arrays = trained(kind), on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    by_head = {}
+    for head in ("chunked", "full"):
+        _, with_entropy = gradients(
+            model, arrays, lambda m, h=head: completion_logprobs(m, *ids, head=h, entropy=True)
+        )
+        _, without = gradients(
+            model, arrays, lambda m, h=head: completion_logprobs(m, *ids, head=h)
+        )
+        assert_close(with_entropy, without, 0.0)
+        by_head[head] = without
+    assert_close(by_head["chunked"], by_head["full"], 5e-6)
+
+
+def test_gradients_against_finite_differences():
+    model, arrays = trained("full", tie_word_embeddings=False), on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+
+    def forward(model):
+        return completion_logprobs(model, *ids, temperature=1.3, entropy_gradient=True)
+
+    _, grads = gradients(model, arrays, forward)
+    for name in ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        start = trainable(model)[name]
+        direction = grads[name] / mx.linalg.norm(grads[name])
+        values = []
+        for step in (1e-2, -1e-2):
+            model.load_weights([(name, start + step * direction)], strict=False)
+            values.append(gradients(model, arrays, forward)[0].item())
+        model.load_weights([(name, start)], strict=False)
+        slope = (values[0] - values[1]) / 2e-2
+        assert slope == pytest.approx(mx.linalg.norm(grads[name]).item(), rel=5e-3), name
+
+
+def test_padding_changes_nothing():
+    model = trained("lora")
+    logps = {}
+    for bucket in (1, 8, 32):
+        batch = ragged_batch(bucket=bucket)
+        arrays = on_device(batch)
+        values, entropies = completion_logprobs(
+            model, arrays["input_ids"], arrays["positions"], arrays["targets"], entropy=True
+        )
+        assert mx.isfinite(values).all().item()
+        assert mx.isfinite(entropies).all().item()
+        logps[bucket] = np.array(values)[batch.mask > 0]
+    np.testing.assert_allclose(logps[8], logps[1], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(logps[32], logps[1], rtol=0, atol=5e-6)
+
+
+def test_extreme_logits_stay_finite():
+    model = trained("full", tie_word_embeddings=False)
+    model.load_weights([("lm_head.weight", trainable(model)["lm_head.weight"] * 1e4)], strict=False)
+    arrays = on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    value, grads = gradients(
+        model, arrays, lambda m: completion_logprobs(m, *ids, entropy_gradient=True)
+    )
+    assert mx.isfinite(value).item()
+    assert all(mx.isfinite(array).all().item() for array in grads.values())
+
+
+def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
+    model = trained("lora")
+    model.set_dtype(mx.bfloat16)
+    arrays = on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    logits = model(arrays["input_ids"])
+    assert logits.dtype == mx.bfloat16
+    scaled = logits.astype(mx.float32) * (1 / 0.7)
+    logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
+    wanted = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
+    got, _ = completion_logprobs(model, *ids, temperature=0.7, gradient=False)
+    assert got.dtype == mx.float32
+    # The head sees another number of rows at once, which moves bfloat16 roundings of the logits.
+    difference = mx.abs(got - wanted) * arrays["mask"]
+    assert difference.max().item() < 0.1
+    assert (difference.sum() / arrays["mask"].sum()).item() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradient_checkpointing_is_exact_and_leaves_no_trace(kind):
+    model, arrays = trained(kind), on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+
+    def forward(model):
+        return completion_logprobs(model, *ids, entropy_gradient=True)
+
+    classes = [type(layer) for layer in model.layers]
+    before = trainable(model)
+    _, wanted = gradients(model, arrays, forward)
+    with checkpointed(model):
+        assert [type(layer) for layer in model.layers] != classes
+        _, grads = gradients(model, arrays, forward)
+    assert_close(grads, wanted, 1e-6)
+    assert [type(layer) for layer in model.layers] == classes
+    assert trainable(model).keys() == before.keys()
+    assert all(mx.array_equal(array, before[name]) for name, array in trainable(model).items())
+
+
+def test_checkpointing_with_dropout_is_refused():
+    model = tiny_model()
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 4, "scale": 2.0, "dropout": 0.1})
+    with pytest.raises(ModelError, match=r"needs model\.lora\.dropout = 0"), checkpointed(model):
+        pass
+
+
+class Headless(nn.Module):
+    """A model without a trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB)
+
+    def __call__(self, tokens):
+        return self.table(tokens)
+
+
+class Biased(nn.Module):
+    """A model whose logits need more than the hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Embedding(VOCAB, 8)
+        self.lm_head = nn.Linear(8, VOCAB)
+
+    def __call__(self, tokens):
+        return self.lm_head(self.model(tokens)) + tokens.sum() / 1000
+
+
+@pytest.mark.parametrize("kind", [Headless, Biased])
+def test_models_that_cannot_be_split_take_the_plain_way_and_say_so(kind, caplog):
+    model = kind()
+    with caplog.at_level(logging.WARNING):
+        assert choose_head(model, "chunked") == "full"
+    assert "The memory-bounded head is off" in caplog.text
+    arrays = on_device(ragged_batch())
+    got, _ = completion_logprobs(
+        model, arrays["input_ids"], arrays["positions"], arrays["targets"], head="full"
+    )
+    np.testing.assert_allclose(got, plain(model, arrays, 1.0)[0], rtol=0, atol=5e-6)
