@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 
 from learner.ledger import Ledger
-from learner.ledger_types import Cancelled, Receipt
-from learner.sources.prompts import Prompt, PromptSource
+from learner.ledger_state import LedgerState
+from learner.ledger_types import Cancelled, LostReport, Receipt
+from learner.sources.prompts import Prompt, PromptSource, PromptState
 from protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -71,6 +72,15 @@ class EvalResult:
     dropped: int
 
 
+class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint keeps of the coordinator; `outstanding` is by task number."""
+
+    ledger: LedgerState
+    prompts: PromptState
+    position: int
+    outstanding: dict[int, Prompt]
+
+
 @dataclass
 class Peer:
     """What the learner knows of an actor. `credit` is in completions."""
@@ -87,7 +97,7 @@ class Peer:
     last_seen: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Terms:
     """What a run asks of its tasks, and what it tells an actor that joins."""
 
@@ -112,6 +122,7 @@ class Coordinator:
     peers: dict[bytes, Peer] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     policy: Policy | None = None
+    position: int = 0
     _tasks: dict[TaskId, Prompt] = field(default_factory=dict)
     _train: set[TaskId] = field(default_factory=set)
     _groups: dict[TaskId, Group] = field(default_factory=dict)
@@ -282,8 +293,7 @@ class Coordinator:
 
     def evaluate(self, version: int, now: float) -> None:
         """Queue the held-out rows, pinned to a version."""
-        keys = [prompt.row_key for prompt in self.eval_prompts]
-        tasks = self.ledger.join_eval(keys, version, now)
+        tasks = self.ledger.join_eval(range(len(self.eval_prompts)), version, now)
         self._tasks.update(zip(tasks, self.eval_prompts, strict=True))
         self.assign(now)
 
@@ -310,7 +320,8 @@ class Coordinator:
             if prompt is None:
                 self.ledger.end_of_rows(now)
                 break
-            task = self.ledger.join(prompt.row_key, now)
+            task = self.ledger.join(self.position, now)
+            self.position += 1
             self._tasks[task] = prompt
             self._train.add(task)
         if self.policy is None:
@@ -340,6 +351,25 @@ class Coordinator:
                     trainer_state=self.terms.trainer_state(),
                 ),
             )
+
+    # ---- durability ----------------------------------------------------------------------
+
+    def state(self) -> CoordinatorState:
+        """Return what a resumed learner needs: ledger, prompts, and those not trained yet."""
+        return CoordinatorState(
+            ledger=self.ledger.state(),
+            prompts=self.prompts.state(),
+            position=self.position,
+            outstanding={task.number: self._tasks[task] for task in self._train},
+        )
+
+    def adopt(self, state: CoordinatorState, lost: LostReport) -> None:
+        """Go on from a checkpoint: the ledger is restored already, as `lost` reports."""
+        self.prompts.restore(state.prompts)
+        self.position = state.position
+        for task in lost.rejoined:
+            self._tasks[task.new] = state.outstanding[task.old.number]
+            self._train.add(task.new)
 
     # ---- results -------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class OnlineEvaluator:
         if result is None:
             return None
         self.pending = False
-        lines = [self.describe(item, result.version) for item in result.groups]
+        lines = [{**self.describe(g, result.version), "kind": "eval"} for g in result.groups]
         return result.version, eval_metrics(result, self.weights), lines
 
 

@@ -56,10 +56,9 @@ class Finish:
 
 @dataclass(frozen=True)
 class SourceState:
-    """What a checkpoint keeps of the I/O thread: encoded ledger, position of the prompts."""
+    """An encoded `CoordinatorState`."""
 
-    ledger: bytes
-    prompts: bytes
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -167,10 +166,7 @@ class Service:
         return Rates(figures)
 
     def _state(self) -> SourceState:
-        return SourceState(
-            msgspec.msgpack.encode(self.coordinator.ledger.state()),
-            msgspec.msgpack.encode(self.coordinator.prompts.state()),
-        )
+        return SourceState(msgspec.msgpack.encode(self.coordinator.state()))
 
     def _serve(self, policy: Policy, path: Path) -> None:
         self._policies[policy.version, policy.digest] = path

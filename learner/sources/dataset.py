@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from learner.sources.functions import load_function
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 
@@ -49,6 +50,9 @@ def open_rows(settings: DataSettings, *, path: str = "", split: str = "") -> Row
     split = split or settings.split
     if not path:
         raise DataError("data.path is empty; set it to a hub id, a file or a folder")
+    if ".py:" in path:
+        _require_train(path, split)
+        return _generated(path)
     local = Path(path).expanduser()
     if local.suffix.lower() in _JSON and local.is_file():
         _require_train(path, split)
@@ -71,6 +75,19 @@ def _require_train(path: str, split: str) -> None:
             f"{path}: split {split!r} asked for, but a single file has the split 'train' only; "
             "for held-out rows set data.eval_path to another file, or data.eval_rows to a number"
         )
+
+
+def _generated(path: str) -> Rows:
+    """Rows that a function makes: it takes nothing and returns or yields mappings."""
+    made = load_function(path, "data.path")()
+    rows: list[RawRow] = []
+    for number, row in enumerate(made):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} must be a dict, not {type(row).__name__}")
+        rows.append(row)
+    return Rows(
+        path, _columns_of(iter(rows)), lambda start: iter(rows[start:]), rows.__getitem__, len(rows)
+    )
 
 
 # ---- JSON ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-import msgspec
 
 from learner.coordinator import EvalResult, TrainBatch
 from learner.service import (
@@ -87,7 +86,7 @@ class OnlineSource:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no state from the I/O thread within {STATE_TIMEOUT_S:g} s")
         state, self._state = self._state, None
-        return msgspec.msgpack.encode(state)
+        return state.data
 
     def finish(self, reason: str) -> None:
         """End the I/O thread: actors are told to stop."""

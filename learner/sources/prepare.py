@@ -1,18 +1,12 @@
 """What is done to a row before it is tokenised: renaming, the user's function, system prompt."""
 
 import difflib
-import importlib
-import importlib.util
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.abc import Loader
-from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 from learner.sources.dataset import RawRow, Rows
+from learner.sources.functions import load_function
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError
@@ -59,57 +53,12 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
                 f"data.columns.{ours}: {rows.name} has no column {theirs!r}; it has "
                 f"{sorted(rows.columns)}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    function = load_function(settings.prepare) if settings.prepare else None
+    function = (
+        cast("PrepareFunction", load_function(settings.prepare, "data.prepare"))
+        if settings.prepare
+        else None
+    )
     return Preparation(dict(settings.columns), function, settings.system_prompt)
-
-
-def load_function(name: str) -> PrepareFunction:
-    """Import "file.py:function" or "package.module:function"."""
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise DataError(
-            f"data.prepare {name!r}: give 'path/to/file.py:function' or 'package.module:function'"
-        )
-    module = _file_module(place) if place.endswith(".py") else _named_module(place)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        raise DataError(
-            f"data.prepare: {place} has no function {attribute!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return cast("PrepareFunction", function)
-
-
-def _file_module(place: str) -> ModuleType:
-    path = Path(place).expanduser().absolute()
-    if not path.is_file():
-        raise DataError(f"data.prepare: no such file: {path}")
-    name = f"pippin_prepare_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"data.prepare: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look it up there
-    loader = spec.loader
-    return _imported(place, lambda: _executed(loader, module))
-
-
-def _executed(loader: Loader, module: ModuleType) -> ModuleType:
-    loader.exec_module(module)
-    return module
-
-
-def _named_module(place: str) -> ModuleType:
-    return _imported(place, lambda: importlib.import_module(place))
-
-
-def _imported(place: str, load: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return load()
-    except Exception as error:
-        where = traceback.format_exc(limit=-1).strip()
-        raise DataError(f"data.prepare: {place} cannot be imported: {where}") from error
 
 
 def _call(function: PrepareFunction, row: RawRow) -> RawRow | None:

@@ -1,4 +1,4 @@
-"""The learner process: `launch/learner.py RUN_DIR --kind grpo|preference|sft [...]`.
+"""The learner process: `launch/learn.py RUN_DIR --kind grpo|preference|sft [...]`.
 
 Started by the launcher, which wrote RUN_DIR/config.toml. MLX stays on this main thread; sockets
 are served by an I/O thread. Exit status 0: the run is done or was stopped on request; 1: it failed.

@@ -1,0 +1,319 @@
+"""Puts a learner together from a run's settings: policy, reference, source, objective, trainer."""
+
+import argparse
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint
+from learner.coordinator import Coordinator, CoordinatorState, Terms, TrainedGroup
+from learner.evaluation import OnlineEvaluator
+from learner.forward import choose_head
+from learner.grpo import GrpoObjective
+from learner.ledger import Ledger
+from learner.ledger_types import LedgerSettings
+from learner.memory import estimate_memory, warn_if_too_large
+from learner.records import Records
+from learner.reference import Reference, make_reference
+from learner.rollouts import describe
+from learner.service import Service
+from learner.sources.online import OnlineSource
+from learner.sources.prompts import PromptSets, open_prompts
+from learner.step import Step, should_compile
+from learner.trainer import Schedule, Trainer
+from protocol.bridge import Bridge
+from protocol.config import load
+from protocol.errors import CheckpointError, ConfigError
+from protocol.messages import PROTOCOL_VERSION, RewardService, Sampling, Welcome
+from protocol.policy import LoadedPolicy, load_policy, save_adapters
+from protocol.settings import GrpoRun, Section, builtins
+from protocol.snapshots import load_trainable
+
+log = logging.getLogger("pippin.learner")
+
+
+@dataclass
+class Run:
+    """A learner that is ready to advance; `complete` writes what the run leaves behind."""
+
+    trainer: Trainer[Any]
+    policy: LoadedPolicy
+    folder: Path
+    base: str
+
+    def complete(self) -> None:
+        """Write the final adapters (or the full model) in mlx-lm's format."""
+        write_result(self.folder, self.policy, self.base)
+
+
+def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
+    """Write `adapters/`, or `model/` after full fine-tuning; return the folder."""
+    if policy.adapter_config.fine_tune_type == "full":
+        from mlx_lm.utils import save
+
+        target = folder / "model"
+        save(target, policy.folder, policy.model, policy.tokenizer, policy.config)
+        return target
+    target = folder / "adapters"
+    save_adapters(target, policy.model, policy.adapter_config, base)
+    return target
+
+
+@contextmanager
+def assemble(args: argparse.Namespace) -> Iterator[Run]:
+    """Build the run of `args.run_dir`, of the kind that `args.kind` names."""
+    if args.kind == "grpo":
+        with _online(args, load(GrpoRun, args.run_dir / "config.toml")) as run:
+            yield run
+        return
+    from launch.assemble_offline import assemble_offline
+
+    yield assemble_offline(args.run_dir, args.kind)
+
+
+@contextmanager
+def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
+    policy = load_policy(settings.model, seed=settings.run.seed)
+    reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
+    epochs = None if settings.train.max_steps >= 0 else settings.train.num_train_epochs
+    prompts = open_prompts(
+        settings.data,
+        policy.tokenizer,
+        seed=settings.run.seed,
+        epochs=epochs,
+        batch_size=settings.train.batch_size,
+    )
+    total = total_batches(settings, prompts)
+    checkpoint = resume_point(settings.run.resume, policy, reference)
+    coordinator = _coordinator(args, settings, policy, prompts, total, checkpoint)
+    bridge: Bridge[Any, Any] = Bridge()
+    source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
+    service = Service(
+        coordinator,
+        list(args.endpoint),
+        args.snapshots,
+        bridge,
+        args.run_dir / "ledger.jsonl",
+        keys=settings.transport.keys,
+        max_message_bytes=settings.transport.max_message_mb << 20,
+    )
+    trainer = _trainer(args, settings, policy, reference, prompts, source, total)
+    coordinator.terms = msgspec_replace(coordinator.terms, trainer, total)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    with bridge:
+        bridge.start(lambda _: service.run())
+        source.stepped(trainer.step)
+        yield Run(trainer, policy, args.run_dir, settings.model.path)
+        source.finish("the run is over")
+
+
+def msgspec_replace(terms: Terms, trainer: Trainer[Any], total: int | None) -> Terms:
+    """Return the terms with the trainer's state as reward functions see it."""
+
+    def state() -> dict[str, Any]:
+        return {"global_step": trainer.step, "max_steps": total or 0}
+
+    terms.trainer_state = state
+    return terms
+
+
+def total_batches(settings: GrpoRun, prompts: PromptSets) -> int | None:
+    """Return the run's batches; None where a stream decides."""
+    if settings.train.max_steps >= 0:
+        return settings.train.max_steps
+    total = prompts.train.total
+    return None if total is None else math.ceil(total / settings.train.batch_size)
+
+
+def resume_point(
+    resume: str, policy: LoadedPolicy, reference: Reference | None
+) -> Checkpoint | None:
+    """Load the checkpoint to go on from and put its weights into the policy."""
+    if not resume:
+        return None
+    folder = Path(resume)
+    found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    checkpoint = load_checkpoint(found)
+    for name, ours in run_digests(policy, reference).items():
+        theirs = checkpoint.state.get(name, ours)
+        if theirs != ours:
+            raise CheckpointError(
+                f"The checkpoint in {found} was made with {name} {theirs}, this run has {ours}. "
+                "Resume with the model, adapter and reference that the run began with."
+            )
+    load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
+    log.info("resuming from step %d of %s", checkpoint.step, found)
+    return checkpoint
+
+
+def run_digests(policy: LoadedPolicy, reference: Reference | None) -> dict[str, str]:
+    """Return what a checkpoint must agree with."""
+    digests = {"model_digest": policy.model_digest, "tokenizer_digest": policy.tokenizer_digest}
+    if reference is not None:
+        digests["reference_digest"] = reference.digest
+    return digests
+
+
+def _coordinator(
+    args: argparse.Namespace,
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    prompts: PromptSets,
+    total: int | None,
+    checkpoint: Checkpoint | None,
+) -> Coordinator:
+    incarnation = uuid.uuid4().hex
+    limits = LedgerSettings(
+        batch_size=settings.train.batch_size,
+        max_staleness=settings.queue.max_staleness,
+        num_generations=settings.sampling.num_generations,
+        total_batches=total,
+        lease_s=settings.queue.lease_s,
+        max_attempts=settings.queue.max_attempts,
+        max_eval_tasks=max(4096, len(prompts.evaluation)),
+    )
+    terms = _terms(args, settings, policy, incarnation)
+    if checkpoint is None:
+        ledger = Ledger(limits, args.run_dir.name, incarnation)
+        return Coordinator(ledger, prompts.train, prompts.evaluation, terms)
+    state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+    ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
+    coordinator = Coordinator(ledger, prompts.train, prompts.evaluation, terms)
+    coordinator.adopt(state, lost)
+    log.warning(
+        "lost with the learner before: %d groups that were not trained yet, %d leases, %d "
+        "evaluation rows; %d tasks are leased again",
+        len(lost.groups),
+        len(lost.leases),
+        len(lost.eval_rows),
+        len(lost.rejoined),
+    )
+    (args.run_dir / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
+    return coordinator
+
+
+def _terms(
+    args: argparse.Namespace, settings: GrpoRun, policy: LoadedPolicy, incarnation: str
+) -> Terms:
+    train = Sampling(**builtins(settings.sampling))
+    length = settings.eval.max_completion_length or train.max_completion_length
+    services = [
+        RewardService(endpoints=text.split(","), timeout_s=settings.rewards.reward_timeout_s)
+        for text in args.rewards
+    ]
+    welcome = Welcome(
+        protocol_version=PROTOCOL_VERSION,
+        run=args.run_dir.name,
+        incarnation=incarnation,
+        model=builtins(settings.model),
+        model_digest=policy.model_digest,
+        tokenizer_digest=policy.tokenizer_digest,
+        rewards=services,
+        heartbeat_s=settings.actors.heartbeat_s,
+        seed=settings.run.seed,
+    )
+    return Terms(
+        welcome=welcome,
+        train=train,
+        evaluate=Sampling(num_generations=1, max_completion_length=length, temperature=0.0),
+        seed=settings.run.seed,
+        lease_s=settings.queue.lease_s,
+        vocab_size=policy.vocab_size,
+    )
+
+
+def new_step(
+    settings: Section, policy: LoadedPolicy, reference: Reference | None, updates: int
+) -> Step:
+    """Return the optimiser step that the settings ask for."""
+    train: Any = settings.train  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer: Any = settings.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    return Step(
+        policy.model,
+        optimizer,
+        total_steps=updates,
+        compiled=should_compile(train.compile),
+        gradient_checkpointing=train.gradient_checkpointing,
+        reads=[reference.model] if reference is not None else [],
+    )
+
+
+def _trainer(
+    args: argparse.Namespace,
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    prompts: PromptSets,
+    source: OnlineSource,
+    total: int | None,
+) -> Trainer[Any]:
+    settings_objective, train = settings.objective, settings.train
+    if total is None:
+        raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    head = choose_head(policy.model, train.head)
+    estimate = estimate_memory(
+        policy.model,
+        policy.config,
+        rows=train.micro_batch_size * settings.sampling.num_generations,
+        length=settings.sampling.max_completion_length + (settings.data.max_prompt_length or 512),
+        completion_length=settings.sampling.max_completion_length,
+        head=head,
+        gradient_checkpointing=train.gradient_checkpointing,
+        reference=reference.model if reference is not None else None,
+    )
+    warn_if_too_large(estimate)
+
+    def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
+        return describe(item, trained_at, policy.tokenizer, settings.run.log_completions)
+
+    objective = GrpoObjective(
+        settings_objective,
+        train,
+        policy.model,
+        settings.sampling.temperature,
+        settings.sampling.max_completion_length,
+        settings.rewards.reward_weights,
+        head,
+        line,
+        reference=reference.model if reference is not None else None,
+        max_none_batches=settings.rewards.max_none_batches,
+    )
+    evaluator = OnlineEvaluator(
+        source, settings.rewards.reward_weights, line, len(prompts.evaluation)
+    )
+    return Trainer(
+        policy.model,
+        source,
+        objective,
+        new_step(settings, policy, reference, total * settings_objective.num_iterations),
+        Records(args.run_dir, started_at(args.run_dir)),
+        Schedule(
+            max_steps=total,
+            save_steps=settings.run.save_steps,
+            save_total_limit=settings.run.save_total_limit,
+            eval_steps=settings.eval.steps,
+            eval_at_start=settings.eval.at_start,
+        ),
+        evaluator if prompts.evaluation else None,
+        resume_state=run_digests(policy, reference),
+    )
+
+
+def started_at(folder: Path) -> float:
+    """Return when the run began: the first time it was assembled in this folder."""
+    path = folder / "started_at"
+    if not path.exists():
+        path.write_text(f"{time.time():.3f}\n")
+    return float(path.read_text())
+
+
+__all__ = ["Run", "assemble", "checkpoints"]

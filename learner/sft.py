@@ -1,0 +1,70 @@
+"""SFT over rows of tokens: examples to arrays, and the token-mean loss of a micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from learner.batches import sequence_batch
+from learner.forward import Head, completion_logprobs
+from learner.grpo import to_device
+from learner.objectives.metrics import finish_metrics, mean, merge_metrics
+from learner.sources.offline import SftExample
+from learner.trainer import Arrays, Prepared
+from protocol.settings import TrainSettings
+
+
+@dataclass
+class SftObjective:
+    """Cross-entropy of the tokens that count, averaged over those of the whole batch.
+
+    Equal to TRL 1.16.0's SFTTrainer, which divides by the label tokens of the accumulation window.
+    """
+
+    train: TrainSettings
+    head: Head
+    num_iterations: int = 1
+    reads: list[nn.Module] = field(default_factory=list)
+
+    def prepare(self, batch: Sequence[SftExample]) -> Prepared:
+        """Return the arrays of a batch, `micro_batch_size` rows a micro-batch."""
+        counted = sum(float(np.sum(example.completion_mask[1:])) for example in batch)
+        size = self.train.micro_batch_size
+        micro: list[Arrays] = []
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            tokens = sequence_batch(
+                [example.input_ids for example in part],
+                masks=[np.asarray(example.completion_mask, np.float32) for example in part],
+                length_bucket=self.train.length_bucket,
+            )
+            arrays = to_device(tokens)
+            arrays["normaliser"] = mx.array(max(counted, 1.0), dtype=mx.float32)
+            micro.append(arrays)
+        total = float(sum(len(example.input_ids) for example in batch))
+        return Prepared(micro, {"batch_tokens": total}, step=counted > 0)
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss and its mergeable metrics."""
+        logps, entropies = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            head=self.head,
+            entropy=True,
+        )
+        mask = arrays["mask"]
+        metrics: Arrays = mean("entropy", (entropies * mask).sum(), mask.sum())
+        return -(logps * mask).sum() / arrays["normaliser"], metrics
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        return merge_metrics(first, second)
+
+    def finish(self, metrics: Arrays) -> dict[str, Any]:
+        """Turn merged metrics into logged ones."""
+        return finish_metrics(metrics)
