@@ -1,0 +1,60 @@
+"""The text of `--help`: every key with its type, default and comment from protocol/settings.py."""
+
+import ast
+import inspect
+import io
+import textwrap
+import tokenize
+from typing import Any
+
+from protocol import settings
+from protocol.fields import defaults, leaf_fields, type_name
+
+
+def field_comments(source: str) -> dict[tuple[str, str], str]:
+    """Map (class, field) to the comment on the lines of the field's declaration."""
+    by_line = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found: dict[tuple[str, str], str] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
+                text = " ".join(by_line[line] for line in lines if line in by_line)
+                found[node.name, item.target.id] = text
+    return found
+
+
+def _value(tree: dict[str, Any], path: str) -> object:
+    value: Any = tree
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def help_text(cls: type[settings.Section], usage: str) -> str:
+    """Return the help of a program whose recipe is `cls`; `usage` is its first line."""
+    comments = field_comments(inspect.getsource(settings))
+    values = defaults(cls)
+    lines = [usage, "", "The recipe is TOML; flags override it. Keys, types, defaults:"]
+    heading = ""
+    for field in leaf_fields(cls):
+        section = field.path.rpartition(".")[0]
+        if section != heading:
+            heading = section
+            lines += ["", f"[{section}]  {(inspect.getdoc(field.owner) or '').splitlines()[0]}"]
+        value = _value(values, field.path)
+        shown = "none" if value is None else str(value)
+        if isinstance(value, bool):
+            shown = shown.lower()
+        elif isinstance(value, str):
+            shown = f'"{value}"'
+        lines.append(f"  --{field.path} {type_name(field.annotation)} = {shown}")
+        comment = comments[field.owner.__name__, field.name]
+        lines += textwrap.wrap(comment, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines) + "\n"
