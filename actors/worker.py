@@ -184,7 +184,7 @@ class Worker:
         ids = [ids_view(completion.token_ids).tolist() for completion in result.completions]
         return Score(
             key=(task.task, task.attempt),
-            row=bytes(task.row),
+            row=task.row,
             completions=as_answers(task.row, [self._decode(tokens) for tokens in ids]),
             completion_ids=ids,
             trainer_state=task.trainer_state,
@@ -223,9 +223,9 @@ class _Prompt(msgspec.Struct):
     prompt: Any = ""
 
 
-def as_answers(row: msgspec.Raw | bytes, texts: list[str]) -> list[Any]:
+def as_answers(row: bytes, texts: list[str]) -> list[Any]:
     """Return completions as reward functions take them: strings or messages, as the prompt is."""
-    prompt = msgspec.json.decode(bytes(row), type=_Prompt).prompt
+    prompt = msgspec.json.decode(row, type=_Prompt).prompt
     if not isinstance(prompt, list):
         return list(texts)
     return [[{"role": "assistant", "content": text}] for text in texts]

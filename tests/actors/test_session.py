@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from actors.engine import GenerationResult
@@ -66,7 +65,7 @@ def task(number: int = 1, attempt: int = 1, *, incarnation: str = "L1", **change
         "attempt": attempt,
         "kind": "train",
         "prompt_ids": ids_bytes([4, 5]),
-        "row": msgspec.Raw(b'{"prompt":"2+2","answer":"4"}'),
+        "row": b'{"prompt":"2+2","answer":"4"}',
         "sampling": Sampling(num_generations=2, max_completion_length=4),
         "seed": 11,
         "min_policy_version": 3,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import pytest
 
 from actors.engine import GenerationRequest, GenerationResult, Step
@@ -180,7 +179,7 @@ def task(number: int = 1, prompt: tuple[int, ...] = (4, 5), row: bytes = b'{"pro
         attempt=1,
         kind="train",
         prompt_ids=ids_bytes(prompt),
-        row=msgspec.Raw(row),
+        row=row,
         sampling=Sampling(num_generations=2, max_completion_length=4),
         seed=11,
         min_policy_version=0,

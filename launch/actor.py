@@ -1,0 +1,197 @@
+"""An actor: `launch/actor.py --connect ENDPOINT [--keys DIR] [--model PATH] [--name ID]`.
+
+It samples and has scored what the learner leases to it, here or on another machine; it needs no
+dataset and joins or leaves a running job at any time. MLX stays on this main thread; sockets are
+served by an I/O thread. Exit status 0: the run is over, or it was asked to leave; 1: it failed.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from actors.io import ActorIo, BridgePort
+from actors.port import Command, Event, Received, Send
+from actors.session import Identity, Session
+from actors.worker import Worker
+from protocol.blas import HINT, load_openblas
+from protocol.bridge import Bridge
+from protocol.channel import Client
+from protocol.errors import PippinError, RefusedError, SnapshotError
+from protocol.lifeline import Lifeline
+from protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, RewardService, Welcome
+from protocol.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from actors.reward_client import RewardClient
+    from protocol.policy import LoadedPolicy
+
+log = logging.getLogger("pippin.actor")
+
+IDLE_S = 0.2
+ENQUIRE_S = 2.0
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the learner's")
+    parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
+    parser.add_argument("--model", default="", metavar="PATH", help="where the model is here")
+    parser.add_argument("--max-rows", type=int, default=32, help="completions sampled at once")
+    parser.add_argument("--prefill-step-size", type=int, default=2048, help="prompt tokens a pass")
+    parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
+    parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    args = parser.parse_args()
+    if args.max_rows < 1 or args.prefill_step_size < 1:
+        parser.error("--max-rows and --prefill-step-size must be at least 1")
+    return args
+
+
+def main() -> int:
+    """Join, work until the learner says Stop or we are asked to leave, and leave."""
+    args = arguments()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    lifeline = Lifeline(child=args.child)
+    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+    if not load_openblas():
+        log.info(HINT)
+    worker: list[Worker] = []
+    try:
+        with Bridge[Command, Event]() as bridge:
+            bridge.start(_io(args, lambda: worker[0].heartbeat if worker else None).run, "actor-io")
+            _work(args, BridgePort(bridge), lifeline, worker)
+    except PippinError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 1
+    except KeyboardInterrupt:
+        log.info("interrupted")
+    return 0
+
+
+def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> ActorIo:
+    def make_scorer(services: list[RewardService]) -> "RewardClient":
+        from actors.reward_client import RewardClient
+
+        return RewardClient(services, keys=args.keys)
+
+    return ActorIo(
+        connect=lambda: Client(args.connect, keys=args.keys),
+        make_scorer=make_scorer,
+        heartbeat=heartbeat,
+        keys=args.keys,
+    )
+
+
+def _work(
+    args: argparse.Namespace, port: BridgePort, lifeline: Lifeline, made: list[Worker]
+) -> None:
+    """Load what the learner names, then advance the worker until the run is over."""
+    name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
+    incarnation = uuid.uuid4().hex
+    welcome = enquire(port, name, incarnation, args.connect, lifeline)
+    if welcome is None:
+        return
+    from protocol.policy import load_policy
+
+    settings = msgspec.convert(welcome.model, ModelSettings)
+    if args.model:
+        settings = msgspec.structs.replace(settings, path=args.model)
+    policy = load_policy(settings, seed=welcome.seed)
+    identity = Identity(
+        name, incarnation, platform.node(), policy.model_digest, policy.tokenizer_digest
+    )
+    worker = _worker(args, policy, identity, port)
+    made.append(worker)
+    worker.start()
+    log.info("actor %s joins run %s at %s", name, welcome.run, args.connect)
+    try:
+        while worker.stopped is None and not lifeline.stop_requested:
+            if not worker.advance():
+                port.wait(IDLE_S)
+    except KeyboardInterrupt:
+        log.info("interrupted: leaving")
+    reason = worker.stopped or "asked to leave"
+    log.info("actor %s leaves: %s", name, reason)
+    worker.leave(reason)
+
+
+def enquire(
+    port: BridgePort, name: str, incarnation: str, endpoint: str, lifeline: Lifeline
+) -> Welcome | None:
+    """Ask the learner for its terms until it answers; None if we are asked to leave first.
+
+    Raises RefusedError if the learner does not want us.
+    """
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        actor_id=name,
+        actor_incarnation=incarnation,
+        host=platform.node(),
+    )
+    asked = 0
+    ask_at = time.monotonic()
+    while not lifeline.stop_requested:
+        if time.monotonic() >= ask_at:
+            if asked == 1:
+                log.info("no answer yet from %s; going on asking", endpoint)
+            port.put(Send(hello))
+            asked, ask_at = asked + 1, time.monotonic() + ENQUIRE_S
+        port.wait(IDLE_S)
+        for event in port.poll():
+            message = event.message if isinstance(event, Received) else None
+            if isinstance(message, Welcome):
+                return message
+            if isinstance(message, Refuse) and message.fatal:
+                raise RefusedError(
+                    f"{endpoint} refused actor {name} ({message.code}): {message.reason}"
+                )
+    return None
+
+
+def _worker(
+    args: argparse.Namespace, policy: "LoadedPolicy", identity: Identity, port: BridgePort
+) -> Worker:
+    from actors.mlx_engine import MlxEngine
+    from protocol.policy import apply_snapshot, read_snapshot
+
+    engine = MlxEngine(
+        policy.model,
+        stop_token_ids=policy.stop_token_ids,
+        vocab_size=policy.vocab_size,
+        max_rows=args.max_rows,
+        prefill_step_size=args.prefill_step_size,
+        context_length=policy.config.get("max_position_embeddings"),
+    )
+
+    def load(data: bytes, digest: str) -> Callable[[], None]:
+        snapshot = read_snapshot(data)
+        if snapshot.digest != digest:
+            raise SnapshotError(
+                f"the learner announced a snapshot of digest {digest[:12]}, what came has "
+                f"{snapshot.digest[:12]}; is another run writing to the same folder?"
+            )
+        return lambda: apply_snapshot(policy.model, snapshot)
+
+    def decode(token_ids: list[int]) -> str:
+        return policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    return Worker(engine, Session(identity), port, decode=decode, load=load)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A daemon thread of ours may sit in a read of standard input, which a normal exit would await.
+    os._exit(status)
