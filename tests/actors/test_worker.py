@@ -30,6 +30,7 @@ from protocol.messages import (
     Completion,
     Failed,
     Group,
+    Heartbeat,
     Hello,
     Policy,
     PolicySpan,
@@ -150,6 +151,11 @@ class House:
             raise SnapshotError("digest differs")
         return lambda: self.applied.append((source, digest))
 
+    @property
+    def beat(self) -> Heartbeat:
+        assert self.worker.heartbeat is not None
+        return self.worker.heartbeat
+
     def hear(self, *messages: Any) -> bool:
         self.port.events.extend(Received(message) for message in messages)
         return self.worker.advance()
@@ -213,6 +219,7 @@ def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
     assert rewards == UseRewards(welcome().rewards)
     assert request == Request(free_rows=8)
     assert not worker.advance()
+    assert worker.heartbeat is not None
     assert worker.heartbeat.progress == 2
 
 
@@ -222,7 +229,7 @@ def test_a_group_from_lease_to_acknowledgement():
     key = (lease.task, 1)
     assert house.hear(lease)
     assert house.engine.log == ["reset", ("add", key)]
-    assert house.worker.heartbeat.groups_held == 1
+    assert house.beat.groups_held == 1
     house.port.take()
     house.worker.advance()
     score, request = house.port.take()
@@ -245,8 +252,8 @@ def test_a_group_from_lease_to_acknowledgement():
     house.now = 50.0
     house.worker.advance()
     assert house.port.take() == []
-    assert house.worker.heartbeat.groups_held == 0
-    assert house.worker.heartbeat.tokens_sampled == 4
+    assert house.beat.groups_held == 0
+    assert house.beat.tokens_sampled == 4
 
 
 def test_what_fails_here_is_reported_and_the_rest_goes_on():

@@ -62,6 +62,7 @@ def with_actor(scenario: Callable[[Server], Awaitable[None]], *flags: str) -> tu
                     await scenario(server)
                     await stdin.aclose()
 
+                text = b""
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(drive)
                     text = b"".join([chunk async for chunk in process.stderr])
