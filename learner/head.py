@@ -91,7 +91,7 @@ def chunked_logprobs(
     entropy_gradient: bool,
     gradient: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Log-probs of `targets` and entropies, `CHUNK` tokens at a time.
+    """Log-probs of `targets` and entropies, at most `CHUNK` tokens at a time.
 
     `hidden` (N, D), `targets` (N,) int32; returns (N,) float32, nats, twice. Entropies are zeros
     without `entropy`; they carry a gradient only with `entropy_gradient`.
@@ -113,7 +113,9 @@ class _Stats:
     def __init__(
         self, logits: mx.array, targets: mx.array, inverse_temperature: float, entropy: bool
     ) -> None:
-        scaled = logits.astype(mx.float32) * inverse_temperature
+        # Every array here is (n, V): on CPU some ten of them wait in the queue, so none is made
+        # that need not be.
+        scaled = _times(logits.astype(mx.float32), inverse_temperature)
         self.logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
         self.targets = targets[:, None]
         self.inverse_temperature = inverse_temperature
@@ -127,24 +129,40 @@ class _Stats:
     def logps_slope(self) -> mx.array:
         """Return the gradient of each log-prob: one-hot minus p, over the temperature; (n, V)."""
         one_hot = mx.arange(self.logs.shape[-1])[None] == self.targets
-        slope = one_hot.astype(mx.float32) - mx.exp(self.logs)
-        return (slope * self.inverse_temperature).astype(self.dtype)
+        slope = one_hot - mx.exp(self.logs)
+        return _times(slope, self.inverse_temperature).astype(self.dtype)
 
     def entropies_slope(self) -> mx.array:
         """Return the gradient of each entropy: -p (log p + H), over the temperature; (n, V)."""
         slope = -mx.exp(self.logs) * (self.logs + self.entropies[:, None])
-        return (slope * self.inverse_temperature).astype(self.dtype)
+        return _times(slope, self.inverse_temperature).astype(self.dtype)
+
+
+def _times(array: mx.array, factor: float) -> mx.array:
+    return array if factor == 1.0 else array * factor
 
 
 _StatsOf = Callable[[mx.array, mx.array], _Stats]
 
 
-def _chained(array: mx.array, previous: list[mx.array]) -> mx.array:
-    return mx.depends(array, previous) if previous else array
+def _chunk(
+    hidden: mx.array, targets: mx.array, start: int, previous: list[mx.array]
+) -> tuple[mx.array, mx.array]:
+    """Return a chunk of both that waits for `previous`: one-hot targets are (n, V) too."""
+    stop = start + _size()
+    parts = [hidden[start:stop], targets[start:stop]]
+    if previous:
+        parts = cast(list[mx.array], mx.depends(parts, previous))
+    return parts[0], parts[1]
+
+
+def _size() -> int:
+    # The CPU's queue holds some ten operations, so the arrays of several chunks exist at once.
+    return CHUNK if mx.default_device().type == mx.DeviceType.gpu else CHUNK // 2
 
 
 def _starts(array: mx.array) -> range:
-    return range(0, array.shape[0], CHUNK)
+    return range(0, array.shape[0], _size())
 
 
 def _values(
@@ -154,8 +172,8 @@ def _values(
     entropies: list[mx.array] = []
     previous: list[mx.array] = []
     for start in _starts(hidden):
-        chunk = _chained(hidden[start : start + CHUNK], previous)
-        result = stats(logits(chunk), targets[start : start + CHUNK])
+        chunk, chunk_targets = _chunk(hidden, targets, start, previous)
+        result = stats(logits(chunk), chunk_targets)
         previous = [result.logps, result.entropies]
         logps.append(result.logps)
         entropies.append(result.entropies)
@@ -172,8 +190,8 @@ def _built_forward(
         columns: list[list[mx.array]] = []
         previous: list[mx.array] = []
         for start in _starts(hidden):
-            chunk = _chained(hidden[start : start + CHUNK], previous)
-            result = stats(_logits(head, chunk), targets[start : start + CHUNK])
+            chunk, chunk_targets = _chunk(hidden, targets, start, previous)
+            result = stats(_logits(head, chunk), chunk_targets)
             previous = [result.logps, result.entropies, _pull(head, chunk, result.logps_slope())]
             if entropy_gradient:
                 previous.append(_pull(head, chunk, result.entropies_slope()))
@@ -222,9 +240,9 @@ def _recomputed(
         slopes: list[mx.array] = []
         sums: list[mx.array] = [mx.zeros(p.shape, mx.float32) for p in parameters]
         for start in _starts(hidden):
-            stop = start + CHUNK
-            chunk = _chained(hidden[start:stop], sums + slopes[-1:])
-            result = stats(logits(chunk, *parameters), targets[start:stop])
+            stop = start + _size()
+            chunk, chunk_targets = _chunk(hidden, targets, start, sums + slopes[-1:])
+            result = stats(logits(chunk, *parameters), chunk_targets)
             pull = result.logps_slope() * cotangents[0][start:stop, None]
             if entropy_gradient:
                 pull = pull + result.entropies_slope() * cotangents[1][start:stop, None]

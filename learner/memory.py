@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 # units of the hidden size; gate, up, their product and its activation in units of the MLP's.
 _HIDDEN_ARRAYS = 10
 _MLP_ARRAYS = 4
-# Of (chunk, V): logits, their float32 form, log-probs, probabilities.
-_HEAD_ARRAYS = 4
+# Of (chunk, V): logits, float32 logits, log-probs, probabilities, slope; and those of the next
+# chunk that are queued already.
+_HEAD_ARRAYS = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,9 @@ def test_counts_by_hand():
     assert result.weights == stored + 4 * adapters
     assert result.optimizer == 16 * adapters  # gradient, clipped gradient, two moments
     assert result.reference == 0  # a view of frozen arrays
-    # 64 tokens at once, V = 64, 4 arrays of float32; and 64 hidden states and slopes of 32.
-    assert result.head == 64 * 64 * 4 * 4 + 64 * 32 * 4 * 2
-    assert estimate(model, head="full").head == 128 * 64 * 4 * 4
+    # 64 tokens at once, V = 64, 8 arrays of float32; and 64 hidden states and slopes of 32.
+    assert result.head == 64 * 64 * 4 * 8 + 64 * 32 * 4 * 2
+    assert estimate(model, head="full").head == 128 * 64 * 4 * 8
     assert estimate(model, gradient_checkpointing=True).activations < result.activations
 
 

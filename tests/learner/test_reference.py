@@ -152,5 +152,5 @@ def test_every_kind_of_adapter_is_bypassed():
     assert mx.array_equal(twin(tokens), before)
     assert model.trainable_parameters().keys() == model.parameters().keys()  # only twin is frozen
     frozen_copy = view(model, bypass_adapters=False)
-    assert frozen_copy.again is frozen_copy.layers[0]
+    assert frozen_copy["again"] is frozen_copy["layers"][0]
     assert mx.array_equal(frozen_copy(tokens), model(tokens))
