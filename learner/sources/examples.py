@@ -1,0 +1,159 @@
+"""Examples of offline training and how they are built from rows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from learner.sources.dataset import RawRow
+from learner.sources.sieve import Report
+from protocol.preference_tokens import (
+    SideTokens,
+    tokenise_answer,
+    tokenise_pair,
+    tokenise_sequence,
+)
+from protocol.settings import DataSettings
+from protocol.tokens import RowError, Tokenizer
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """A pair: chosen follows `prompt_ids`, rejected follows `rejected_prompt_ids`.
+
+    The two contexts are equal unless truncation from the start cut them differently, or the pair
+    shares nothing. Each holds at least one token, as does each answer. `score` is the row's
+    `preference_score`.
+    """
+
+    row: int
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_prompt_ids: list[int]
+    rejected_ids: list[int]
+    score: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side."""
+        return max(
+            len(self.prompt_ids) + len(self.chosen_ids),
+            len(self.rejected_prompt_ids) + len(self.rejected_ids),
+        )
+
+
+@dataclass(frozen=True)
+class UnpairedExample:
+    """An answer judged good (`label`) or bad; context and answer hold at least one token."""
+
+    row: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    label: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """A sequence (T,), T >= 2; `completion_mask` (T,) is 1 where a token counts, at least once
+    after token 0."""
+
+    row: int
+    input_ids: list[int]
+    completion_mask: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return len(self.input_ids)
+
+
+Example = PreferenceExample | UnpairedExample | SftExample
+E = TypeVar("E", PreferenceExample, UnpairedExample, SftExample)
+Build = Callable[[int, RawRow, Report], E]
+
+
+def pairs(settings: DataSettings, tokenizer: Tokenizer) -> Build[PreferenceExample]:
+    """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
+
+    def build(number: int, row: RawRow, report: Report) -> PreferenceExample:
+        chosen, rejected = tokenise_pair(
+            tokenizer,
+            row,
+            max_length=settings.max_length,
+            truncation_mode=settings.truncation_mode,
+        )
+        score = _score(row.get("preference_score"))
+        if chosen.truncated or rejected.truncated:
+            report.truncate(number)
+        chosen_prompt, chosen_ids = _with_context(chosen)
+        rejected_prompt, rejected_ids = _with_context(rejected)
+        return PreferenceExample(
+            number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
+        )
+
+    return build
+
+
+def answers(settings: DataSettings, tokenizer: Tokenizer) -> Build[UnpairedExample]:
+    """Build judged answers from rows with prompt, completion and label."""
+
+    def build(number: int, row: RawRow, report: Report) -> UnpairedExample:
+        side = tokenise_answer(
+            tokenizer,
+            row,
+            max_length=settings.max_length,
+            truncation_mode=settings.truncation_mode,
+        )
+        label = row.get("label")
+        if label is None:
+            raise RowError("missing_column", f"no label; the row has {sorted(row)}")
+        if label not in (0, 1, False, True):
+            raise RowError("mixed_types", f"label must be true or false, not {label!r}")
+        if side.truncated:
+            report.truncate(number)
+        return UnpairedExample(number, *_with_context(side), bool(label))
+
+    return build
+
+
+def sequences(
+    settings: DataSettings, tokenizer: Tokenizer, *, completion_only_loss: bool | None = None
+) -> Build[SftExample]:
+    """Build sequences from rows with messages, text, or prompt and completion."""
+
+    def build(number: int, row: RawRow, report: Report) -> SftExample:
+        tokens = tokenise_sequence(
+            tokenizer,
+            row,
+            max_length=settings.max_length,
+            truncation_mode=settings.truncation_mode,
+            completion_only=completion_only_loss,
+        )
+        if tokens.truncated:
+            report.truncate(number)
+        return SftExample(number, tokens.input_ids, tokens.completion_mask)
+
+    return build
+
+
+def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
+    """Move the first token to an empty prompt: nothing predicts it (TRL's shift leaves it out)."""
+    prompt, completion = side.prompt_ids, side.completion_ids
+    if not prompt:
+        prompt, completion = completion[:1], completion[1:]
+    if not completion:
+        raise RowError("empty_answer", "a single token without a prompt: nothing predicts it")
+    return prompt, completion
+
+
+def _score(value: Any) -> float | None:  # noqa: ANN401 - a cell of a dataset
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError("mixed_types", f"preference_score must be a number, not {value!r}")
+    return float(value)

@@ -1,0 +1,169 @@
+"""Batches of examples from datasets: pairs, judged answers, or plain sequences."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Generic
+
+import msgspec
+
+from learner.sources.dataset import Rows, open_rows
+from learner.sources.examples import Build, E
+from learner.sources.feed import FeedState, ListFeed, StreamFeed
+from learner.sources.prepare import preparation
+from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
+from protocol.errors import ConfigError
+from protocol.settings import DataSettings
+
+log = logging.getLogger("pippin.data")
+
+
+class OfflineState(msgspec.Struct, frozen=True, kw_only=True):
+    """Position of an OfflineSource, for a checkpoint."""
+
+    feed: FeedState
+    steps: int
+
+
+class OfflineSource(Generic[E]):
+    """Batches of `batch_size` examples in a deterministic order, with exact resume.
+
+    The last batch of an epoch holds what is left. Ends after `max_steps` batches if positive, else
+    after `epochs` (part of an epoch: that part of its batches, rounded up).
+    """
+
+    def __init__(
+        self,
+        feed: ListFeed[E] | StreamFeed[E],
+        report: Report,
+        *,
+        batch_size: int,
+        epochs: float,
+        max_steps: int,
+    ) -> None:
+        if feed.size < 0 and max_steps <= 0 and epochs != int(epochs):
+            raise ConfigError(
+                f"train.num_train_epochs = {epochs} of a streamed dataset, whose length is "
+                "unknown; give a whole number, or train.max_steps"
+            )
+        self.report = report
+        self._feed = feed
+        self._batch_size = batch_size
+        self._epochs = epochs
+        self._max_steps = max_steps
+        self._steps = 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Batches over the whole run; None for a stream without `max_steps`."""
+        if self._max_steps > 0:
+            return self._max_steps
+        if self._feed.size < 0:
+            return None
+        return math.ceil(self._epochs * math.ceil(self._feed.size / self._batch_size))
+
+    def next_batch(self) -> list[E] | None:
+        """Return the next batch, or None after the last."""
+        while not self._over():
+            batch = self._collect()
+            if batch:
+                self._steps += 1
+                return batch
+        return None
+
+    def _collect(self) -> list[E]:
+        """Up to a batch of one epoch; empty at its end."""
+        batch: list[E] = []
+        while len(batch) < self._batch_size:
+            example = self._feed.next()
+            if example is None:
+                break
+            batch.append(example)
+        return batch
+
+    def _over(self) -> bool:
+        total = self.total_steps
+        if total is not None:
+            return self._steps >= total
+        return self._feed.state().epoch >= self._epochs
+
+    def state(self) -> OfflineState:
+        """Return where the next batch comes from."""
+        return OfflineState(feed=self._feed.state(), steps=self._steps)
+
+    def restore(self, state: OfflineState) -> None:
+        """Go on from `state`; raises CheckpointError if it is of another dataset."""
+        self._feed.restore(state.feed)
+        self._steps = state.steps
+
+
+@dataclass(frozen=True)
+class OfflineSets(Generic[E]):
+    """Batches to train on, and held-out examples, which are never trained on."""
+
+    train: OfflineSource[E]
+    evaluation: list[E]
+
+
+def open_offline(
+    settings: DataSettings,
+    build: Build[E],
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+) -> OfflineSets[E]:
+    """Open the examples that `settings` name and `build` makes: `pairs`, `answers` or
+    `sequences` of `learner/sources/examples.py`.
+
+    Streams are tokenised as they are read. What was dropped or truncated is logged at the start
+    and kept in the sources' `report`. Raises DataError, as `open_prompts` does.
+    """
+    rows = open_rows(settings)
+    sieve = _sieve(settings, rows, build)
+    evaluation = _evaluation(settings, build)
+    own = evaluation is not None
+    split = read_split(
+        rows,
+        sieve,
+        msgspec.structs.replace(settings, eval_rows=0) if own else settings,
+        seed=seed,
+    )
+    feed: ListFeed[E] | StreamFeed[E]
+    if rows.length is None:
+        feed = StreamFeed(rows, sieve, settings, seed=seed, skip=split.skip)
+    else:
+        require_some(sieve.report)
+        feed = ListFeed(
+            split.train, settings, seed=seed, batch_size=batch_size, length=lambda e: e.length
+        )
+        for line in sieve.report.lines():
+            log.info(line)
+    source = OfflineSource(
+        feed, sieve.report, batch_size=batch_size, epochs=epochs, max_steps=max_steps
+    )
+    return OfflineSets(source, evaluation if evaluation is not None else split.held_out)
+
+
+def _sieve(settings: DataSettings, rows: Rows, build: Build[E]) -> Sieve[E]:
+    prepare = preparation(settings, rows)
+    return Sieve(prepare, build, Report(rows.name), settings.on_bad_row)
+
+
+def _evaluation(settings: DataSettings, build: Build[E]) -> list[E] | None:
+    """Examples of `eval_path` or `eval_split`, at most `eval_rows` if set; None without either."""
+    if not settings.eval_path and not settings.eval_split:
+        return None
+    split = settings.eval_split or "train"
+    rows = open_rows(settings, path=settings.eval_path, split=split)
+    sieve = _sieve(settings, rows, build)
+    examples: list[E] = []
+    for example in kept(sieve, enumerate(rows.scan(0))):
+        examples.append(example)
+        if len(examples) == settings.eval_rows:
+            break
+    require_some(sieve.report)
+    for line in sieve.report.lines():
+        log.info(line)
+    return examples
