@@ -244,8 +244,8 @@ def _check_objective(grpo: GrpoSettings) -> None:
     require(turns >= 1, "objective.num_iterations", "must be at least 1", turns)
     require(0 <= quantile <= 1, "objective.top_entropy_quantile", "must be in [0, 1]", quantile)
     for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-        value = getattr(grpo, name)
-        require(value > 0, f"objective.{name}", "must be positive", value)
+        heat: float = getattr(grpo, name)
+        require(heat > 0, f"objective.{name}", "must be positive", heat)
     require(
         not grpo.importance_sampling_correction or grpo.old_logprobs == "recompute",
         "objective.importance_sampling_correction",
