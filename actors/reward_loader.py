@@ -1,0 +1,174 @@
+"""From names such as `package.module:function` to reward functions.
+
+Runs in the reward worker alone: importing a reward function runs its author's code.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from protocol.errors import RewardError
+
+_NAME = re.compile(r"(?P<where>.+?):(?P<attribute>[A-Za-z_][\w.]*)(?P<call>\(.*\))?", re.DOTALL)
+ALWAYS_PASSED = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function, the name that its column has, and whether it is asynchronous."""
+
+    name: str
+    call: Callable[..., Any]
+    is_async: bool
+
+
+def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
+    """Import the named functions; raise `RewardError` that names what is missing, and where.
+
+    A spec is `package.module:function` or `path/to/file.py:function`. A factory, or a class whose
+    instances are called, takes literal arguments: `trl.rewards:get_soft_overlong_punishment(100,
+    20)`. A name that occurs twice gets `_2`, `_3`, ... so that every column has its own.
+    """
+    if not specs:
+        raise RewardError("rewards: required at least one function, got none; name one")
+    functions: list[RewardFunction] = []
+    taken: set[str] = set()
+    for spec in specs:
+        function = _load(spec)
+        name, count = function.name, 1
+        while name in taken:
+            count += 1
+            name = f"{function.name}_{count}"
+        taken.add(name)
+        functions.append(RewardFunction(name, function.call, function.is_async))
+    return functions
+
+
+def is_async_callable(function: Callable[..., Any]) -> bool:
+    """Say whether a call returns a coroutine; sees through partials and instances, as TRL does."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at
+    )
+
+
+def _load(spec: str) -> RewardFunction:
+    match = _NAME.fullmatch(spec)
+    if match is None:
+        raise RewardError(
+            f"reward {spec!r}: required package.module:function or path/to/file.py:function"
+        )
+    module = _module(spec, match["where"])
+    value: Any = module
+    for part in match["attribute"].split("."):
+        if not hasattr(value, part):
+            raise RewardError(
+                f"reward {spec!r}: {match['where']} has no {match['attribute']!r}; "
+                f"it defines {', '.join(_callables(module)) or 'no functions'}"
+            )
+        value = getattr(value, part)
+    if match["call"] is not None:
+        value = _construct(spec, value, match["call"])
+    if inspect.isclass(value) or not callable(value):
+        raise RewardError(
+            f"reward {spec!r}: required a function, got {type(value).__name__}; "
+            "a class or factory needs its arguments, such as module:Class()"
+        )
+    _check_signature(spec, value)
+    name = _column_name(value, match["attribute"].rpartition(".")[2])
+    return RewardFunction(name, value, is_async_callable(value))
+
+
+def _module(spec: str, where: str) -> ModuleType:
+    try:
+        if where.endswith(".py"):
+            return _file_module(spec, Path(where))
+        return importlib.import_module(where)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may raise anything
+        if isinstance(error, RewardError):
+            raise
+        raise RewardError(
+            f"reward {spec!r}: {where} cannot be imported: {type(error).__name__}: {error}; "
+            "correct the name, or install what it needs"
+        ) from error
+
+
+def _file_module(spec: str, path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise RewardError(f"reward {spec!r}: there is no file {path}; correct the path")
+    name = f"reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    definition = importlib.util.spec_from_file_location(name, path)
+    if definition is None or definition.loader is None:
+        raise RewardError(f"reward {spec!r}: {path} is not a Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as for a script: its neighbours can be imported
+    module = importlib.util.module_from_spec(definition)
+    sys.modules[name] = module
+    definition.loader.exec_module(module)
+    return module
+
+
+def _callables(module: ModuleType) -> list[str]:
+    names = (name for name, value in vars(module).items() if inspect.isfunction(value))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _construct(spec: str, factory: Any, call: str) -> Any:
+    try:
+        tree = ast.parse(f"f{call}", mode="eval").body
+        if not isinstance(tree, ast.Call):
+            raise ValueError("not a call")
+        args = [ast.literal_eval(argument) for argument in tree.args]
+        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise RewardError(
+            f"reward {spec!r}: arguments must be literals, such as (100, cache=20); got {call}"
+        ) from error
+    try:
+        return factory(*args, **kwargs)
+    except Exception as error:
+        raise RewardError(
+            f"reward {spec!r}: the factory raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_signature(spec: str, function: Callable[..., Any]) -> None:
+    """Refuse what cannot take the arguments that every call has."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # a builtin without a signature: its calls will tell
+    try:
+        signature.bind_partial(**dict.fromkeys(ALWAYS_PASSED))
+    except TypeError as error:
+        raise RewardError(
+            f"reward {spec!r}: {error}. Every call passes {', '.join(ALWAYS_PASSED)} and each "
+            f"other dataset column by keyword; add **kwargs to the signature, got {signature}"
+        ) from error
+
+
+def _column_name(function: Callable[..., Any], attribute: str) -> str:
+    """`__name__`, as in TRL; for lambdas, partials and nameless instances what the spec says."""
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) and name != "<lambda>" else attribute
