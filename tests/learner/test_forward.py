@@ -157,6 +157,73 @@ def test_entropy_without_gradient_leaves_the_log_prob_gradient_alone(kind):
     assert_close(by_head["chunked"], by_head["full"], 5e-6)
 
 
+def test_gradients_against_finite_differences():
+    model, arrays = trained("full", tie_word_embeddings=False), on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+
+    def forward(model):
+        return completion_logprobs(model, *ids, temperature=1.3, entropy_gradient=True)
+
+    _, grads = gradients(model, arrays, forward)
+    for name in ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        start = trainable(model)[name]
+        direction = grads[name] / mx.linalg.norm(grads[name])
+        values = []
+        for step in (1e-2, -1e-2):
+            model.load_weights([(name, start + step * direction)], strict=False)
+            values.append(gradients(model, arrays, forward)[0].item())
+        model.load_weights([(name, start)], strict=False)
+        slope = (values[0] - values[1]) / 2e-2
+        assert slope == pytest.approx(mx.linalg.norm(grads[name]).item(), rel=5e-3), name
+
+
+def test_padding_changes_nothing():
+    model = trained("lora")
+    logps = {}
+    for bucket in (1, 8, 32):
+        batch = ragged_batch(bucket=bucket)
+        arrays = on_device(batch)
+        values, entropies = completion_logprobs(
+            model, arrays["input_ids"], arrays["positions"], arrays["targets"], entropy=True
+        )
+        assert mx.isfinite(values).all().item()
+        assert mx.isfinite(entropies).all().item()
+        logps[bucket] = np.array(values)[batch.mask > 0]
+    np.testing.assert_allclose(logps[8], logps[1], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(logps[32], logps[1], rtol=0, atol=5e-6)
+
+
+def test_extreme_logits_stay_finite():
+    model = trained("full", tie_word_embeddings=False)
+    model.load_weights([("lm_head.weight", trainable(model)["lm_head.weight"] * 1e4)], strict=False)
+    arrays = on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    value, grads = gradients(
+        model, arrays, lambda m: completion_logprobs(m, *ids, entropy_gradient=True)
+    )
+    assert mx.isfinite(value).item()
+    assert all(mx.isfinite(array).all().item() for array in grads.values())
+
+
+def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
+    model = trained("lora")
+    model.set_dtype(mx.bfloat16)
+    arrays = on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+    logits = model(arrays["input_ids"])
+    assert logits.dtype == mx.bfloat16
+    scaled = logits.astype(mx.float32) * (1 / 0.7)
+    logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
+    wanted = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
+    got, _ = completion_logprobs(model, *ids, temperature=0.7, gradient=False)
+    assert got.dtype == mx.float32
+    # The head sees another number of rows at once, which moves bfloat16 roundings of the logits.
+    difference = mx.abs(got - wanted) * arrays["mask"]
+    assert float(difference.max()) < 0.1
+    assert float(difference.sum() / arrays["mask"].sum()) < 0.01
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_gradient_checkpointing_is_exact_and_leaves_no_trace(kind):
     model, arrays = trained(kind), on_device(ragged_batch())
