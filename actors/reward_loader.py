@@ -102,7 +102,7 @@ def _module(spec: str, where: str) -> ModuleType:
         if where.endswith(".py"):
             return _file_module(spec, Path(where))
         return importlib.import_module(where)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may raise anything
+    except (Exception, SystemExit) as error:
         if isinstance(error, RewardError):
             raise
         raise RewardError(

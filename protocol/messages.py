@@ -132,7 +132,7 @@ class Completion(Part, frozen=True, kw_only=True):
         _require(not parts or (parts[0] == 0 and parts[-1] < count), "segments must lie inside")
 
 
-class RewardFault(Part, frozen=True, kw_only=True):
+class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
     """A reward function that gave no rewards for a group, and why."""
 
     function: str
@@ -371,14 +371,6 @@ class ScoreRequest(RewardMessage, frozen=True, kw_only=True, tag="score"):
     timeout_s: float = 60.0
 
 
-class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that gave nothing: see `RewardFault`."""
-
-    function: str
-    kind: Literal["timeout", "exception", "contract", "unreachable", "died"]
-    message: str
-
-
 class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
     """`rewards[f][n]` is function f's reward of completion n, or null."""
 
@@ -388,7 +380,7 @@ class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
     rewards: list[list[float | None]]
     log_extra: dict[str, list[Any]] = {}
     log_metric: dict[str, float] = {}
-    faults: list[Fault] = []
+    faults: list[RewardFault] = []
     elapsed_s: float = 0.0
 
 

@@ -1,0 +1,65 @@
+"""Serve reward functions: `launch/reward_server.py FUNCTION… --bind ENDPOINT [--keys DIR]`.
+
+FUNCTION is `path/to/file.py:function` or `package.module:function`; ENDPOINT is `tcp://host:port`
+or `ipc://path`. A run uses it as `zmq://host:port` among its `rewards.functions`. The wire is
+described in protocol/REWARDS.md.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+
+import anyio
+import anyio.to_thread
+
+from actors.reward_server import RewardServer
+from protocol.errors import PippinError
+from protocol.lifeline import Lifeline
+
+log = logging.getLogger("pippin.rewards")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("functions", nargs="+", metavar="FUNCTION")
+    parser.add_argument("--bind", required=True, metavar="ENDPOINT")
+    parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
+    parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    return parser.parse_args()
+
+
+async def serve(args: argparse.Namespace, lifeline: Lifeline) -> None:
+    """Serve until asked to stop."""
+    async with RewardServer(args.functions, args.bind, keys=args.keys) as server:
+        print(f"serving {', '.join(server.names)} at {server.endpoint}", flush=True)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.run)
+            await anyio.to_thread.run_sync(lifeline.wait, abandon_on_cancel=True)
+            tasks.cancel_scope.cancel()
+        if server.refusals:
+            log.info("refused: %s", dict(server.refusals))
+
+
+def main() -> int:
+    """Serve; exit status 1 where the functions or the endpoint cannot be used."""
+    args = arguments()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    lifeline = Lifeline(child=args.child)
+    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+    try:
+        anyio.run(serve, args, lifeline)
+    except* PippinError as group:
+        for error in group.exceptions:
+            log.error("%s: %s", type(error).__name__, error)
+        return 1
+    except* KeyboardInterrupt:
+        log.info("interrupted")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
