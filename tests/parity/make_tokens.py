@@ -7,6 +7,9 @@ FOLDER holds `tokenizer-qwen3` and `stories260K`. The rows go through the traine
 `_prepare_dataset` and data collators; no model is needed. `tokens/randperm.json` has torch's.
 """
 
+# pyright: reportMissingImports=false
+# (torch and trl are no dependencies)
+
 import argparse
 import hashlib
 import json

@@ -27,7 +27,8 @@ def build(*, chat_template: bool = True) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    merges = [tuple(pair.split(" ")) for pair in _MERGES.split("|")]
+    splits = [pair.split(" ") for pair in _MERGES.split("|")]
+    merges = [(left, right) for left, right in splits]
     tokens = _byte_characters() + ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))

@@ -30,6 +30,8 @@ def _cases(name):
 @pytest.fixture(scope="module")
 def tiny():
     spec = importlib.util.spec_from_file_location("tiny_tokenizer", PARITY / "tiny_tokenizer.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,146 @@
+"""Datasets as rows: local formats, and the errors of those that cannot be had."""
+
+import gc
+import json
+
+import pytest
+
+from learner.sources.dataset import open_rows
+from learner.sources.prepare import preparation, with_system_prompt
+from protocol.errors import DataError
+from protocol.settings import DataSettings
+from protocol.tokens import RowError
+
+ROWS = [{"question": f"{n}?", "answer": str(n)} for n in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch, tmp_path):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _write(path, rows=ROWS):
+    import datasets
+
+    data = datasets.Dataset.from_list(rows)
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".jsonl":
+            path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+        case ".csv":
+            data.to_csv(path, index=False)
+        case ".parquet":
+            data.to_parquet(path)
+        case _:
+            data.save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "saved"])
+def test_local_rows_come_in_the_files_order(tmp_path, name, streaming):
+    path = _write(tmp_path / name)
+    rows = open_rows(DataSettings(path=path, streaming=streaming))
+    found = [{key: str(value) for key, value in row.items()} for row in rows.scan(0)]
+    assert found == ROWS
+    assert [row["question"] for row in rows.scan(3)] == ["3?", "4?"]
+    assert rows.columns == ["question", "answer"]
+    if rows.get is not None:
+        assert rows.length == 5
+        assert rows.get(2)["question"] == "2?"
+    gc.collect()  # `datasets` leaves streamed CSV files open: let their warning fall in here
+
+
+def test_a_folder_of_files_is_a_dataset(tmp_path):
+    _write(tmp_path / "train.parquet")
+    rows = open_rows(DataSettings(path=str(tmp_path)))
+    assert [row["answer"] for row in rows.scan(0)] == list("01234")
+
+
+def test_json_rows_keep_their_types_and_surrogates(tmp_path):
+    rows = [{"a": "x"}, {"a": 3}, {"b": "\ud800"}]
+    path = _write_text(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    assert list(open_rows(DataSettings(path=path)).scan(0)) == rows
+
+
+def _write_text(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", "[{", r"a\.json: malformed JSON"),
+        ("a.json", "[3]", "row 0 is int"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is malformed JSON"),
+        ("a.jsonl", "\n", "the file is empty"),
+        ("a.parquet", "no parquet", r"a\.parquet: cannot be read"),
+    ],
+)
+def test_malformed_files_name_the_path(tmp_path, name, text, words):
+    path = _write_text(tmp_path / name, text)
+    with pytest.raises(DataError, match=words):
+        list(open_rows(DataSettings(path=path)).scan(0))
+
+
+def test_what_cannot_be_reached_says_what_to_do(tmp_path):
+    for path, words in [
+        ("", r"data\.path is empty"),
+        (str(tmp_path / "none.jsonl"), "no such file or folder"),
+        ("nobody/nothing", "'nobody/nothing' cannot be had.*network connection"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            open_rows(DataSettings(path=path))
+    with pytest.raises(DataError, match="split 'test' asked for"):
+        open_rows(DataSettings(path=_write(tmp_path / "a.json"), split="test"))
+    _write(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="split"):
+        open_rows(DataSettings(path=str(tmp_path), split="test"))
+
+
+def test_columns_are_renamed_and_a_missing_one_names_the_nearest(tmp_path):
+    path = _write(tmp_path / "a.json")
+    settings = DataSettings(path=path, columns={"prompt": "question"})
+    rows = open_rows(settings)
+    assert preparation(settings, rows)(ROWS[1]) == {"prompt": "1?", "answer": "1"}
+    wrong = DataSettings(path=path, columns={"prompt": "questoin"})
+    with pytest.raises(DataError, match=r"data\.columns\.prompt.*did you mean 'question'"):
+        preparation(wrong, rows)
+
+
+PREPARE = """
+def keep_even(row):
+    if int(row["answer"]) % 2:
+        return None
+    return {"prompt": row["question"]}
+
+def fail(row):
+    raise KeyError("gold")
+"""
+
+
+def test_prepare_changes_and_leaves_out_rows(tmp_path):
+    path, code = _write(tmp_path / "a.json"), _write_text(tmp_path / "mine.py", PREPARE)
+    settings = DataSettings(path=path, prepare=f"{code}:keep_even")
+    prepare = preparation(settings, open_rows(settings))
+    assert [prepare(row) for row in ROWS[:3]] == [{"prompt": "0?"}, None, {"prompt": "2?"}]
+    failing = DataSettings(path=path, prepare=f"{code}:fail")
+    with pytest.raises(RowError, match="KeyError: 'gold'"):
+        preparation(failing, open_rows(failing))(ROWS[0])
+    absent = DataSettings(path=path, prepare=f"{code}:keep_evn")
+    with pytest.raises(DataError, match="did you mean 'keep_even'"):
+        preparation(absent, open_rows(absent))
+
+
+def test_the_system_prompt_opens_the_conversation():
+    system = {"role": "system", "content": "S"}
+    user = {"role": "user", "content": "u"}
+    assert with_system_prompt({"prompt": "u", "x": 1}, "S") == {"prompt": [system, user], "x": 1}
+    assert with_system_prompt({"prompt": [system, user]}, "T") == {"prompt": [system, user]}
+    assert with_system_prompt({"messages": [user]}, "S") == {"messages": [system, user]}

@@ -1,0 +1,183 @@
+"""Offline batches: bad rows, order, exact resume, streams."""
+
+import itertools
+import json
+import time
+import tracemalloc
+
+import pytest
+
+from learner.sources import offline
+from learner.sources.dataset import Rows
+from learner.sources.examples import answers, pairs, sequences
+from learner.sources.offline import open_offline
+from protocol.errors import DataError
+from protocol.settings import DataSettings
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes; EOS is one byte."""
+
+    eos_token = "\x04"
+    chat_template = None
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+def _data(tmp_path, rows, **settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return DataSettings(path=str(path), **settings)
+
+
+def _pair(number):
+    return {"prompt": f"{number}: ", "chosen": "yes" * (number % 5 + 1), "rejected": "no"}
+
+
+def _open(settings, *, seed=0, batch_size=4, **options):
+    build = pairs(settings, Bytes())
+    return open_offline(settings, build, seed=seed, batch_size=batch_size, **options)
+
+
+def _numbers(source):
+    return [[example.row for example in batch] for batch in iter(source.next_batch, None)]
+
+
+def _first(source):
+    batch = source.next_batch()
+    assert batch is not None
+    return batch
+
+
+BAD = [
+    ({"prompt": "a", "chosen": "b"}, "missing_column"),
+    ({"prompt": "a", "chosen": "b", "rejected": 3}, "mixed_types"),
+    ({"prompt": "a", "chosen": "", "rejected": "c"}, "empty_answer"),
+    ({"prompt": "a" * 64, "chosen": "b", "rejected": "c"}, "prompt_too_long"),
+    (
+        {
+            "prompt": [{"role": "robot", "content": "a"}],
+            "chosen": [{"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "assistant", "content": "c"}],
+        },
+        "invalid_role",
+    ),
+    ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "invalid_text"),
+]
+
+
+def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp_path):
+    rows = [_pair(number) for number in range(1000)]
+    bad = dict(zip(range(5, 1100, 11), itertools.cycle(BAD), strict=False))
+    for number, (row, _) in list(bad.items())[:100]:
+        rows.insert(number, row)
+    settings = _data(tmp_path, rows, max_length=64)
+    source = _open(settings).train
+    trained = sorted(itertools.chain(*_numbers(source)))
+    assert len(trained) == source.report.kept == 1000
+    assert set(trained).isdisjoint(bad)
+    assert [(b.row, b.kind) for b in source.report.dropped_rows] == [
+        (number, kind) for number, (_, kind) in bad.items()
+    ]
+    text = "\n".join(source.report.lines())
+    assert "1000 rows kept, 100 dropped" in text
+    assert "row 5: no rejected; the row has ['chosen', 'prompt']" in text
+
+
+def test_on_bad_row_error_stops_at_the_first(tmp_path):
+    rows = [_pair(0), *(row for row, _ in BAD)]
+    with pytest.raises(DataError, match=r"row 1 .*no rejected.*data\.on_bad_row"):
+        _open(_data(tmp_path, rows, on_bad_row="error"))
+
+
+def test_sequential_follows_the_file_and_the_last_batch_is_what_is_left(tmp_path):
+    rows = [_pair(number) for number in range(10)]
+    source = _open(_data(tmp_path, rows, order="sequential"), epochs=1.5).train
+    assert source.total_steps == 5  # 1.5 of 3 batches, rounded up
+    first = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert _numbers(source) == first + first[:2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batches_resume_exactly(tmp_path, streaming):
+    rows = [_pair(number) for number in range(22)]
+    settings = _data(tmp_path, rows, streaming=streaming, shuffle_buffer=6)
+    source = _open(settings, epochs=3).train
+    before = [source.next_batch() for _ in range(8)]
+    state = source.state()
+    rest = _numbers(source)
+    again = _open(settings, epochs=3).train
+    again.restore(state)
+    assert _numbers(again) == rest
+    assert len(before) + len(rest) == 18
+    assert _numbers(_open(settings, epochs=3, seed=1).train)[8:] != rest
+
+
+def test_max_steps_goes_on_over_epochs(tmp_path):
+    rows = [_pair(number) for number in range(8)]
+    source = _open(_data(tmp_path, rows), max_steps=7).train
+    batches = _numbers(source)
+    assert source.total_steps == len(batches) == 7
+    assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(8))
+
+
+def test_examples_hold_the_tokens_and_their_context(tmp_path):
+    row = {"prompt": "ab", "chosen": "c", "rejected": "dd", "preference_score": 2}
+    example = _first(_open(_data(tmp_path, [row])).train)[0]
+    assert (example.prompt_ids, example.chosen_ids) == ([97, 98], [99, 4])
+    assert (example.rejected_prompt_ids, example.rejected_ids) == ([97, 98], [100, 100, 4])
+    assert (example.score, example.length) == (2.0, 5)
+    settings = _data(tmp_path, [row], max_length=3, truncation_mode="keep_end")
+    source = _open(settings).train
+    example = _first(source)[0]
+    # Rejected is cut to its three answer tokens: the first of them is the context of the rest.
+    assert (example.prompt_ids, example.chosen_ids) == ([98], [99, 4])
+    assert (example.rejected_prompt_ids, example.rejected_ids) == ([100], [100, 4])
+    assert source.report.truncated_rows == [0]
+
+
+def test_answers_carry_their_label_and_sequences_their_mask(tmp_path):
+    settings = _data(tmp_path, [{"prompt": "a", "completion": "b", "label": False}])
+    judged = open_offline(settings, answers(settings, Bytes()), seed=0, batch_size=1)
+    example = _first(judged.train)[0]
+    assert (example.prompt_ids, example.completion_ids, example.label) == ([97], [98, 4], False)
+    settings = _data(tmp_path, [{"text": "ab"}, {"prompt": "a", "completion": "b"}])
+    build = sequences(settings, Bytes())
+    rows = sorted(
+        _first(open_offline(settings, build, seed=0, batch_size=2).train),
+        key=lambda example: example.row,
+    )
+    assert [(row.input_ids, row.completion_mask) for row in rows] == [
+        ([97, 98, 4], [1, 1, 1]),
+        ([97, 98, 4], [0, 1, 1]),
+    ]
+
+
+def test_held_out_pairs_are_not_trained_on(tmp_path):
+    sets = _open(_data(tmp_path, [_pair(number) for number in range(20)], eval_rows=5))
+    held_out = [example.row for example in sets.evaluation]
+    assert sorted([*held_out, *itertools.chain(*_numbers(sets.train))]) == list(range(20))
+
+
+def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
+    read = itertools.count()
+
+    def scan(start):
+        for number in range(start, 1_000_000):
+            next(read)
+            yield _pair(number)
+
+    rows = Rows("generated", ["prompt", "chosen", "rejected"], scan)
+    monkeypatch.setattr(offline, "open_rows", lambda settings: rows)
+    settings = DataSettings(path="generated", streaming=True, shuffle_buffer=1000)
+    tracemalloc.start()
+    began = time.monotonic()
+    source = _open(settings, max_steps=100).train
+    batches = _numbers(source)
+    seconds = time.monotonic() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(batches), next(read)) == (100, 1400)  # the buffer and what was trained on
+    assert seconds < 5
+    assert peak < 10_000_000
