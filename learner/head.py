@@ -152,7 +152,7 @@ def _chunk(
     stop = start + _size()
     parts = [hidden[start:stop], targets[start:stop]]
     if previous:
-        parts = cast(list[mx.array], mx.depends(parts, previous))
+        parts = [cast(mx.array, mx.depends(part, previous)) for part in parts]
     return parts[0], parts[1]
 
 

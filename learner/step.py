@@ -146,6 +146,10 @@ class Step:
             (value, metrics), gradients = mx.value_and_grad(loss)(parameters)
             # The module must not keep the arrays of a trace.
             model.update(tree_unflatten(list(outer.items())))
+            # mx.compile merges equal expressions and then loses those that are outputs ("_Map_base
+            # ::at"); behind a dependency an output is never equal to anything.
+            value = _apart(value, value)
+            metrics = {name: _apart(metric, value) for name, metric in metrics.items()}
             gradients = {name: array.astype(mx.float32) for name, array in gradients.items()}
             if sums:
                 gradients = {name: sums[name] + array for name, array in gradients.items()}
@@ -155,6 +159,10 @@ class Step:
             return micro
         state = [model.state, *self._reads, mx.random.state]
         return mx.compile(micro, inputs=state, outputs=[mx.random.state])
+
+
+def _apart(array: mx.array, after: mx.array) -> mx.array:
+    return cast(mx.array, mx.depends(array, after))
 
 
 def should_compile(setting: Literal["auto", "on", "off"]) -> bool:
