@@ -9,7 +9,17 @@ from learner.coordinator import TrainedGroup
 from protocol.messages import floats_view, ids_view
 
 
-def describe(item: TrainedGroup, trained_at: int, tokenizer: Any, with_text: int) -> dict[str, Any]:
+class Decoder(Protocol):
+    """What a tokenizer is needed for here."""
+
+    def decode(self, token_ids: list[int], /) -> str:
+        """Return the text of token IDs."""
+        ...
+
+
+def describe(
+    item: TrainedGroup, trained_at: int, tokenizer: Decoder, with_text: int
+) -> dict[str, Any]:
     """Return a group's line: identity, spans and times of all completions, text of `with_text`.
 
     `with_text` -1 means all. `trained_at` is the policy version of the batch's first update, or

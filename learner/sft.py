@@ -12,7 +12,7 @@ from learner.batches import sequence_batch
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
-from learner.sources.offline import SftExample
+from learner.sources.examples import SftExample
 from learner.trainer import Arrays, Prepared
 from protocol.settings import TrainSettings
 

@@ -1,0 +1,109 @@
+"""Puts an offline learner together: SFT or preference losses over a dataset."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from launch.assemble import Run, new_step, resume_point, run_digests, started_at
+from learner.forward import choose_head
+from learner.records import Records
+from learner.reference import Reference, make_reference
+from learner.sft import SftObjective
+from learner.sources.examples import answers, pairs, sequences
+from learner.sources.offline import OfflineSets, open_offline
+from learner.sources.stored import StoredEvaluator, StoredSource
+from learner.trainer import Objective, Schedule, Trainer
+from protocol.config import load
+from protocol.errors import ConfigError
+from protocol.policy import LoadedPolicy, load_policy
+from protocol.settings import PreferenceRun, SftRun
+
+log = logging.getLogger("pippin.learner")
+
+OfflineRun = SftRun | PreferenceRun
+
+
+def assemble_offline(folder: Path, kind: str) -> Run:
+    """Build the offline run of `folder`: "sft" or "preference"."""
+    settings: OfflineRun = load(
+        SftRun if kind == "sft" else PreferenceRun, folder / "config.toml"
+    )
+    policy = load_policy(settings.model, seed=settings.run.seed)
+    reference = _reference(settings, policy)
+    sets = _examples(settings, policy)
+    total = sets.train.total_steps
+    if total is None:
+        raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    checkpoint = resume_point(settings.run.resume, policy, reference)
+    objective = _objective(settings, policy, reference)
+    source: StoredSource[Any] = StoredSource(sets.train)
+    trainer: Trainer[Any] = Trainer(
+        policy.model,
+        source,
+        objective,
+        new_step(settings, policy, reference, total),
+        Records(folder, started_at(folder)),
+        Schedule(
+            max_steps=total,
+            save_steps=settings.run.save_steps,
+            save_total_limit=settings.run.save_total_limit,
+            eval_steps=settings.eval.steps,
+            eval_at_start=settings.eval.at_start,
+        ),
+        StoredEvaluator(policy.model, objective, sets.evaluation, settings.eval.batch_size)
+        if sets.evaluation
+        else None,
+        resume_state=run_digests(policy, reference),
+    )
+    if checkpoint is not None:
+        source.restore(checkpoint.source)
+        trainer.restore(checkpoint)
+    return Run(trainer, policy, folder, settings.model.path)
+
+
+def _reference(settings: OfflineRun, policy: LoadedPolicy) -> Reference | None:
+    """Make the reference where the loss has one."""
+    if isinstance(settings, SftRun):
+        return None
+    objective = settings.objective
+    if objective.reference_free or objective.method in ("cpo", "simpo", "orpo"):
+        return None
+    return make_reference(policy, settings.model)
+
+
+def _examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
+    build: Any
+    if isinstance(settings, SftRun):
+        build = sequences(
+            settings.data,
+            policy.tokenizer,
+            completion_only_loss=settings.objective.completion_only_loss,
+        )
+    elif settings.objective.method == "kto":
+        build = answers(settings.data, policy.tokenizer)
+    else:
+        build = pairs(settings.data, policy.tokenizer)
+    return open_offline(
+        settings.data,
+        build,
+        seed=settings.run.seed,
+        batch_size=settings.train.batch_size,
+        epochs=settings.train.num_train_epochs,
+        max_steps=settings.train.max_steps,
+    )
+
+
+def _objective(
+    settings: OfflineRun, policy: LoadedPolicy, reference: Reference | None
+) -> Objective[Any]:
+    head = choose_head(policy.model, settings.train.head)
+    if isinstance(settings, SftRun):
+        return SftObjective(settings.train, head)
+    from learner.preference import PreferenceObjective
+
+    return PreferenceObjective(
+        settings.objective,
+        settings.train,
+        head,
+        reference=reference.model if reference is not None else None,
+    )
