@@ -44,34 +44,36 @@ def advantages(
         )
     total = _weighted(table, scale)
     deviations = _per_group(total, groups, _std)
+    spread = _std(total)
     if aggregation == "sum_then_normalize":
         result = total - _per_group(total, groups, _mean)
         if scale_rewards == "group":
             result = result / (deviations + EPSILON)
         elif scale_rewards == "batch":
-            result = result / (_std(total) + EPSILON)
+            result = result / (spread + EPSILON)
+            deviations = np.full(len(total), spread)
     else:
         columns = [
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
         ]
         summed = _weighted(np.stack(columns, axis=1), scale)
-        result = (summed - _mean(summed)) / (_std(summed) + EPSILON)
-    return Advantages(np.nan_to_num(result, nan=0.0), _metrics(table, total, groups, names))
+        spread = _std(summed)
+        result = (summed - _mean(summed)) / (spread + EPSILON)
+        deviations = np.full(len(total), spread)
+    return Advantages(np.nan_to_num(result, nan=0.0), _metrics(table, total, deviations, names))
 
 
 def _metrics(
-    table: Floats, total: Floats, groups: npt.NDArray[np.integer], names: Sequence[str]
+    table: Floats, total: Floats, deviations: Floats, names: Sequence[str]
 ) -> dict[str, float]:
-    firsts = np.unique(groups, return_index=True)[1]
-    means = _per_group(total, groups, _mean)[firsts]
-    deviations = _per_group(total, groups, _std)[firsts]
+    """Return TRL's: `deviations` (N,) are those that the advantages were scaled by."""
     metrics: dict[str, float] = {}
     for name, column in zip(names, table.T, strict=True):
         metrics[f"rewards/{name}/mean"] = _mean(column)
         metrics[f"rewards/{name}/std"] = _std(column)
-    metrics["reward"] = _mean(means)
-    metrics["reward_std"] = _mean(deviations)
+    metrics["reward"] = _mean(total)
+    metrics["reward_std"] = _std(total)
     metrics["frac_reward_zero_std"] = float(np.isclose(deviations, 0.0).mean())
     return metrics
 

@@ -202,7 +202,10 @@ def _without_reference(
         terms, nll_weight = cpo_terms(chosen, rejected, settings), settings.cpo_alpha
         rewards = (cpo_rewards(chosen, settings), cpo_rewards(rejected, settings))
         extra = {}
-    metrics = _pair_metrics(*(settings.beta * r for r in rewards), chosen, rejected) | extra
+    metrics = _pair_metrics(
+        settings.beta * rewards[0], settings.beta * rewards[1], chosen, rejected
+    )
+    metrics |= extra
     loss = (terms * factor).sum() / normalisers["rows"]
     if nll_weight:
         loss = loss + nll_weight * nll

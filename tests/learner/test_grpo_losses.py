@@ -1,0 +1,133 @@
+"""The GRPO family: splits into micro-batches, finite differences, extreme log-probs."""
+
+import math
+from typing import get_args, get_type_hints
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from learner.objectives.grpo import entropy_quantile, grpo_loss, grpo_normalisers, importance_ratio
+from learner.objectives.metrics import finish_metrics, merge_metrics
+from protocol.settings import GrpoSettings
+
+LOSSES = get_args(get_type_hints(GrpoSettings)["loss_type"])
+LEVELS = ("token", "sequence")
+DETACHED = ("cispo", "vespo")  # their weight has no gradient, so differences say nothing
+
+
+def batch(rows=8, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, width + 1, rows)
+    lengths[0] = 1
+    mask = (np.arange(width) < lengths[:, None]).astype(np.float32)
+    old = -rng.exponential(0.8, mask.shape)
+    data = {
+        "logps": old + 0.2 * rng.standard_normal(mask.shape),
+        "old": old,
+        "ref": old + 0.3 * rng.standard_normal(mask.shape),
+        "ent": rng.exponential(1.0, mask.shape),
+        "adv": rng.standard_normal(rows),
+    }
+    return {k: v.astype(np.float32) for k, v in data.items()} | {"mask": mask}
+
+
+def run(data, settings, index=None):
+    """Return loss, gradient and metrics of `index` with the normalisers of all of `data`."""
+    rows = np.arange(len(data["adv"])) if index is None else index
+    threshold, tokens = None, None
+    if settings.top_entropy_quantile < 1:
+        rho = settings.top_entropy_quantile
+        threshold, tokens = entropy_quantile(data["ent"], data["mask"], rho)
+    values = grpo_normalisers(
+        mask_sums=data["mask"].sum(1),
+        max_completion_length=16,
+        entropy_threshold=threshold,
+        entropy_tokens=tokens,
+    )
+    part = {k: mx.array(v[rows]) for k, v in data.items()}
+
+    def loss(logps):
+        return grpo_loss(
+            logps,
+            part["ent"],
+            advantages=part["adv"],
+            mask=part["mask"],
+            old_logps=part["old"],
+            ref_logps=part["ref"],
+            normalisers={k: mx.array(v) for k, v in values.items()},
+            settings=settings,
+        )
+
+    (value, metrics), grad = mx.value_and_grad(loss)(part["logps"])
+    return value.item(), np.array(grad), metrics
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_micro_batches_add_up(loss_type, level, parts):
+    settings = GrpoSettings(
+        loss_type=loss_type, importance_sampling_level=level, beta=0.04,
+        top_entropy_quantile=0.5, entropy_coef=0.01, off_policy_mask_threshold=0.05,
+    )  # fmt: skip
+    data = batch()
+    whole, grad, metrics = run(data, settings)
+    pieces = [run(data, settings, rows) for rows in np.split(np.arange(8), parts)]
+    summed = np.concatenate([piece[1] for piece in pieces])
+    assert sum(piece[0] for piece in pieces) == pytest.approx(whole, rel=1e-5, abs=1e-7)
+    assert np.linalg.norm(summed - grad) <= 1e-5 * np.linalg.norm(grad)
+    merged = {}
+    for piece in pieces:
+        merged = merge_metrics(merged, piece[2])
+    assert finish_metrics(merged) == pytest.approx(finish_metrics(metrics), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in DETACHED])
+def test_gradients_equal_finite_differences(loss_type, level):
+    settings = GrpoSettings(loss_type=loss_type, importance_sampling_level=level, beta=0.04)
+    data = batch(rows=4, width=3, seed=3)
+    grad = run(data, settings)[1]
+    direction = np.random.default_rng(1).standard_normal(grad.shape).astype(np.float32)
+    step = np.float32(1e-3)
+    up = run(data | {"logps": data["logps"] + step * direction}, settings)[0]
+    down = run(data | {"logps": data["logps"] - step * direction}, settings)[0]
+    slope = (up - down) / (2 * float(step))
+    assert float((grad * direction).sum()) == pytest.approx(slope, rel=5e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("zero", [False, True])
+def test_extreme_log_probs_stay_finite(loss_type, level, zero):
+    values = np.array([0.0, -1e-8, -80.0, -1.0], np.float32)
+    grid = np.array(np.meshgrid(values, values, values)).reshape(3, -1, 4)
+    data = dict(zip(("logps", "old", "ref"), grid, strict=True))
+    rows = len(data["logps"])
+    mask = np.ones((rows, 4), np.float32)
+    mask[0], mask[1, 1:] = 0.0, 0.0
+    advantage = np.zeros(rows, np.float32) if zero else np.resize([1.0, -1.0, 0.0], rows)
+    data |= {"mask": mask, "ent": np.ones_like(mask), "adv": advantage.astype(np.float32)}
+    settings = GrpoSettings(loss_type=loss_type, importance_sampling_level=level, beta=0.04)
+    value, grad, metrics = run(data, settings)
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+    assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5]]),
+        ("token_mask", [[0.0, 0.5]]),
+        ("sequence_truncate", [[2.0]]),
+        ("sequence_mask", [[2.0]]),
+    ],
+)
+def test_importance_ratio_modes(mode, expected):
+    # ratios 4 and 1/2 a token, 2 a sequence, at most 2
+    settings = GrpoSettings(importance_sampling_mode=mode, importance_sampling_clip_max=2.00001)
+    gap = mx.array([[math.log(4.0), -math.log(2.0)]])
+    ratio = importance_ratio(gap, mx.zeros((1, 2)), mx.ones((1, 2)), settings)
+    assert np.array(ratio) == pytest.approx(np.array(expected), rel=1e-4)
