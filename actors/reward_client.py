@@ -227,7 +227,7 @@ class RewardClient:
             frames = await endpoint.socket.recv_multipart()
             try:
                 reply = msgspec.json.decode(frames[-1], type=_REPLIES)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("%s sent something that is no reply: %s", endpoint.address, error)
                 continue
             endpoint.outstanding.discard(reply.id)

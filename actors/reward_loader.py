@@ -134,7 +134,7 @@ def _callables(module: ModuleType) -> list[str]:
     return sorted(name for name in names if not name.startswith("_"))
 
 
-def _construct(spec: str, factory: Any, call: str) -> Any:
+def _construct(spec: str, factory: Callable[..., object], call: str) -> object:
     try:
         tree = ast.parse(f"f{call}", mode="eval").body
         if not isinstance(tree, ast.Call):

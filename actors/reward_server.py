@@ -192,7 +192,7 @@ class RewardServer:
         """Return a request that is to be scored; answer or refuse everything else."""
         try:
             request = msgspec.json.decode(b"".join(frames[-1:]), type=ScoreRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._refuse(peer, "undecodable", f"not a ScoreRequest: {error}")
             return None
         if request.reward_protocol_version != REWARD_PROTOCOL_VERSION:

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import reprlib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -160,14 +160,13 @@ def check_rewards(name: str, returned: object, count: int) -> list[float | None]
     return [_reward(name, index, value) for index, value in enumerate(values)]
 
 
-def _reward(name: str, index: int, value: object) -> float | None:
+def _reward(name: str, index: int, value: Any) -> float | None:  # noqa: ANN401 - checked here
     if value is None:
         return None
-    convert: Callable[[Any], float] = float
     number: float | None = None
     if not isinstance(value, str | bytes | bytearray) and getattr(value, "shape", ()) == ():
         try:
-            number = convert(value)
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = None
     if number is None:
