@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from typing import TypeVar
 
 import anyio
 import pytest
@@ -15,6 +16,7 @@ from protocol.errors import SnapshotError
 from protocol.keys import make_keys
 from protocol.snapshot_channel import SnapshotServer, fetch_snapshot
 
+T = TypeVar("T", m.Fetch, m.Chunk)
 pytestmark = pytest.mark.anyio
 DATA = random.Random(1).randbytes(1_000_003)
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -41,7 +43,7 @@ def endpoint(file):
     return f"ipc://{file.parent}/s"
 
 
-def decoded(data, kind):
+def decoded(data: bytes, kind: type[T]) -> T:
     """Decode a message of the snapshot socket and check its kind."""
     message = wire.decode_snapshot(data)
     assert isinstance(message, kind)
