@@ -50,15 +50,16 @@ def main() -> int:
     )
     lifeline = Lifeline(child=args.child)
     signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+    status = 0
     try:
         anyio.run(serve, args, lifeline)
     except* PippinError as group:
         for error in group.exceptions:
             log.error("%s: %s", type(error).__name__, error)
-        return 1
+        status = 1
     except* KeyboardInterrupt:
         log.info("interrupted")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

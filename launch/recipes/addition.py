@@ -5,6 +5,7 @@ the model's SFT nor by GRPO.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,5 +50,15 @@ def exact_match(
     """Return 1.0 for each completion that is the sum and nothing else, 0.0 for the others."""
     return [
         float(completion[0]["content"].strip() == expected)
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def last_number(
+    completions: list[list[dict[str, str]]], answer: list[str], **_: object
+) -> list[float]:
+    """Return 1.0 for each completion whose last number is the sum, 0.0 for the others."""
+    return [
+        float(re.findall(r"\d+", completion[0]["content"])[-1:] == [expected])
         for completion, expected in zip(completions, answer, strict=True)
     ]
