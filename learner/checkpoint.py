@@ -8,6 +8,7 @@ lacks `state.json`, or whose name begins with a dot, was never finished and is n
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `checkpoint` under `folder` and delete all but the newest `keep`.
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, keep: int, also: Collection[int] = ()
+) -> Path:
+    """Write `checkpoint` under `folder` and delete all but the newest `keep` and those of the
+    steps `also` (the best evaluation's).
 
     Raises CheckpointError, with earlier checkpoints untouched, where the disk does not take it.
     """
@@ -58,8 +62,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             f"Cannot write the checkpoint {final}: {error}. Earlier checkpoints are untouched. "
             "Free space, then go on with --run.resume."
         ) from error
+    spared = {f"step-{step:06d}" for step in also}
     for old in checkpoints(folder)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name not in spared:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

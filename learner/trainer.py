@@ -142,9 +142,11 @@ class Trainer(Generic[BatchT]):
             return False
         if self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0:
             self._start_eval()
-        self._take_eval()
+        best_now = self._take_eval()
         if self.stopping or self._complete():
             return self._finish(timeout_s)
+        if best_now and self.step > 0:
+            self.save(required=False)
         batch = self.source.poll(timeout_s)
         if batch is None:
             return False
@@ -212,9 +214,12 @@ class Trainer(Generic[BatchT]):
 
     def _intervals(self) -> None:
         every = self.schedule.eval_steps
+        best_now = False
         if every > 0 and self.step % every == 0:
             self._start_eval()
-        if self.schedule.save_steps > 0 and self.step % self.schedule.save_steps == 0:
+            best_now = self._take_eval()
+        due = self.schedule.save_steps > 0 and self.step % self.schedule.save_steps == 0
+        if due or (best_now and not self._complete()):
             self.save(required=False)
 
     def _start_eval(self) -> None:
@@ -223,22 +228,26 @@ class Trainer(Generic[BatchT]):
         self._evaluated = self.step
         self.evaluator.start(self.step)
 
-    def _take_eval(self) -> None:
+    def _take_eval(self) -> bool:
+        """Record a finished evaluation; say whether the policy as it is now is the best so far."""
         result = self.evaluator.poll() if self.evaluator is not None else None
-        if result is not None:
-            version, metrics, rollouts = result
-            self.records.metrics(version, metrics)
-            self.records.rollouts(rollouts)
-            self._keep_best(version, metrics)
+        if result is None:
+            return False
+        version, metrics, rollouts = result
+        self.records.metrics(version, metrics)
+        self.records.rollouts(rollouts)
+        return self._keep_best(version, metrics) and version == self.step
 
-    def _keep_best(self, version: int, metrics: dict[str, float]) -> None:
+    def _keep_best(self, version: int, metrics: dict[str, float]) -> bool:
         """Remember the best evaluation: the highest reward or accuracy, or else the lowest loss."""
         for name, sign in (("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)):
             if name in metrics:
                 value = sign * metrics[name]
                 if value > self.best.get("value", -float("inf")):
                     self.best = {"value": value, "step": float(version)}
-                return
+                    return True
+                return False
+        return False
 
     def _finish(self, timeout_s: float) -> bool:
         """Evaluate the last policy, save, and be done."""
@@ -269,8 +278,10 @@ class Trainer(Generic[BatchT]):
             },
         )
         try:
+            # The step under evaluation may turn out to be the best.
+            also = {int(self.best.get("step", -1)), self._evaluated}
             path = save_checkpoint(
-                self.checkpoints, checkpoint, keep=self.schedule.save_total_limit
+                self.checkpoints, checkpoint, keep=self.schedule.save_total_limit, also=also
             )
             log.info("saved %s", path)
         except CheckpointError:

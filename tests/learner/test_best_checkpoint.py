@@ -1,0 +1,103 @@
+"""The best evaluation's checkpoint outlives those that came after it."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from learner.checkpoint import Checkpoint, checkpoints, save_checkpoint
+from learner.records import Records
+from learner.step import Step
+from learner.trainer import Arrays, Prepared, Schedule, Trainer
+from protocol.settings import OptimizerSettings
+
+
+class Linear:
+    """Steps on the mean of a linear layer's output."""
+
+    num_iterations = 1
+
+    def prepare(self, batch: mx.array) -> Prepared:
+        return Prepared([{"x": batch}], {})
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        return model(arrays["x"]).mean(), {}
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        return {**first, **second}
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        return {}
+
+
+class Ones:
+    """The same batch again and again."""
+
+    exhausted = False
+
+    def poll(self, timeout_s: float = 0.0) -> mx.array:
+        return mx.ones((1, 2))
+
+    def stepped(self, version: int) -> None:
+        """Nothing to publish."""
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> bytes:
+        return b""
+
+
+class Known:
+    """Accuracies that are known beforehand, by version."""
+
+    def __init__(self, values: dict[int, float]) -> None:
+        self.values = values
+        self.pending = False
+        self.ready: list[int] = []
+
+    def start(self, version: int) -> None:
+        self.ready.append(version)
+
+    def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
+        if not self.ready:
+            return None
+        version = self.ready.pop()
+        return version, {"eval/rewards/accuracies": self.values[version]}, []
+
+
+def run(folder, values: dict[int, float], limit: int = 1) -> Trainer[Any]:
+    model = nn.Linear(2, 1)
+    trainer: Trainer[Any] = Trainer(
+        model,
+        Ones(),
+        Linear(),
+        Step(model, OptimizerSettings(), total_steps=6, compiled=False),
+        Records(folder, 0.0),
+        Schedule(6, save_steps=0, save_total_limit=limit, eval_steps=1, eval_at_start=True),
+        Known(values),
+    )
+    while not trainer.done:
+        trainer.advance()
+    return trainer
+
+
+def test_best_and_last_are_left(tmp_path):
+    values = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8, 6: 0.2}
+    trainer = run(tmp_path, values)
+    assert trainer.best == {"value": 0.9, "step": 2.0}
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000002", "step-000006"]
+
+
+def test_a_last_policy_that_is_best_is_saved_once(tmp_path):
+    trainer = run(tmp_path, {step: step / 10 for step in range(7)})
+    assert trainer.best["step"] == 6.0
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000006"]
+
+
+def test_spared_steps_do_not_count_against_the_limit(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, Checkpoint(step, {}, {}, b"", {}), keep=2, also={1})
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000001", "step-000004", "step-000005"]
