@@ -105,5 +105,6 @@ def _objective(
         settings.objective,
         settings.train,
         head,
+        policy.model,
         reference=reference.model if reference is not None else None,
     )

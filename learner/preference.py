@@ -1,0 +1,257 @@
+"""Preference losses over pairs or judged answers: examples to arrays, and a micro-batch's loss.
+
+The mathematics is in `learner/objectives/`; here rows are padded, reference log-probs computed and
+the whole batch's normalisers taken. A pair's two rows are always in one micro-batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from learner.batches import TokenBatch, token_batch
+from learner.forward import Head, completion_logprobs
+from learner.grpo import to_device
+from learner.objectives.metrics import finish_metrics, mean, merge_metrics
+from learner.objectives.preference import (
+    check_preference,
+    kto_kl,
+    kto_loss,
+    kto_loss_type,
+    needs_reference,
+    needs_whole_batch,
+    pair_normalisers,
+    preference_loss,
+)
+from learner.sources.examples import PreferenceExample, UnpairedExample
+from learner.trainer import Arrays, Prepared
+from protocol.errors import ConfigError
+from protocol.settings import PreferenceSettings, TrainSettings
+
+_NORMALISER = "normaliser/"
+
+
+@dataclass
+class PreferenceObjective:
+    """DPO's family, CPO, SimPO and ORPO over batches of pairs; KTO over judged answers.
+
+    `model` is the policy, which KTO's KL and WPO's weights read before the step; `reference` gives
+    the frozen policy of DPO and KTO. Batch sizes count pairs, or KTO's rows. Raises ConfigError
+    for settings that cannot be met.
+    """
+
+    settings: PreferenceSettings
+    train: TrainSettings
+    head: Head
+    model: nn.Module
+    reference: nn.Module | None = None
+    num_iterations: int = 1
+    reads: list[nn.Module] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_preference(self.settings)
+        if needs_reference(self.settings) and self.reference is None:
+            raise ConfigError(
+                f"objective.method = {self.settings.method!r} needs a reference policy, and none "
+                'was given: set model.reference to "initial", "base" or a path (for DPO alone, '
+                "objective.reference_free = true does without)"
+            )
+
+    def prepare(self, batch: Sequence[PreferenceExample] | Sequence[UnpairedExample]) -> Prepared:
+        """Return the arrays of a batch, `micro_batch_size` pairs (KTO: rows) a micro-batch.
+
+        Losses that couple all pairs (`needs_whole_batch`) get one micro-batch of them all.
+        """
+        pairs = [example for example in batch if isinstance(example, PreferenceExample)]
+        answers = [example for example in batch if isinstance(example, UnpairedExample)]
+        wanted, kind = (answers, "judged answers") if self._unpaired else (pairs, "pairs")
+        if len(wanted) != len(batch):
+            raise ValueError(
+                f"objective.method = {self.settings.method!r} takes {kind}, got "
+                f"{type(batch[0]).__name__} among {len(batch)} rows"
+            )
+        return self._prepare_answers(answers) if self._unpaired else self._prepare_pairs(pairs)
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss and its mergeable metrics."""
+        logps, entropies = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            head=self.head,
+            entropy=True,
+        )
+        normalisers = {
+            key.removeprefix(_NORMALISER): value
+            for key, value in arrays.items()
+            if key.startswith(_NORMALISER)
+        }
+        if not self._unpaired:
+            return preference_loss(
+                logps,
+                mask=arrays["mask"],
+                ref_logps=arrays.get("ref_logps"),
+                log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
+                nll_mask=arrays.get("nll_mask"),
+                scores=arrays.get("scores"),
+                entropies=entropies,
+                normalisers=normalisers,
+                settings=self.settings,
+            )
+        loss, metrics = kto_loss(
+            logps,
+            ref_logps=arrays["ref_logps"],
+            mask=arrays["mask"],
+            labels=arrays["labels"],
+            kl=arrays["kl"],
+            normalisers=normalisers,
+            settings=self.settings,
+        )
+        mask = arrays["mask"]
+        entropy = mean("entropy", mx.where(mask > 0, entropies, 0.0).sum(), mask.sum())
+        return loss, metrics | {name: mx.stop_gradient(v) for name, v in entropy.items()}
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        return merge_metrics(first, second)
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        """Turn merged metrics into TRL's; KTO's margin is the difference of its two means."""
+        finished = finish_metrics(metrics)
+        if self._unpaired:
+            # A batch may hold no good or no bad answers; as in TRL, their metrics are then absent.
+            finished = {name: value for name, value in finished.items() if not math.isnan(value)}
+            if {"rewards/chosen", "rewards/rejected"} <= finished.keys():
+                margin = finished["rewards/chosen"] - finished["rewards/rejected"]
+                finished["rewards/margins"] = margin
+        return finished
+
+    @property
+    def _unpaired(self) -> bool:
+        return self.settings.method == "kto"
+
+    def _prepare_pairs(self, pairs: Sequence[PreferenceExample]) -> Prepared:
+        size = len(pairs) if needs_whole_batch(self.settings) else self.train.micro_batch_size
+        scored = any(pair.score is not None for pair in pairs)
+        micro: list[Arrays] = []
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            arrays = to_device(self._pair_tokens(part))
+            if self.settings.method == "orpo":
+                arrays |= _nll_of_whole_sequence(part, arrays["mask"])
+            if scored:
+                scores = [1.0 if pair.score is None else pair.score for pair in part]
+                arrays["scores"] = mx.array(scores, dtype=mx.float32)
+            if needs_reference(self.settings):
+                arrays["ref_logps"] = self._logps(self.reference, arrays)
+            if self.settings.use_weighting and self.settings.method == "dpo":
+                arrays["log_sum_sq_probs"] = self._log_sum_sq_probs(arrays)
+            mx.eval(arrays)
+            micro.append(arrays)
+        chosen = float(sum(len(pair.chosen_ids) for pair in pairs))
+        contexts = float(sum(len(pair.prompt_ids) - 1 for pair in pairs))
+        values = pair_normalisers(
+            rows=len(pairs),
+            chosen_tokens=chosen,
+            nll_tokens=chosen + contexts if self.settings.method == "orpo" else None,
+        )
+        tokens = sum(
+            len(pair.prompt_ids)
+            + len(pair.chosen_ids)
+            + len(pair.rejected_prompt_ids)
+            + len(pair.rejected_ids)
+            for pair in pairs
+        )
+        return Prepared(_shared(micro, values), {"batch_tokens": float(tokens)})
+
+    def _pair_tokens(self, part: Sequence[PreferenceExample]) -> TokenBatch:
+        """Return rows [:B] chosen, [B:] rejected; ORPO's NLL reads the chosen prompts' tokens too.
+
+        There the chosen "completion" is all but the first token, and the mask leaves the rest of
+        the prompt out.
+        """
+        prompts: list[list[int]] = []
+        completions: list[list[int]] = []
+        masks: list[list[float]] = []
+        for pair in part:
+            kept = 1 if self.settings.method == "orpo" else len(pair.prompt_ids)
+            prompts.append(pair.prompt_ids[:kept])
+            completions.append(pair.prompt_ids[kept:] + pair.chosen_ids)
+            masks.append([0.0] * (len(pair.prompt_ids) - kept) + [1.0] * len(pair.chosen_ids))
+        return token_batch(
+            prompts + [pair.rejected_prompt_ids for pair in part],
+            completions + [pair.rejected_ids for pair in part],
+            masks=masks + [[1.0] * len(pair.rejected_ids) for pair in part],
+            length_bucket=self.train.length_bucket,
+        )
+
+    def _prepare_answers(self, answers: Sequence[UnpairedExample]) -> Prepared:
+        size = self.train.micro_batch_size
+        # TRL's mismatched completions: each prompt is followed by its predecessor's answer.
+        others = [answers[index - 1].completion_ids for index in range(len(answers))]
+        with_kl = kto_loss_type(self.settings) == "kto"
+        micro: list[Arrays] = []
+        gaps: list[np.ndarray] = []
+        for start in range(0, len(answers), size):
+            part = answers[start : start + size]
+            prompts = [answer.prompt_ids for answer in part]
+            arrays = self._answer_arrays(prompts, [answer.completion_ids for answer in part])
+            arrays["labels"] = mx.array([float(answer.label) for answer in part])
+            arrays["ref_logps"] = self._logps(self.reference, arrays)
+            if with_kl:
+                mismatched = self._answer_arrays(prompts, others[start : start + size])
+                gap = self._logps(self.model, mismatched) - self._logps(self.reference, mismatched)
+                gaps.append(np.array((gap * mismatched["mask"]).sum(axis=1)))
+            mx.eval(arrays)
+            micro.append(arrays)
+        gap = np.concatenate(gaps) if gaps else np.zeros(0)
+        kl = mx.array(kto_kl(gap, np.zeros_like(gap)), dtype=mx.float32)
+        for arrays in micro:
+            arrays["kl"] = kl
+        tokens = float(sum(answer.length for answer in answers))
+        values = {"rows": float(len(answers))}
+        return Prepared(_shared(micro, values), {"batch_tokens": tokens})
+
+    def _answer_arrays(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> Arrays:
+        return to_device(token_batch(prompts, completions, length_bucket=self.train.length_bucket))
+
+    def _logps(self, model: nn.Module | None, arrays: Arrays, temperature: float = 1.0) -> mx.array:
+        """Return (B, C) log-probs, nats, without a gradient."""
+        if model is None:
+            raise ValueError("reference log-probs need a reference policy")
+        logps, _ = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            temperature=temperature,
+            head=self.head,
+            gradient=False,
+        )
+        return logps
+
+    def _log_sum_sq_probs(self, arrays: Arrays) -> mx.array:
+        """Return log sum p^2 (B, C) of the policy.
+
+        lse(2z) - 2 lse(z) = 2 log p - log q, for q the target's probability at temperature 1/2.
+        """
+        return 2 * self._logps(self.model, arrays) - self._logps(self.model, arrays, 0.5)
+
+
+def _nll_of_whole_sequence(part: Sequence[PreferenceExample], mask: mx.array) -> Arrays:
+    """Return ORPO's `nll_mask` (2B, C): every token of a chosen sequence but the first."""
+    nll = np.zeros(mask.shape, np.float32)
+    for row, pair in enumerate(part):
+        nll[row, : len(pair.prompt_ids) - 1 + len(pair.chosen_ids)] = 1.0
+    return {"nll_mask": mx.array(nll)}
+
+
+def _shared(micro: list[Arrays], normalisers: dict[str, float]) -> list[Arrays]:
+    values = {_NORMALISER + k: mx.array(v, dtype=mx.float32) for k, v in normalisers.items()}
+    return [arrays | values for arrays in micro]
