@@ -77,7 +77,7 @@ class Child:
 
 async def start(spec: ChildSpec, logs: Path) -> Child:
     """Spawn a child; its output is appended to `logs/<name>.log`."""
-    logs.mkdir(parents=True, exist_ok=True)
+    await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
     path = logs / f"{spec.name}.log"
     with path.open("ab") as log:
         process = await anyio.open_process(

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 GRACE_S = 10.0
 
-Companion = Callable[[], Awaitable[None]]
+Companion = Callable[[], Coroutine[None, None, None]]
 
 
 class Supervisor:
@@ -56,9 +56,11 @@ class Supervisor:
         self._given_up: set[str] = set()
         self._failed = False
         self._interrupts = 0
+        self._over = False
 
     async def run(self) -> int:
         """Run to the learner's end; return the exit status for the launcher."""
+        status = 1
         async with anyio.create_task_group() as group:
             try:
                 await group.start(self._watch_signals)
@@ -67,6 +69,7 @@ class Supervisor:
                 for spec in self._helpers:
                     group.start_soon(self._keep, spec)
                 status = await self._run_learner()
+                self._over = True
                 await self._end_helpers()
             finally:
                 for child in self._alive.values():
@@ -77,6 +80,8 @@ class Supervisor:
     async def _run_learner(self) -> int:
         child = await start(self._learner, self._logs)
         self._alive[child.spec.name] = child
+        if self._interrupts:
+            await child.ask_to_stop()
         status = await child.wait()
         del self._alive[child.spec.name]
         if self._interrupts > 1:
@@ -95,7 +100,7 @@ class Supervisor:
             self._alive[spec.name] = child
             status = await child.wait()
             del self._alive[spec.name]
-            if status == 0:
+            if status == 0 or self._over:
                 return
             if attempt < spec.max_restarts:
                 self._say(
@@ -131,10 +136,12 @@ class Supervisor:
             async for _ in signals:
                 self._interrupts += 1
                 learner = self._alive.get(self._learner.name)
-                if self._interrupts == 1 and learner is not None:
+                if self._interrupts == 1:
                     self._say("stopping after this step, with a checkpoint; Ctrl-C again: at once")
-                    await learner.ask_to_stop()
+                    if learner is not None:
+                        await learner.ask_to_stop()
                 else:
+                    self._over = True
                     for name in list(self._alive):
                         self._kill(name)
 

@@ -1,0 +1,205 @@
+"""What the front doors share: command line, run folder, the processes of a run, its ending.
+
+Relative paths of a recipe file (model, data, prepare, rewards…) are taken from the recipe's folder
+where they exist there, otherwise from the current folder; the resolved config.toml holds them as
+absolute paths. Nothing heavy is imported before the configuration is accepted.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+from msgspec import structs
+
+from launch.children import ChildSpec
+from launch.progress import Progress
+from launch.report import write_report
+from launch.supervisor import Supervisor, awake
+from protocol.blas import HINT, load_openblas
+from protocol.config import load, to_toml
+from protocol.errors import ConfigError, PippinError
+from protocol.help import help_text
+from protocol.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
+
+RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
+PROGRAMS = Path(__file__).parent
+
+
+def read_command_line(
+    cls: type[RunT], argv: Sequence[str], usage: str, default: Path | None = None
+) -> tuple[RunT, Path]:
+    """Return the settings and the run folder, made and holding config.toml.
+
+    `argv` is `[recipe.toml] [--section.key value …]`; without a recipe, `default` is used.
+    Prints the help and exits on --help or -h. Raises ConfigError.
+    """
+    flags = list(argv)
+    if "--help" in flags or "-h" in flags:
+        sys.stdout.write(help_text(cls, usage))
+        raise SystemExit(0)
+    recipe = Path(flags.pop(0)) if flags and not flags[0].startswith("--") else None
+    resumed = _resume_folder(flags)
+    if resumed is not None:
+        if recipe is not None:
+            raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
+        return load(cls, resumed / "config.toml", flags), resumed
+    recipe = recipe or default
+    run = load(cls, recipe, flags)
+    if recipe is not None:
+        run = resolve_paths(run, recipe.parent.absolute())
+    return run, make_run_folder(run, recipe.stem if recipe else "run")
+
+
+def _resume_folder(flags: Sequence[str]) -> Path | None:
+    for index, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name == "--run.resume":
+            text = value if equals else "".join(flags[index + 1 : index + 2])
+            folder = Path(text).absolute()
+            if not (folder / "config.toml").is_file():
+                raise ConfigError(f"--run.resume {text}: required a run folder with config.toml")
+            return folder
+    return None
+
+
+def resolve_path(text: str, base: Path) -> str:
+    """Return `text` as an absolute path if its file part exists under `base` or the current folder.
+
+    The file part of "file.py:function" is what stands before the last colon; all else (hub ids,
+    modules, "base", URLs) comes back as it is.
+    """
+    if not text or "://" in text:
+        return text
+    head, colon, tail = text.rpartition(":")
+    if not (colon and head.endswith(".py")):
+        head, colon, tail = text, "", ""
+    for folder in (base, Path.cwd()):
+        if (folder / head).exists():
+            return f"{(folder / head).resolve()}{colon}{tail}"
+    return text
+
+
+def resolve_paths(run: RunT, base: Path) -> RunT:
+    """Return the run with the paths of its recipe made absolute."""
+    model = run.model
+    reference = model.reference
+    if reference not in ("initial", "base"):
+        reference = resolve_path(reference, base)
+    model = structs.replace(
+        model,
+        path=resolve_path(model.path, base),
+        adapter_path=resolve_path(model.adapter_path, base),
+        chat_template=resolve_path(model.chat_template, base),
+        reference=reference,
+    )
+    data = structs.replace(
+        run.data,
+        path=resolve_path(run.data.path, base),
+        eval_path=resolve_path(run.data.eval_path, base),
+        prepare=resolve_path(run.data.prepare, base),
+    )
+    run = structs.replace(run, model=model, data=data)
+    if isinstance(run, GrpoRun):
+        functions = [resolve_path(name, base) for name in run.rewards.functions]
+        keys = resolve_path(run.transport.keys, base)
+        return structs.replace(
+            run,
+            rewards=structs.replace(run.rewards, functions=functions),
+            transport=structs.replace(run.transport, keys=keys),
+        )
+    return run
+
+
+def make_run_folder(run: AnyRun, stem: str) -> Path:
+    """Make `runs/<name>/` with the resolved config.toml, and point `runs/latest` to it.
+
+    Raises ConfigError if the named folder holds a run already, or cannot be made.
+    """
+    name = run.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = Path(run.run.dir).absolute() / name
+    if (folder / "config.toml").exists():
+        raise ConfigError(
+            f"run.name: {folder} holds a run already; choose another name, or go on with it by "
+            f"--run.resume {folder}"
+        )
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(run), encoding="utf-8")
+        latest = folder.parent / "latest"
+        fresh = folder.parent / f".latest-{os.getpid()}"
+        fresh.symlink_to(folder.name)
+        fresh.replace(latest)
+    except OSError as error:
+        raise ConfigError(f"run.dir: the run folder {folder} cannot be made: {error}") from error
+    return folder
+
+
+def program(name: str, *arguments: str) -> list[str]:
+    """Return the command of one of our programs, in this interpreter."""
+    return [sys.executable, str(PROGRAMS / name), *arguments]
+
+
+def learner_spec(folder: Path, kind: str, *arguments: str) -> ChildSpec:
+    """Return the learner of a run; `kind` is grpo, preference or sft."""
+    command = program("learn.py", str(folder), "--kind", kind, *arguments, "--child")
+    return ChildSpec("learner", "learner", command)
+
+
+def supervise(
+    folder: Path,
+    run: AnyRun,
+    learner: ChildSpec,
+    helpers: Sequence[ChildSpec] = (),
+    required: frozenset[str] = frozenset(),
+) -> int:
+    """Run the processes to the end with the display, write the report, return the exit status."""
+    if not load_openblas():
+        sys.stderr.write(f"{HINT}\n")
+    progress = Progress(folder, max_steps=run.train.max_steps)
+    supervisor = Supervisor(
+        learner,
+        helpers,
+        folder / "logs",
+        say=progress.say,
+        required=required,
+        companions=[progress.follow],
+    )
+    with awake(), progress:
+        status = anyio.run(supervisor.run)
+    _last_words(folder, run, status)
+    return status
+
+
+def _last_words(folder: Path, run: AnyRun, status: int) -> None:
+    out = sys.stdout
+    if (folder / "metrics.jsonl").exists():
+        out.write(f"report: {write_report(folder)}\n")
+    full = run.model.fine_tune_type == "full"
+    weights = folder / ("model" if full else "adapters")
+    if weights.is_dir():
+        load_it = "--model" if full else f"--model {run.model.path} --adapter-path"
+        out.write(f"weights: {weights}\n")
+        out.write(f'load:    mlx_lm.generate {load_it} {weights} --prompt "…"\n')
+    if status != 0:
+        out.write(f"logs:    {folder / 'logs'}\n")
+        out.write(f"go on:   --run.resume {folder}\n")
+
+
+def run_offline(cls: type[RunT], kind: str, argv: Sequence[str], usage: str) -> int:
+    """Run launch/preference.py or launch/sft.py: the learner alone, supervised."""
+    run, folder = read_command_line(cls, argv, usage)
+    return supervise(folder, run, learner_spec(folder, kind))
+
+
+def main(body: Callable[[], int]) -> None:
+    """Run a front door; a PippinError becomes one line on stderr and exit status 2."""
+    try:
+        status = body()
+    except PippinError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        status = 2
+    raise SystemExit(status)

@@ -1,0 +1,78 @@
+"""Asynchronous GRPO: `launch/grpo.py [recipe.toml] [--section.key value …]`.
+
+Without a recipe it runs launch/recipes/addition.toml, which needs no network. It starts a learner,
+the local actors and a reward server for the functions that are named, and keeps them.
+"""
+
+import sys
+from pathlib import Path
+
+from launch.children import ChildSpec
+from launch.cli import learner_spec, main, program, read_command_line, supervise
+from protocol.endpoints import ipc_folder
+from protocol.settings import GrpoRun
+
+USAGE = "usage: launch/grpo.py [recipe.toml] [--section.key value …]"
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "addition.toml"
+
+
+def reward_services(run: GrpoRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:
+    """Return the `--rewards` values of the learner, and the local reward servers to start.
+
+    Each value is one service, its endpoints joined by commas. The functions named by file or
+    module are one service of `rewards.workers` local servers; all `zmq://` endpoints another.
+    """
+    local = [name for name in run.rewards.functions if not name.startswith("zmq://")]
+    remote = [f"tcp://{name[6:]}" for name in run.rewards.functions if name.startswith("zmq://")]
+    endpoints = [f"ipc://{sockets}/reward-{i}" for i in range(run.rewards.workers)]
+    specs = [
+        ChildSpec(
+            f"reward-{i}",
+            "reward server",
+            program("reward_server.py", *local, "--bind", endpoint, "--child"),
+            run.actors.max_restarts,
+        )
+        for i, endpoint in enumerate(endpoints)
+    ]
+    services = [",".join(endpoints)] * bool(local) + [",".join(remote)] * bool(remote)
+    return services, specs if local else []
+
+
+def actor_specs(run: GrpoRun, endpoint: str) -> list[ChildSpec]:
+    """Return the local actors to start."""
+    settings = run.actors
+    common = ["--connect", endpoint, "--child", "--max-rows", str(settings.max_rows)]
+    common += ["--prefill-step-size", str(settings.prefill_step_size)]
+    common += ["--keys", run.transport.keys] if run.transport.keys else []
+    return [
+        ChildSpec(
+            f"actor-{i}",
+            "actor",
+            program("actor.py", *common, "--name", f"actor-{i}"),
+            settings.max_restarts,
+        )
+        for i in range(settings.count)
+    ]
+
+
+def body() -> int:
+    """Read the recipe, start the run, see it through."""
+    run, folder = read_command_line(GrpoRun, sys.argv[1:], USAGE, DEFAULT_RECIPE)
+    with ipc_folder() as sockets:
+        endpoint, snapshots = f"ipc://{sockets}/learner", f"ipc://{sockets}/snapshots"
+        services, servers = reward_services(run, sockets)
+        arguments = ["--endpoint", endpoint, "--snapshots", snapshots]
+        if run.transport.bind:
+            arguments += ["--endpoint", run.transport.bind]
+        for service in services:
+            arguments += ["--rewards", service]
+        learner = learner_spec(folder, "grpo", *arguments)
+        required = {"reward server"} if servers else set[str]()
+        if not run.transport.bind:
+            required.add("actor")
+        helpers = [*servers, *actor_specs(run, endpoint)]
+        return supervise(folder, run, learner, helpers, frozenset(required))
+
+
+if __name__ == "__main__":
+    main(body)

@@ -1,0 +1,17 @@
+"""Train on pairs or labelled answers: `launch/preference.py recipe.toml [--section.key value]`."""
+
+import sys
+
+from launch.cli import main, run_offline
+from protocol.settings import PreferenceRun
+
+USAGE = "usage: launch/preference.py [recipe.toml] [--section.key value …]"
+
+
+def body() -> int:
+    """Read the recipe and see the run through."""
+    return run_offline(PreferenceRun, "preference", sys.argv[1:], USAGE)
+
+
+if __name__ == "__main__":
+    main(body)
