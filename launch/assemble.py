@@ -93,7 +93,7 @@ def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
     )
     total = total_batches(settings, prompts)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    coordinator = _coordinator(args, settings, policy, prompts, total, checkpoint)
+    coordinator = new_coordinator(args, settings, policy, prompts, total, checkpoint)
     bridge: Bridge[Any, Any] = Bridge()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
     service = Service(
@@ -163,7 +163,7 @@ def run_digests(policy: LoadedPolicy, reference: Reference | None) -> dict[str, 
     return digests
 
 
-def _coordinator(
+def new_coordinator(
     args: argparse.Namespace,
     settings: GrpoRun,
     policy: LoadedPolicy,
@@ -171,6 +171,7 @@ def _coordinator(
     total: int | None,
     checkpoint: Checkpoint | None,
 ) -> Coordinator:
+    """Return the coordinator of a run of `total` batches, as `checkpoint`, if any, left it."""
     incarnation = uuid.uuid4().hex
     limits = LedgerSettings(
         batch_size=settings.train.batch_size,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from protocol.blas import load_openblas
 from protocol.errors import ModelError, PippinError
-from protocol.settings import ModelSettings
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -109,8 +108,8 @@ def locate(
     if (source / "adapters" / "adapter_config.json").is_file():
         return _base_of(source / "adapters", model), str(source / "adapters")
     raise ModelError(
-        f"{source} holds neither adapter_config.json, nor adapters/, nor model/: name the folder of "
-        "a finished run, or an adapter folder in mlx-lm's format"
+        f"{source} holds neither adapter_config.json, nor adapters/, nor model/: name the folder "
+        "of a finished run, or an adapter folder in mlx-lm's format"
     )
 
 
@@ -161,8 +160,8 @@ def write_gguf(result: Exported, network: "nn.Module", config: dict[str, Any]) -
     reason = ""
     if kind not in GGUF_TYPES:
         reason = (
-            f"mlx-lm writes GGUF for {', '.join(GGUF_TYPES)}, not for {kind}; convert {result.folder} "
-            "with llama.cpp's convert_hf_to_gguf.py"
+            f"mlx-lm writes GGUF for {', '.join(GGUF_TYPES)}, not for {kind}; convert "
+            f"{result.folder} with llama.cpp's convert_hf_to_gguf.py"
         )
     elif config.get("quantization"):
         reason = "mlx-lm cannot write quantised weights as GGUF; export with --dequantize"

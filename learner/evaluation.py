@@ -22,8 +22,9 @@ def reward_matrix(groups: Sequence[TrainedGroup]) -> tuple[list[str], np.ndarray
     parts: list[np.ndarray] = []
     for item in groups:
         result = item.group.reward
-        table = floats_view(result.rewards).reshape(-1, len(result.names))
-        part = np.full((len(item.group.completions), len(names)), np.nan, np.float32)
+        rows = len(item.group.completions)
+        table = floats_view(result.rewards).reshape(rows, len(result.names))
+        part = np.full((rows, len(names)), np.nan, np.float32)
         for column, name in enumerate(result.names):
             part[:, names.index(name) if result.names != names else column] = table[:, column]
         parts.append(part)

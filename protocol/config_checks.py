@@ -10,6 +10,7 @@ from protocol.settings import (
     GrpoSettings,
     ModelSettings,
     OptimizerSettings,
+    PairsRun,
     PreferenceRun,
     PreferenceSettings,
     SamplingSettings,
@@ -175,7 +176,9 @@ def _check_grpo(run: GrpoRun) -> None:
     _check_transport(run.transport)
     rewards, queue, actors = run.rewards, run.queue, run.actors
     names = rewards.functions
-    require(bool(names), "rewards.functions", "must name at least one reward function", names)
+    unscored = isinstance(run, PairsRun) and run.pairs.mode == "given"
+    rule = "must name at least one reward function"
+    require(bool(names) or unscored, "rewards.functions", rule, names)
     require(all(names), "rewards.functions", "must hold no empty name", names)
     weights = rewards.reward_weights
     require(

@@ -264,6 +264,23 @@ class SftRun(Section, frozen=True, kw_only=True):
     eval: EvalSettings = EvalSettings()
 
 
+class PairsSettings(Section, frozen=True, kw_only=True):
+    """What becomes a pair."""
+
+    mode: Literal["best_worst", "given"] = "best_worst"  # of a group; or the dataset's answer
+    answer_column: str = "answer"  # mode "given": chosen; rejected is the base model's own answer
+    output: str = ""  # JSONL file; empty: pairs.jsonl in the run's folder
+
+
+class PairsRun(GrpoRun, frozen=True, kw_only=True):
+    """A recipe of launch/pairs.py: GRPO's without training; `train.batch_size` prompts at a time.
+
+    Mode "given" samples one answer a prompt, without adapter, and needs no reward function.
+    """
+
+    pairs: PairsSettings = PairsSettings()
+
+
 AnyRun = GrpoRun | PreferenceRun | SftRun
 
 

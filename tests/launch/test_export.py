@@ -119,7 +119,7 @@ def test_a_quantised_base_dequantised_keeps_the_adapters_effect(tmp_path):
 
 
 def test_sources_and_targets_that_cannot_be_used(tmp_path):
-    with pytest.raises(ModelError, match="neither adapter_config.json, nor adapters/, nor model/"):
+    with pytest.raises(ModelError, match=r"neither adapter_config.json, nor adapters/, nor model/"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
