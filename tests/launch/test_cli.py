@@ -1,0 +1,101 @@
+"""The front doors' command line: run folder, paths of a recipe, resuming, refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import grpo
+from launch.cli import learner_spec, read_command_line, resolve_path
+from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services
+from protocol.config import load
+from protocol.errors import ConfigError
+from protocol.settings import GrpoRun, SftRun
+
+OFFLINE = ["--model.path=m", "--data.path=org/set"]
+
+
+def test_the_default_recipe_resolves_its_own_files(tmp_path: Path):
+    run, folder = read_command_line(GrpoRun, [f"--run.dir={tmp_path}"], "", DEFAULT_RECIPE)
+    recipes = DEFAULT_RECIPE.parent
+    assert run.model.path == str(recipes.parent / "models" / "addition")
+    assert run.data.path == f"{recipes / 'addition.py'}:train_rows"
+    assert run.rewards.functions == [f"{recipes / 'addition.py'}:exact_match"]
+    assert load(GrpoRun, folder / "config.toml") == run
+    assert (tmp_path / "latest").resolve() == folder
+
+
+def test_paths_come_from_the_recipes_folder_then_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "both.py").touch()
+    (there / "both.py").touch()
+    (here / "only.jsonl").touch()
+    monkeypatch.chdir(here)
+    assert resolve_path("both.py:f", there) == f"{there / 'both.py'}:f"
+    assert resolve_path("only.jsonl", there) == str(here / "only.jsonl")
+    assert resolve_path("org/model", there) == "org/model"
+    assert resolve_path("zmq://host:1", there) == "zmq://host:1"
+    assert resolve_path("pkg.mod:f", there) == "pkg.mod:f"
+
+
+def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Path):
+    flags = [*OFFLINE, f"--run.dir={tmp_path}", "--run.name=a", "--train.max_steps=3"]
+    run, folder = read_command_line(SftRun, flags, "")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        read_command_line(SftRun, flags, "")
+    again, same = read_command_line(SftRun, ["--run.resume", str(folder)], "")
+    assert same == folder
+    assert again.train == run.train
+    with pytest.raises(ConfigError, match="required a run folder"):
+        read_command_line(SftRun, [f"--run.resume={tmp_path / 'no'}"], "")
+
+
+def test_processes_of_a_run(tmp_path: Path):
+    flags = ["--rewards.functions=a.py:f,zmq://h:1,zmq://h:2,m:g", "--rewards.workers=2"]
+    run = load(GrpoRun, None, [*OFFLINE, *flags, "--actors.count=2"])
+    services, servers = reward_services(run, Path("/s"))
+    assert services == ["ipc:///s/reward-0,ipc:///s/reward-1", "tcp://h:1,tcp://h:2"]
+    assert [spec.name for spec in servers] == ["reward-0", "reward-1"]
+    assert list(servers[1].command[2:]) == [
+        "a.py:f",
+        "m:g",
+        "--bind",
+        "ipc:///s/reward-1",
+        "--child",
+    ]
+    assert [spec.name for spec in actor_specs(run, "ipc:///s/l")] == ["actor-0", "actor-1"]
+    assert learner_spec(tmp_path, "grpo").command[2:] == [
+        str(tmp_path),
+        "--kind",
+        "grpo",
+        "--child",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--help"], 0, "--sampling.num_generations int = 8"),
+        (["--sampling.num_generation", "4"], 2, "did you mean 'sampling.num_generations'?"),
+        (["none.toml"], 2, "recipe none.toml does not exist"),
+        (["--run.dir", "/dev/null/x"], 2, "cannot be made"),
+    ],
+)
+def test_help_and_refusals_come_before_anything_heavy(
+    arguments: list[str], status: int, words: str, tmp_path: Path
+):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: assert not {'mlx', 'mlx_lm', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, grpo.__file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert words in done.stdout + done.stderr
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr

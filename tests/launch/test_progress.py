@@ -1,0 +1,37 @@
+"""The display: one line a step without a terminal, partial lines waited for, time left."""
+
+import io
+from pathlib import Path
+
+from launch.progress import Progress, duration, sparkline
+
+
+def test_sparkline_spans_least_to_greatest_and_averages_long_series():
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert sparkline([0.0, 2.0, 7.0]) == "▁▃█"
+    assert sparkline([3.0]) == "▁"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], width=2) == "▁█"
+    assert sparkline([]) == ""
+
+
+def test_duration():
+    assert duration(61.2) == "1:01"
+    assert duration(3_661) == "1:01:01"
+
+
+def test_one_line_a_step_and_partial_or_broken_lines_wait_or_are_left_out(tmp_path: Path):
+    out = io.StringIO()
+    metrics = tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=4, out=out) as progress:
+        metrics.write_text('{"step": 1, "time_s": 10, "reward": 0.25}\nnot json\n{"step": 2, "ti')
+        progress.update()
+        assert progress.time_left() is None
+        with metrics.open("a") as file:
+            file.write('me_s": 15.0, "reward": 0.5, "actors/a/tokens_per_s": 123.4}\n')
+        progress.update()
+        assert progress.time_left() == 10.0
+    lines = out.getvalue().splitlines()
+    assert lines[1:] == [
+        "step 1/4  reward 0.25",
+        "step 2/4  reward 0.5  actors/a/tokens_per_s 123.4  left 0:10",
+    ]
