@@ -18,7 +18,7 @@ from msgspec import structs
 from launch.children import ChildSpec
 from launch.progress import Progress
 from launch.report import write_report
-from launch.supervisor import Supervisor, awake
+from launch.supervisor import INTERRUPTED, Supervisor, awake
 from protocol.blas import HINT, load_openblas
 from protocol.config import load, to_toml
 from protocol.errors import ConfigError, PippinError
@@ -46,7 +46,11 @@ def read_command_line(
     if resumed is not None:
         if recipe is not None:
             raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
-        return load(cls, resumed / "config.toml", flags), resumed
+        run = resolve_paths(load(cls, resumed / "config.toml", flags), Path.cwd())
+        fresh = resumed / f".config-{os.getpid()}.toml"
+        fresh.write_text(to_toml(run), encoding="utf-8")
+        fresh.replace(resumed / "config.toml")
+        return run, resumed
     recipe = recipe or default
     run = load(cls, recipe, flags)
     if recipe is not None:
@@ -202,4 +206,6 @@ def main(body: Callable[[], int]) -> None:
     except PippinError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         status = 2
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     raise SystemExit(status)

@@ -48,9 +48,13 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
     run, folder = read_command_line(SftRun, flags, "")
     with pytest.raises(ConfigError, match="holds a run already"):
         read_command_line(SftRun, flags, "")
-    again, same = read_command_line(SftRun, ["--run.resume", str(folder)], "")
+    again, same = read_command_line(
+        SftRun, ["--run.resume", str(folder), "--train.max_steps=9"], ""
+    )
+    assert load(SftRun, folder / "config.toml") == again
     assert same == folder
-    assert again.train == run.train
+    assert again.train.max_steps == 9
+    assert again.optimizer == run.optimizer
     with pytest.raises(ConfigError, match="required a run folder"):
         read_command_line(SftRun, [f"--run.resume={tmp_path / 'no'}"], "")
 
