@@ -1,0 +1,168 @@
+"""Recorded TRL runs as the learner's batches: token IDs, masks and advantages are the recording's."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from learner.batches import aligned, token_batch
+from learner.forward import choose_head
+from learner.grpo import GrpoObjective, to_device
+from learner.objectives.grpo import grpo_normalisers
+from learner.preference import PreferenceObjective
+from learner.sft import SftObjective
+from learner.sources.examples import PreferenceExample, SftExample, UnpairedExample
+from learner.trainer import Arrays
+from protocol.settings import GrpoSettings, PreferenceSettings, TrainSettings
+
+Objective = SftObjective | PreferenceObjective | GrpoObjective
+METHODS = {"DPOTrainer": "dpo", "ORPOTrainer": "orpo", "CPOTrainer": "cpo", "KTOTrainer": "kto"}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One run: its JSON, and its arrays by name."""
+
+    data: dict[str, Any]
+    arrays: Mapping[str, mx.array]
+
+    @property
+    def trainer(self) -> str:
+        """TRL's class."""
+        return self.data["trainer"].rsplit(".", 1)[-1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What TRL's configuration was given."""
+        return self.data["all_args"] | self.data["explicit_args"]
+
+
+def read(path: Path) -> Recording:
+    """Read a run's `.json` and the `.safetensors` beside it."""
+    arrays = mx.load(str(path.with_suffix(".safetensors")))
+    assert isinstance(arrays, dict)
+    return Recording(json.loads(path.read_text()), arrays)
+
+
+def objective_of(
+    recording: Recording, model: nn.Module, reference: nn.Module | None, train: TrainSettings
+) -> Objective:
+    """Return the learner's objective with the run's settings."""
+    given = recording.arguments
+    head = choose_head(model, train.head)
+    if recording.trainer == "SFTTrainer":
+        return SftObjective(train, head)
+    if recording.trainer == "GRPOTrainer":
+        names = ("loss_type", "beta", "num_iterations", "use_bias_correction_kl")
+        settings = GrpoSettings(**{name: given[name] for name in names})
+        return GrpoObjective(
+            settings, train, model, temperature=1.0,
+            max_completion_length=given["max_completion_length"], weights=None, head=head,
+            describe=lambda *_: {}, reference=reference,
+        )  # fmt: skip
+    method = METHODS[recording.trainer]
+    values: dict[str, Any] = {"method": method, "beta": given["beta"]}
+    if method != "orpo":
+        types = given["loss_type"]
+        values["loss_type"] = [types] if isinstance(types, str) else types
+    if method == "cpo":
+        values |= {"cpo_alpha": given["cpo_alpha"], "simpo_gamma": given["simpo_gamma"]}
+    settings = PreferenceSettings(**values)
+    return PreferenceObjective(settings, train, head, model, reference)
+
+
+def micro_batches(recording: Recording, step: dict[str, Any], objective: Objective) -> list[Arrays]:
+    """Return a step's micro-batches, prepared as training prepares them."""
+    inputs = [micro["inputs"] for micro in step["micro"]]
+    if isinstance(objective, GrpoObjective):
+        return _grpo(recording, inputs, objective)
+    if isinstance(objective, SftObjective):
+        return objective.prepare([e for part in inputs for e in _sft(part)]).micro
+    if recording.trainer == "DPOTrainer":
+        return objective.prepare([e for part in inputs for e in _dpo(part)]).micro
+    if recording.trainer == "KTOTrainer":
+        return objective.prepare([e for part in inputs for e in _kto(part)]).micro
+    return objective.prepare([e for part in inputs for e in _odds(part)]).micro
+
+
+def _sft(part: dict[str, Any]) -> Iterator[SftExample]:
+    for ids, labels, mask in zip(
+        part["input_ids"], part["labels"], part["attention_mask"], strict=True
+    ):
+        length = sum(mask)
+        yield SftExample(0, ids[:length], [int(label != -100) for label in labels[:length]])
+
+
+def _split(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
+    """Return prompt and completion; `mask` is 1 on the completion."""
+    start = mask.index(1)
+    return ids[:start], ids[start : start + sum(mask)]
+
+
+def _dpo(part: dict[str, Any]) -> Iterator[PreferenceExample]:
+    rows = [_split(*row) for row in zip(part["input_ids"], part["completion_mask"], strict=True)]
+    half = len(rows) // 2
+    for chosen, rejected in zip(rows[:half], rows[half:], strict=True):
+        yield PreferenceExample(0, *chosen, *rejected)
+
+
+def _odds(part: dict[str, Any]) -> Iterator[PreferenceExample]:
+    sides: list[list[tuple[list[int], list[int]]]] = []
+    for side in ("chosen", "rejected"):
+        labels = part[f"{side}_labels"]
+        masks = [[int(label != -100) for label in row] for row in labels]
+        rows = zip(part[f"{side}_input_ids"], masks, strict=True)
+        sides.append([_split(*row) for row in rows])
+    for chosen, rejected in zip(*sides, strict=True):
+        yield PreferenceExample(0, *chosen, *rejected)
+
+
+def _kto(part: dict[str, Any]) -> Iterator[UnpairedExample]:
+    rows = zip(part["input_ids"], part["completion_mask"], part["label"], strict=True)
+    for ids, mask, label in rows:
+        yield UnpairedExample(0, *_split(ids, mask), label)
+
+
+def _grpo(
+    recording: Recording, inputs: list[dict[str, Any]], objective: GrpoObjective
+) -> list[Arrays]:
+    given = recording.arguments
+    accumulation = given["gradient_accumulation_steps"]
+    per_generation = given["steps_per_generation"] or accumulation
+    sums = np.array([sum(row) for part in inputs for row in part["completion_mask"]])
+    values = grpo_normalisers(
+        mask_sums=sums,
+        max_completion_length=objective.max_completion_length,
+        generation_tokens=inputs[0]["num_items_in_batch"] * accumulation / per_generation,
+    )
+    shared = {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
+    return [_grpo_part(recording, part, objective) | shared for part in inputs]
+
+
+def _grpo_part(
+    recording: Recording, part: dict[str, Any], objective: GrpoObjective
+) -> Arrays:
+    prompts = [
+        [token for token, live in zip(ids, mask, strict=True) if live]
+        for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
+    ]
+    lengths = [sum(mask) for mask in part["completion_mask"]]
+    completions = [ids[:n] for ids, n in zip(part["completion_ids"], lengths, strict=True)]
+    tokens = token_batch(prompts, completions, length_bucket=objective.train.length_bucket)
+    arrays = to_device(tokens)
+    arrays["advantages"] = mx.array(part["advantages"], dtype=mx.float32)
+    if "old_per_token_logps" in part:
+        old = np.array(recording.arrays[part["old_per_token_logps"]["tensor"]])
+        rows = [row[:n] for row, n in zip(old, lengths, strict=True)]
+        arrays["sampling_logps"] = mx.array(aligned(rows, tokens))
+    else:
+        arrays["sampling_logps"] = objective._logprobs(objective.model, arrays)[0]
+    if objective.reference is not None:
+        arrays["ref_logps"] = objective._logprobs(objective.reference, arrays)[0]
+    mx.eval(arrays)
+    return arrays

@@ -1,0 +1,185 @@
+"""Replay TRL's recorded runs through the learner: `run_curves.py DIR [--model FOLDER] [RUN ...]`.
+
+DIR holds the runs (JSON and safetensors, `init_lora.safetensors`); the model is by default
+DIR/../../models/NAME, of DIR's name. Prints, a run, the root-mean-square difference of the curves of loss and gradient norm, and of the final
+tensors relative to the update; then passed/total. Exits 1 on any failure or where nothing ran.
+"""
+
+from protocol.blas import load_openblas
+
+load_openblas()  # before anything imports mlx.core
+
+# ruff: noqa: E402
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from learner.reference import make_reference
+from learner.step import Step
+from mlx.utils import tree_unflatten
+from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
+from protocol.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from tests.parity.curves import Recording, micro_batches, objective_of, read
+
+LOSS_BAR, NORM_BAR, FINAL_BAR = 1e-5, 3e-4, 5e-4
+IPO_LOSS_BAR = 3e-5  # the loss itself is near 25
+FULL_BETA_BAR = 1e-4  # relative, of full fine-tuning with beta 0.04
+SIDES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Differences of one run, and whether they are within the bars."""
+
+    loss: float
+    norm: float
+    final: float
+    passed: bool
+
+
+def own_name(name: str) -> str:
+    """Return our name of a tensor of PEFT or Transformers."""
+    for theirs, ours in SIDES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def ours(name: str, array: mx.array) -> mx.array:
+    """Return a tensor in our layout: mlx-lm keeps adapters transposed."""
+    return array.T if "lora_" in name else array
+
+
+def settings_of(recording: Recording, model: Path) -> ModelSettings:
+    """Return model settings with the run's kind of training and its reference."""
+    if recording.data["lora"] is None:
+        return ModelSettings(path=str(model), fine_tune_type="full", dtype="float32")
+    lora = recording.data["lora"]
+    reference = "initial" if "initial adapter" in lora["reference"] else "base"
+    shape = LoraSettings(rank=lora["r"], scale=lora["scale"])
+    return ModelSettings(path=str(model), lora=shape, dtype="float32", reference=reference)
+
+
+def start(
+    recording: Recording, settings: ModelSettings, folder: Path, initial: Path
+) -> tuple[LoadedPolicy, ModelSettings]:
+    """Load the policy, from the recorded initial adapter where adapters are trained."""
+    policy = load_policy(settings, seed=0)
+    if recording.data["lora"] is None:
+        return policy, settings
+    loaded = mx.load(str(initial))
+    assert isinstance(loaded, dict)
+    named = {own_name(name): ours(name, array) for name, array in loaded.items()}
+    if named.keys() != trainable(policy.model).keys():
+        raise ValueError(f"{initial} does not name the trainable tensors: {sorted(named)[:3]}")
+    policy.model.update(tree_unflatten(list(named.items())))
+    save_adapters(folder, policy.model, policy.adapter_config, settings.path)
+    settings = ModelSettings(
+        path=settings.path, adapter_path=str(folder), dtype="float32", reference=settings.reference
+    )
+    return load_policy(settings, seed=0), settings
+
+
+def final_difference(
+    recording: Recording, before: dict[str, mx.array], after: dict[str, mx.array]
+) -> float:
+    """Return |ours - TRL's| / |TRL's - initial| over all tensors (or the recorded samples)."""
+    error = size = 0.0
+    for name in recording.data["tensor_names"]:
+        own = own_name(name)
+        first, last = (np.array(ours(name, tree[own]), np.float64) for tree in (before, after))
+        if f"final.{name}" in recording.arrays:
+            theirs = np.array(recording.arrays[f"final.{name}"], np.float64)
+        else:
+            theirs = np.array(recording.arrays[f"final_sample.{name}"], np.float64)
+            size_of, n = len(theirs), first.size
+            picked = np.arange(n) if n <= 512 else (np.arange(512) * n) // 512
+            assert len(picked) == size_of
+            first, last = first.ravel()[picked], last.ravel()[picked]
+        error += float(((last - theirs) ** 2).sum())
+        size += float(((theirs - first) ** 2).sum())
+    return (error / size) ** 0.5
+
+
+def replay(path: Path, model: Path) -> Outcome:
+    """Train one recorded run again and compare."""
+    recording = read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        initial = path.parent / "init_lora.safetensors"
+        settings = settings_of(recording, model)
+        policy, settings = start(recording, settings, Path(folder), initial)
+        reference = None
+        if reads_reference(recording):
+            reference = make_reference(policy, settings).model
+    steps = recording.data["steps"]
+    rows = recording.arguments["per_device_train_batch_size"]
+    train = TrainSettings(batch_size=rows * len(steps[0]["micro"]), micro_batch_size=rows)
+    objective = objective_of(recording, policy.model, reference, train)
+    optimizer = OptimizerSettings(
+        learning_rate=recording.arguments["learning_rate"], lr_scheduler_type="constant"
+    )
+    updater = Step(policy.model, optimizer, total_steps=len(steps), compiled=False)
+    before = trainable(policy.model)
+    losses: list[float] = []
+    norms: list[float] = []
+    for step in steps:
+        micro = micro_batches(recording, step, objective)
+        losses.append(sum(float(updater.accumulate(a, objective.loss)[0].item()) for a in micro))
+        norms.append(updater.apply().grad_norm)
+    theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
+    final = final_difference(recording, before, trainable(policy.model))
+    return judge(path.stem, np.array([losses, norms]), np.array(theirs), final)
+
+
+def reads_reference(recording: Recording) -> bool:
+    """Return whether the run's loss reads a reference policy."""
+    if recording.trainer == "GRPOTrainer":
+        return recording.arguments["beta"] > 0
+    return recording.trainer in ("DPOTrainer", "KTOTrainer")
+
+
+def judge(
+    name: str, curves: np.ndarray, theirs: np.ndarray, final: float
+) -> Outcome:
+    """Compare the (2, steps) curves of loss and gradient norm with the bars."""
+    loss, norm = np.sqrt(((curves - theirs) ** 2).mean(axis=1)).tolist()
+    loss_bar, norm_bar = (IPO_LOSS_BAR if "ipo" in name else LOSS_BAR), NORM_BAR
+    if name.startswith("fullft") and "beta0.04" in name:
+        loss_bar, norm_bar = (
+            FULL_BETA_BAR * np.sqrt((theirs**2).mean(axis=1))
+        ).tolist()
+    within = loss <= loss_bar and norm <= norm_bar and final <= FINAL_BAR
+    return Outcome(loss, norm, final, within)
+
+
+def main(folder: Path, model: Path, wanted: list[str]) -> int:
+    """Replay the runs of a folder; return the exit status."""
+    paths = [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if path.with_suffix(".safetensors").is_file() and (not wanted or path.stem in wanted)
+    ]
+    outcomes: list[Outcome] = []
+    print(f"{'run':44} loss      grad_norm final")
+    for path in paths:
+        outcome = replay(path, model)
+        outcomes.append(outcome)
+        figures = f"{outcome.loss:.2e}  {outcome.norm:.2e}  {outcome.final:.2e}"
+        print(f"{path.stem:44} {figures}{'' if outcome.passed else '  FAIL'}", flush=True)
+    passed = sum(outcome.passed for outcome in outcomes)
+    print(f"{passed}/{len(outcomes)}")
+    return 0 if outcomes and passed == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("runs", nargs="*")
+    args = parser.parse_args()
+    beside = args.folder.resolve().parents[1] / "models" / args.folder.resolve().name
+    sys.exit(main(args.folder, args.model or beside, args.runs))
