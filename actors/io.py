@@ -29,6 +29,7 @@ from actors.port import (
 )
 from protocol.bridge import Bridge, BridgeClosed
 from protocol.channel import ClientChannel
+from protocol.endpoints import reachable
 from protocol.errors import PippinError, SnapshotError, WireError
 from protocol.messages import Failed, Group, Heartbeat, Policy, RewardResult, RewardService
 from protocol.snapshot_channel import fetch_snapshot
@@ -75,6 +76,7 @@ class ActorIo:
     heartbeat: Callable[[], Heartbeat | None]
     keys: str | None = None
     heartbeat_s: float = HEARTBEAT_S
+    endpoint: str = ""  # the learner's, as this actor reaches it
     _services: list[RewardService] = field(default_factory=list)
     _scorer: Scorer | None = None
 
@@ -178,7 +180,8 @@ class ActorIo:
                 problem = f"{policy.path} holds {len(data)} bytes, not {policy.size}"
         if policy.endpoint:
             keys = self.keys if policy.endpoint.startswith("tcp://") else None
-            return await fetch_snapshot(policy.endpoint, policy, keys=keys)
+            endpoint = reachable(policy.endpoint, self.endpoint)
+            return await fetch_snapshot(endpoint, policy, keys=keys)
         raise SnapshotError(f"policy version {policy.version} cannot be fetched: {problem}")
 
 

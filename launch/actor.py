@@ -25,6 +25,7 @@ from actors.worker import Worker
 from protocol.blas import HINT, load_openblas
 from protocol.bridge import Bridge
 from protocol.channel import Client
+from protocol.endpoints import reachable
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.lifeline import Lifeline
 from protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, RewardService, Welcome
@@ -83,13 +84,18 @@ def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> 
     def make_scorer(services: list[RewardService]) -> "RewardClient":
         from actors.reward_client import RewardClient
 
-        return RewardClient(services, keys=args.keys)
+        here = [
+            msgspec.structs.replace(s, endpoints=[reachable(e, args.connect) for e in s.endpoints])
+            for s in services
+        ]
+        return RewardClient(here, keys=args.keys)
 
     return ActorIo(
         connect=lambda: Client(args.connect, keys=args.keys),
         make_scorer=make_scorer,
         heartbeat=heartbeat,
         keys=args.keys,
+        endpoint=args.connect,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from launch.children import ChildSpec
 from launch.cli import learner_spec, main, program, read_command_line, supervise
 from protocol.endpoints import ipc_folder
+from protocol.errors import ConfigError
 from protocol.settings import GrpoRun
 
 USAGE = "usage: launch/grpo.py [recipe.toml] [--section.key value …]"
@@ -25,17 +26,31 @@ def reward_services(run: GrpoRun, sockets: Path) -> tuple[list[str], list[ChildS
     local = [name for name in run.rewards.functions if not name.startswith("zmq://")]
     remote = [f"tcp://{name[6:]}" for name in run.rewards.functions if name.startswith("zmq://")]
     endpoints = [f"ipc://{sockets}/reward-{i}" for i in range(run.rewards.workers)]
+    if run.transport.bind:
+        endpoints = [neighbour(run.transport.bind, 2 + i) for i in range(run.rewards.workers)]
+    keys = ["--keys", run.transport.keys] if run.transport.keys else []
     specs = [
         ChildSpec(
             f"reward-{i}",
             "reward server",
-            program("reward_server.py", *local, "--bind", endpoint, "--child"),
+            program("reward_server.py", *local, "--bind", endpoint, "--child", *keys),
             run.actors.max_restarts,
         )
         for i, endpoint in enumerate(endpoints)
     ]
     services = [",".join(endpoints)] * bool(local) + [",".join(remote)] * bool(remote)
     return services, specs if local else []
+
+
+def neighbour(endpoint: str, offset: int) -> str:
+    """Return the tcp endpoint `offset` ports above: 1 serves snapshots, 2 and up rewards."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not port.isdecimal():
+        raise ConfigError(
+            f"transport.bind {endpoint!r}: required tcp://host:port with a port number; the ports "
+            "above it serve snapshots and rewards"
+        )
+    return f"tcp://{host}:{int(port) + offset}"
 
 
 def actor_specs(run: GrpoRun, endpoint: str) -> list[ChildSpec]:
@@ -63,6 +78,7 @@ def body() -> int:
         services, servers = reward_services(run, sockets)
         arguments = ["--endpoint", endpoint, "--snapshots", snapshots]
         if run.transport.bind:
+            arguments[-1] = neighbour(run.transport.bind, 1)
             arguments += ["--endpoint", run.transport.bind]
         for service in services:
             arguments += ["--rewards", service]

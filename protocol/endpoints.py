@@ -45,6 +45,19 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
+def reachable(endpoint: str, through: str) -> str:
+    """Return `endpoint` as a peer reaches it that reached its owner at `through`.
+
+    A wildcard host (0.0.0.0, ::, *) says where the owner listens, not where it is.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or host.strip("[]") not in ("0.0.0.0", "::", "*", ""):
+        return endpoint
+    if not through.startswith("tcp://"):
+        return f"tcp://127.0.0.1:{port}"
+    return f"tcp://{through.removeprefix('tcp://').rpartition(':')[0]}:{port}"
+
+
 def check_endpoint(endpoint: str, *, keys: bool) -> None:
     """Raise `ChannelError` for an endpoint that cannot be used, or not without keys."""
     scheme, _, address = endpoint.partition("://")
