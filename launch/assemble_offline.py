@@ -10,6 +10,7 @@ from learner.records import Records
 from learner.reference import Reference, make_reference
 from learner.sft import SftObjective
 from learner.sources.examples import answers, pairs, sequences
+from learner.sources.generated import DEFAULT_LENGTH, Answers
 from learner.sources.offline import OfflineSets, open_offline
 from learner.sources.stored import StoredEvaluator, StoredSource
 from learner.trainer import Objective, Schedule, Trainer
@@ -25,12 +26,10 @@ OfflineRun = SftRun | PreferenceRun
 
 def assemble_offline(folder: Path, kind: str) -> Run:
     """Build the offline run of `folder`: "sft" or "preference"."""
-    settings: OfflineRun = load(
-        SftRun if kind == "sft" else PreferenceRun, folder / "config.toml"
-    )
+    settings: OfflineRun = load(SftRun if kind == "sft" else PreferenceRun, folder / "config.toml")
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = _reference(settings, policy)
-    sets = _examples(settings, policy)
+    sets = open_examples(settings, policy)
     total = sets.train.total_steps
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
@@ -50,7 +49,13 @@ def assemble_offline(folder: Path, kind: str) -> Run:
             eval_steps=settings.eval.steps,
             eval_at_start=settings.eval.at_start,
         ),
-        StoredEvaluator(policy.model, objective, sets.evaluation, settings.eval.batch_size)
+        StoredEvaluator(
+            policy.model,
+            objective,
+            sets.evaluation,
+            settings.eval.batch_size,
+            _answers(settings, policy),
+        )
         if sets.evaluation
         else None,
         resume_state=run_digests(policy, reference),
@@ -71,7 +76,16 @@ def _reference(settings: OfflineRun, policy: LoadedPolicy) -> Reference | None:
     return make_reference(policy, settings.model)
 
 
-def _examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
+def _answers(settings: OfflineRun, policy: LoadedPolicy) -> Answers | None:
+    """Return what answers held-out prompts, where the settings ask for it."""
+    if not settings.eval.generate:
+        return None
+    length = settings.eval.max_completion_length or DEFAULT_LENGTH
+    return Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
+
+
+def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
+    """Open the examples that the run trains on and holds out."""
     build: Any
     if isinstance(settings, SftRun):
         build = sequences(

@@ -212,7 +212,7 @@ class EvalSettings(Section, frozen=True, kw_only=True):
     at_start: bool = True
     batch_size: int = 8  # rows a forward pass (offline)
     generate: bool = False  # offline runs: also sample answers
-    max_completion_length: int | None = None  # None: as in training
+    max_completion_length: int | None = None  # None: as in training; offline: 256
 
 
 class TransportSettings(Section, frozen=True, kw_only=True):

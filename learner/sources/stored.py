@@ -1,6 +1,6 @@
 """The trainer's view of offline batches, and the evaluation of held-out examples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -43,12 +43,18 @@ class StoredSource(Generic[E]):
 
 @dataclass
 class StoredEvaluator(Generic[E]):
-    """Runs the objective over held-out examples, without a gradient, as training would."""
+    """Runs the objective over held-out examples, without a gradient, as training would.
+
+    `answers`, if given, also answers their prompts: metrics and lines for rollouts.jsonl.
+    """
 
     model: nn.Module
     objective: Objective[list[E]]
     examples: Sequence[E]
     batch_size: int
+    answers: Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]] | None = (
+        None
+    )
     pending: bool = False
     _result: tuple[int, dict[str, float], list[dict[str, Any]]] | None = field(default=None)
 
@@ -71,7 +77,11 @@ class StoredEvaluator(Generic[E]):
             weight += share
         metrics = {f"eval/{name}": total / max(weight, 1.0) for name, total in totals.items()}
         metrics["eval/rows"] = float(len(self.examples))
-        self._result = (version, metrics, [])
+        lines: list[dict[str, Any]] = []
+        if self.answers is not None:
+            lengths, lines = self.answers(self.examples, version)
+            metrics |= lengths
+        self._result = (version, metrics, lines)
 
     def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
         """Return what `start` found."""
