@@ -1,0 +1,38 @@
+"""Answers of a finished offline run to its held-out prompts, for runs that wrote none."""
+
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from launch.assemble_offline import open_examples
+from learner.sources.generated import DEFAULT_LENGTH, Answers
+from protocol.config import load, read_toml
+from protocol.errors import ConfigError
+from protocol.policy import load_policy
+from protocol.settings import PreferenceRun, SftRun
+
+
+def answer_held_out(folder: Path) -> list[dict[str, Any]]:
+    """Return a line, as in rollouts.jsonl, for each held-out prompt of the run in `folder`.
+
+    Raises ConfigError for a run that is not offline, or that left no weights.
+    """
+    objective = read_toml(folder / "config.toml").get("objective", {})
+    if "num_iterations" in objective:
+        raise ConfigError(
+            f"--generate: {folder} is a GRPO run without evaluation; only offline runs can answer "
+            "afterwards. Set data.eval_rows in its recipe."
+        )
+    settings: Any = load(PreferenceRun if "method" in objective else SftRun, folder / "config.toml")
+    if (folder / "model").is_dir():
+        changes = {"path": str(folder / "model"), "adapter_path": ""}
+    elif (folder / "adapters").is_dir():
+        changes = {"adapter_path": str(folder / "adapters")}
+    else:
+        raise ConfigError(f"--generate: {folder} has neither adapters/ nor model/: finish the run")
+    policy = load_policy(structs.replace(settings.model, **changes), seed=settings.run.seed)
+    examples = open_examples(settings, policy).evaluation
+    length = settings.eval.max_completion_length or DEFAULT_LENGTH
+    answers = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
+    return answers(examples, 0)[1]

@@ -1,0 +1,158 @@
+"""Comparisons: figures by hand, pages from records, and three real runs of a tiny model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.compare import compare, main
+from launch.win_rate import WinRate, function_scores, latest_answers, recorded_scores, win_rate
+from protocol.errors import ConfigError, RewardError
+from tests.tiny import write_model_folder
+
+REWARD = """
+def words(completions, chosen=None, **kwargs):
+    return [None if not text else float(len(text.split())) for text in completions]
+
+def broken(completions, **kwargs):
+    return [1.0]
+"""
+
+
+def test_win_rate_by_hand():
+    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 1.0, "e": 9.0}
+    second = {"a": 0.0, "b": 2.0, "c": 4.0, "d": 0.5, "f": 0.0}
+    result = win_rate(first, second)
+    assert result == WinRate(wins=2, ties=1, losses=1)
+    assert result.rate == 0.625
+    # Outcomes 1, 0.5, 0, 1: mean 0.625, variance (2.25 / 4) - 0.625**2 = 0.171875, over 4 prompts.
+    assert result.error == pytest.approx((0.171875 / 4) ** 0.5)
+    assert win_rate(second, first).rate == 0.375
+
+
+def test_answers_are_of_the_newest_version_and_scored():
+    rollouts = [
+        {"kind": "eval", "trained_at": 0, "prompt": "p", "completions": ["old"]},
+        {"kind": "train", "trained_at": 9, "prompt": "p", "completions": ["sampled"]},
+        {
+            "kind": "eval",
+            "trained_at": 4,
+            "prompt": "p",
+            "completions": ["a b"],
+            "rewards": [[1, 2]],
+        },
+        {"kind": "eval", "trained_at": 4, "prompt": "q", "completions": [""], "rewards": [[None]]},
+    ]
+    answers = latest_answers(rollouts)
+    assert {key: line["completions"][0] for key, line in answers.items()} == {"p": "a b", "q": ""}
+    assert recorded_scores(answers) == {"p": 3.0}
+
+
+def test_a_reward_function_scores_answers_or_says_why_not(tmp_path):
+    (tmp_path / "r.py").write_text(REWARD)
+    answers = {
+        "p": {"prompt": "p", "completions": ["a b c"]},
+        "q": {"prompt": "q", "completions": [""]},
+    }
+    assert function_scores(f"{tmp_path}/r.py:words", answers) == {"p": 3.0}
+    with pytest.raises(RewardError, match="broken"):
+        function_scores(f"{tmp_path}/r.py:broken", answers)
+
+
+def recorded(folder: Path, method: str, accuracies: list[float], answers: list[str]) -> Path:
+    """Write a run's records by hand."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(f'[objective]\nmethod = "{method}"\nbeta = 0.1\n')
+    metrics = [
+        {"step": 10 * i, "eval/rewards/accuracies": value, "eval/rewards/margins": value / 10}
+        for i, value in enumerate(accuracies)
+    ]
+    metrics += [{"step": 1, "loss": 0.693147}, {"step": 2, "loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    lines = [
+        {"kind": "eval", "trained_at": 20, "prompt": f"p{i}", "completions": [text]}
+        for i, text in enumerate(answers)
+    ]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_page_holds_the_figures_escaped_and_alone(tmp_path, capsys):
+    (tmp_path / "r.py").write_text(REWARD)
+    first = recorded(tmp_path / "a<b", "dpo", [0.5, 0.9, 0.8], ["x y", "x", "<script>alert(1)"])
+    second = recorded(tmp_path / "simpo", "simpo", [0.5, 0.6, 0.7], ["x", "x", "x y"])
+    out = tmp_path / "page.html"
+    reward = f"{tmp_path}/r.py:words"
+    assert main([str(first), str(second), "--reward", reward, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    page = out.read_text()
+    assert "0.5000, 0.9000 (10), 0.8000" in page
+    assert "0.0500, 0.0700 (20), 0.0700" in page
+    # Words 2, 1, 1 against 1, 1, 2: one win, one tie, one loss.
+    assert page.count("0.500 ± 0.236 (1 won, 1 tied, 1 lost)") == 2
+    assert "1.333 over 3" in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
+    assert "a&lt;b" in page
+    assert not re.search(r"https?://|src=|@import|<link", page)
+    assert page.count("<polyline") == 6
+    assert "objective.method" in page
+    assert "objective.beta" not in page
+
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    run = recorded(tmp_path / "a", "dpo", [], [])
+    page = compare([run, run])
+    assert "No run has held-out figures" in page
+    assert "Fewer than two runs have scored answers" in page
+    with pytest.raises(ConfigError, match="holds no metrics"):
+        compare([tmp_path])
+    assert main([str(tmp_path)]) == 2
+    assert "ConfigError" in capsys.readouterr().err
+
+
+def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
+    from launch.recipes.compare_preference import main as recipe
+
+    model = write_model_folder(tmp_path / "m")
+    rows = [
+        {"prompt": f"w{i} ", "chosen": f"w{i + 1} w{i + 2}", "rejected": "w63 w62 w61"}
+        for i in range(2, 26)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text(REWARD)
+    flags = ["--model.path", str(model), "--data.path", str(tmp_path / "rows.jsonl")]
+    flags += ["--model.dtype", "float32", "--data.eval_rows", "8", "--train.max_steps", "4"]
+    flags += [
+        "--eval.max_completion_length",
+        "5",
+        "--eval.steps",
+        "2",
+        "--train.length_bucket",
+        "4",
+    ]
+    flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]
+    flags += ["--optimizer.learning_rate", "1e-2", "--reward", f"{tmp_path}/r.py:words"]
+    status = recipe(flags)
+    logs = "".join(p.read_text() for p in (tmp_path / "runs").glob("*-*/logs/*.log"))
+    assert status == 0, logs + capfd.readouterr().err
+    page = (tmp_path / "page.html").read_text()
+    assert len(re.findall(r"\d\.\d{3} ± \d\.\d{3} \(", page)) == 6
+    dpo = next((tmp_path / "runs").glob("dpo-*")) / "metrics.jsonl"
+    lines = [json.loads(line) for line in dpo.read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    held_out = [line["eval/rewards/accuracies"] for line in lines if "eval/loss" in line]
+    assert len(held_out) == 3
+    assert held_out[-1] >= 0.9
+
+    from launch.answer import answer_held_out
+
+    rollouts = [
+        json.loads(line) for line in (dpo.parent / "rollouts.jsonl").read_text().split("\n") if line
+    ]
+    afterwards = latest_answers(answer_held_out(dpo.parent))
+    assert {k: line["completions"] for k, line in afterwards.items()} == {
+        k: line["completions"] for k, line in latest_answers(rollouts).items()
+    }
