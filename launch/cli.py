@@ -46,6 +46,7 @@ def read_command_line(
     if resumed is not None:
         if recipe is not None:
             raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
+        flags.append(f"--run.resume={resumed}")
         run = resolve_paths(load(cls, resumed / "config.toml", flags), Path.cwd())
         fresh = resumed / f".config-{os.getpid()}.toml"
         fresh.write_text(to_toml(run), encoding="utf-8")
@@ -63,7 +64,7 @@ def _resume_folder(flags: Sequence[str]) -> Path | None:
         name, equals, value = flag.partition("=")
         if name == "--run.resume":
             text = value if equals else "".join(flags[index + 1 : index + 2])
-            folder = Path(text).absolute()
+            folder = Path(text).resolve()
             if not (folder / "config.toml").is_file():
                 raise ConfigError(f"--run.resume {text}: required a run folder with config.toml")
             return folder

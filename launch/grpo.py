@@ -70,13 +70,21 @@ def actor_specs(run: GrpoRun, endpoint: str) -> list[ChildSpec]:
     ]
 
 
+def snapshot_endpoint(run: GrpoRun, sockets: Path) -> str:
+    """Return where snapshots are served: for remote actors, on the port after `transport.bind`."""
+    if not run.transport.bind:
+        return f"ipc://{sockets}/snapshots"
+    host, _, port = run.transport.bind.rpartition(":")
+    return f"{host}:{int(port) + 1}"
+
+
 def body() -> int:
     """Read the recipe, start the run, see it through."""
     run, folder = read_command_line(GrpoRun, sys.argv[1:], USAGE, DEFAULT_RECIPE)
     with ipc_folder() as sockets:
-        endpoint, snapshots = f"ipc://{sockets}/learner", f"ipc://{sockets}/snapshots"
+        endpoint = f"ipc://{sockets}/learner"
         services, servers = reward_services(run, sockets)
-        arguments = ["--endpoint", endpoint, "--snapshots", snapshots]
+        arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]
         if run.transport.bind:
             arguments[-1] = neighbour(run.transport.bind, 1)
             arguments += ["--endpoint", run.transport.bind]

@@ -280,9 +280,9 @@ def _check_transport(transport: TransportSettings) -> None:
     host, colon, port = address.rpartition(":")
     fits = transport.bind.startswith("tcp://") and colon and host and port.isdecimal()
     require(
-        bool(fits) and int(port) < 65536,
+        bool(fits) and int(port) < 65535,
         "transport.bind",
-        "must be tcp://host:port",
+        "must be tcp://host:port (snapshots take the next port)",
         transport.bind,
     )
     require(

@@ -8,7 +8,7 @@ import pytest
 
 from launch import grpo
 from launch.cli import learner_spec, read_command_line, resolve_path
-from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services
+from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
 from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.settings import GrpoRun, SftRun
@@ -52,6 +52,7 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
         SftRun, ["--run.resume", str(folder), "--train.max_steps=9"], ""
     )
     assert load(SftRun, folder / "config.toml") == again
+    assert again.run.resume == str(folder)
     assert same == folder
     assert again.train.max_steps == 9
     assert again.optimizer == run.optimizer
@@ -62,6 +63,9 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
 def test_processes_of_a_run(tmp_path: Path):
     flags = ["--rewards.functions=a.py:f,zmq://h:1,zmq://h:2,m:g", "--rewards.workers=2"]
     run = load(GrpoRun, None, [*OFFLINE, *flags, "--actors.count=2"])
+    assert snapshot_endpoint(run, Path("/s")) == "ipc:///s/snapshots"
+    remote = load(GrpoRun, None, [*OFFLINE, *flags, "--transport.bind=tcp://127.0.0.1:7000"])
+    assert snapshot_endpoint(remote, Path("/s")) == "tcp://127.0.0.1:7001"
     services, servers = reward_services(run, Path("/s"))
     assert services == ["ipc:///s/reward-0,ipc:///s/reward-1", "tcp://h:1,tcp://h:2"]
     assert [spec.name for spec in servers] == ["reward-0", "reward-1"]
