@@ -74,8 +74,7 @@ def snapshot_endpoint(run: GrpoRun, sockets: Path) -> str:
     """Return where snapshots are served: for remote actors, on the port after `transport.bind`."""
     if not run.transport.bind:
         return f"ipc://{sockets}/snapshots"
-    host, _, port = run.transport.bind.rpartition(":")
-    return f"{host}:{int(port) + 1}"
+    return neighbour(run.transport.bind, 1)
 
 
 def body() -> int:
@@ -86,7 +85,6 @@ def body() -> int:
         services, servers = reward_services(run, sockets)
         arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]
         if run.transport.bind:
-            arguments[-1] = neighbour(run.transport.bind, 1)
             arguments += ["--endpoint", run.transport.bind]
         for service in services:
             arguments += ["--rewards", service]

@@ -173,7 +173,7 @@ def _check_eval(settings: EvalSettings) -> None:
 def _check_grpo(run: GrpoRun) -> None:
     _check_sampling(run.sampling)
     _check_objective(run.objective)
-    _check_transport(run.transport)
+    _check_transport(run.transport, run.rewards.workers)
     rewards, queue, actors = run.rewards, run.queue, run.actors
     names = rewards.functions
     unscored = isinstance(run, PairsRun) and run.pairs.mode == "given"
@@ -271,7 +271,7 @@ def _check_objective(grpo: GrpoSettings) -> None:
     )
 
 
-def _check_transport(transport: TransportSettings) -> None:
+def _check_transport(transport: TransportSettings, workers: int) -> None:
     size = transport.max_message_mb
     require(size >= 1, "transport.max_message_mb", "must be at least 1", size)
     if not transport.bind:
@@ -280,9 +280,9 @@ def _check_transport(transport: TransportSettings) -> None:
     host, colon, port = address.rpartition(":")
     fits = transport.bind.startswith("tcp://") and colon and host and port.isdecimal()
     require(
-        bool(fits) and int(port) < 65535,
+        bool(fits) and int(port) + 1 + workers < 65536,
         "transport.bind",
-        "must be tcp://host:port (snapshots take the next port)",
+        "must be tcp://host:port ; the ports above it serve snapshots and rewards",
         transport.bind,
     )
     require(
