@@ -24,7 +24,8 @@ def answer_held_out(folder: Path) -> list[dict[str, Any]]:
             f"--generate: {folder} is a GRPO run without evaluation; only offline runs can answer "
             "afterwards. Set data.eval_rows in its recipe."
         )
-    settings: Any = load(PreferenceRun if "method" in objective else SftRun, folder / "config.toml")
+    path = folder / "config.toml"
+    settings = load(PreferenceRun, path) if "method" in objective else load(SftRun, path)
     if (folder / "model").is_dir():
         changes = {"path": str(folder / "model"), "adapter_path": ""}
     elif (folder / "adapters").is_dir():

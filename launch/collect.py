@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 from msgspec import structs
@@ -57,7 +57,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     from protocol.bridge import Bridge
     from protocol.policy import load_policy
 
-    settings = effective(load(PairsRun, args.run_dir / "config.toml"))
+    settings = effective(cast("PairsRun", load(PairsRun, args.run_dir / "config.toml")))
     policy = load_policy(settings.model, seed=settings.run.seed)
     limited = settings.train.max_steps >= 0
     prompts = open_prompts(

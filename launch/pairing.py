@@ -17,8 +17,8 @@ def totals(rewards: Rewards, weights: Sequence[float] | None) -> list[float | No
     """
     scale = np.ones(rewards.shape[1]) if weights is None else np.asarray(weights, np.float64)
     sums = np.nansum(rewards.astype(np.float64) * scale, axis=1)
-    silent = np.isnan(rewards).all(axis=1)
-    return [None if quiet else float(value) for quiet, value in zip(silent, sums, strict=True)]
+    silent = np.all(np.isnan(rewards), axis=1).tolist()
+    return [None if quiet else value for quiet, value in zip(silent, sums.tolist(), strict=True)]
 
 
 def best_and_worst(

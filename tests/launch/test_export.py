@@ -1,6 +1,7 @@
 """Exported models against the adapter on its base, in float32."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from mlx_lm.utils import load
 
 from launch.export import export, main
 from launch.modelfile import family_of, modelfile, template_notes
+from protocol.adapters import FineTuneType
 from protocol.errors import ModelError
 from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
 from protocol.settings import LoraSettings, ModelSettings
@@ -18,10 +20,10 @@ from tests.tiny import write_model_folder
 TOKENS = mx.array([[5, 9, 2, 40, 17, 3, 61, 8]])
 
 
-def tuned(base, folder, kind: str, **quantised: int) -> tuple[LoadedPolicy, np.ndarray]:
+def tuned(base, folder, kind: FineTuneType) -> tuple[LoadedPolicy, np.ndarray]:
     """Write an adapter that changes the policy; return it with its logits (T, V)."""
     settings = ModelSettings(
-        path=str(base), fine_tune_type=kind, lora=LoraSettings(rank=4), dtype="float32", **quantised
+        path=str(base), fine_tune_type=kind, lora=LoraSettings(rank=4), dtype="float32"
     )
     policy = load_policy(settings, seed=1)
     mx.random.seed(7)
@@ -76,7 +78,7 @@ def test_gguf_holds_the_fused_weights_under_its_own_names(tmp_path):
     result = export(tmp_path / "adapter", tmp_path / "out", gguf=True)
     assert result.gguf is not None
     assert not result.failed
-    loaded = mx.load(str(result.gguf), return_metadata=True)
+    loaded: Any = mx.load(str(result.gguf), return_metadata=True)
     arrays, metadata = loaded
     assert metadata["general.architecture"] == "llama"
     assert int(metadata["llama.block_count"].item()) == 2
@@ -84,7 +86,8 @@ def test_gguf_holds_the_fused_weights_under_its_own_names(tmp_path):
     from protocol.adapters import fuse_adapters
 
     fuse_adapters(policy.model)
-    value = np.array(policy.model.layers[1].mlp.up_proj.weight.astype(mx.float16))
+    model: Any = policy.model
+    value = np.array(model.layers[1].mlp.up_proj.weight.astype(mx.float16))
     np.testing.assert_array_equal(np.array(arrays["blk.1.ffn_up.weight"]), value)
 
 

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import load
 
 from learner.sources.examples import PreferenceExample, SftExample
@@ -32,7 +33,7 @@ class Rows:
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + count:
-        token = int(mx.argmax(model(mx.array([ids]))[0, -1]).item())
+        token = np.array(model(mx.array([ids]))[0, -1]).argmax().item()
         if token == 1:
             break
         ids.append(token)
