@@ -13,14 +13,17 @@ from typing import Any
 
 import msgspec
 
-from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint
-from learner.coordinator import Coordinator, CoordinatorState, Terms, TrainedGroup
+from learner.checkpoint import Checkpoint, load_checkpoint
+from learner.coordinator import Coordinator, CoordinatorState
 from learner.evaluation import OnlineEvaluator
+from learner.experience import TrainedGroup
 from learner.forward import choose_head
 from learner.grpo import GrpoObjective
 from learner.ledger import Ledger
-from learner.ledger_types import LedgerSettings
+from learner.ledger_types import LedgerSettings, LostReport
+from learner.lost import read_journal, since
 from learner.memory import estimate_memory, warn_if_too_large
+from learner.peers import Terms
 from learner.records import Records
 from learner.reference import Reference, make_reference
 from learner.rollouts import describe
@@ -68,19 +71,9 @@ def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
 
 
 @contextmanager
-def assemble(args: argparse.Namespace) -> Iterator[Run]:
-    """Build the run of `args.run_dir`, of the kind that `args.kind` names."""
-    if args.kind == "grpo":
-        with _online(args, load(GrpoRun, args.run_dir / "config.toml")) as run:
-            yield run
-        return
-    from launch.assemble_offline import assemble_offline
-
-    yield assemble_offline(args.run_dir, args.kind)
-
-
-@contextmanager
-def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
+def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
+    """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
+    settings = load(GrpoRun, args.run_dir / "config.toml")
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
     epochs = None if settings.train.max_steps >= 0 else settings.train.num_train_epochs
@@ -95,6 +88,8 @@ def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
     checkpoint = resume_point(settings.run.resume, policy, reference)
     coordinator = new_coordinator(args, settings, policy, prompts, total, checkpoint)
     bridge: Bridge[Any, Any] = Bridge()
+    for stale in (args.run_dir / "policy").glob("policy-*"):
+        stale.unlink(missing_ok=True)  # of a learner that was killed: nobody would delete them
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
     service = Service(
         coordinator,
@@ -106,7 +101,6 @@ def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
         max_message_bytes=settings.transport.max_message_mb << 20,
     )
     trainer = _trainer(args, settings, policy, reference, prompts, source, total)
-    coordinator.terms = msgspec_replace(coordinator.terms, trainer, total)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     with bridge:
@@ -114,16 +108,6 @@ def _online(args: argparse.Namespace, settings: GrpoRun) -> Iterator[Run]:
         source.stepped(trainer.step)
         yield Run(trainer, policy, args.run_dir, settings.model.path)
         source.finish("the run is over")
-
-
-def msgspec_replace(terms: Terms, trainer: Trainer[Any], total: int | None) -> Terms:
-    """Return the terms with the trainer's state as reward functions see it."""
-
-    def state() -> dict[str, Any]:
-        return {"global_step": trainer.step, "max_steps": total or 0}
-
-    terms.trainer_state = state
-    return terms
 
 
 def total_batches(settings: GrpoRun, prompts: PromptSets) -> int | None:
@@ -190,16 +174,25 @@ def new_coordinator(
     ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
     coordinator = Coordinator(ledger, prompts.train, prompts.evaluation, terms)
     coordinator.adopt(state, lost)
-    log.warning(
-        "lost with the learner before: %d groups that were not trained yet, %d leases, %d "
-        "evaluation rows; %d tasks are leased again",
-        len(lost.groups),
-        len(lost.leases),
-        len(lost.eval_rows),
-        len(lost.rejoined),
-    )
-    (args.run_dir / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
+    _report_lost(args.run_dir, state, lost)
     return coordinator
+
+
+def _report_lost(folder: Path, state: CoordinatorState, report: LostReport) -> None:
+    """Write lost.json: what was under way at the checkpoint, and what came after it."""
+    old = state.ledger.incarnation
+    events = read_journal(folder / "ledger.jsonl", old)[state.events :]
+    lost = since(report, state.ledger.run, old, state.ledger.version, events)
+    log.warning(
+        "lost with the learner before: %d batches trained after the checkpoint (%d tasks), %d "
+        "groups not trained yet, %d leases; %d tasks are leased again; see lost.json",
+        lost.version_reached - lost.version,
+        len(lost.trained_since),
+        len(report.groups) + len(lost.received_since),
+        len(report.leases),
+        len(report.rejoined),
+    )
+    (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
 
 
 def _terms(
@@ -265,7 +258,7 @@ def _trainer(
         policy.model,
         policy.config,
         rows=train.micro_batch_size * settings.sampling.num_generations,
-        length=settings.sampling.max_completion_length + (settings.data.max_prompt_length or 512),
+        length=settings.sampling.max_completion_length + _longest_prompt(settings, prompts),
         completion_length=settings.sampling.max_completion_length,
         head=head,
         gradient_checkpointing=train.gradient_checkpointing,
@@ -309,12 +302,15 @@ def _trainer(
     )
 
 
+def _longest_prompt(settings: GrpoRun, prompts: PromptSets) -> int:
+    """Return the tokens of the longest prompt; a stream's limit, or 512 where it sets none."""
+    longest = prompts.train.longest
+    return longest if longest is not None else settings.data.max_prompt_length or 512
+
+
 def started_at(folder: Path) -> float:
     """Return when the run began: the first time it was assembled in this folder."""
     path = folder / "started_at"
     if not path.exists():
         path.write_text(f"{time.time():.3f}\n")
     return float(path.read_text())
-
-
-__all__ = ["Run", "assemble", "checkpoints"]

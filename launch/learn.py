@@ -9,11 +9,18 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from protocol.blas import HINT, load_openblas
-from protocol.errors import PippinError
+from protocol.errors import PippinError, RewardError
 from protocol.lifeline import Lifeline
+
+if TYPE_CHECKING:
+    from launch.assemble import Run
+    from learner.trainer import Trainer
 
 log = logging.getLogger("pippin.learner")
 POLL_S = 0.2
@@ -38,23 +45,43 @@ def main() -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     lifeline = Lifeline(child=args.child)
+    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
     if not load_openblas():
         log.info(HINT)
-    from launch.assemble import assemble
-
     try:
-        with assemble(args) as run:
-            signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
-            while not run.trainer.done:
-                if lifeline.stop_requested and not run.trainer.stopping:
-                    log.info("stopping after this step, as asked")
-                    run.trainer.stopping = True
-                run.trainer.advance(timeout_s=POLL_S)
+        with _assembled(args) as run:
+            try:
+                _advance(run.trainer, lifeline)
+            except RewardError:
+                run.trainer.save(required=False)  # so that it can go on once they are mended
+                raise
             run.complete()
-    except PippinError as error:
+    except (PippinError, OSError) as error:  # OSError: a full disk, a folder that went away
         log.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
+
+
+@contextmanager
+def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
+    """Build the run of the kind that `args.kind` names; MLX is loaded only here."""
+    if args.kind == "grpo":
+        from launch.assemble import assemble_online
+
+        with assemble_online(args) as run:
+            yield run
+    else:
+        from launch.assemble_offline import assemble_offline
+
+        yield assemble_offline(args.run_dir, args.kind)
+
+
+def _advance(trainer: "Trainer[Any]", lifeline: Lifeline) -> None:
+    while not trainer.done:
+        if lifeline.stop_requested and not trainer.stopping:
+            log.info("stopping after this step, as asked")
+            trainer.stopping = True
+        trainer.advance(timeout_s=POLL_S)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,12 @@ def save_checkpoint(
         _write(temporary / "source.msgpack", checkpoint.source)
         state = {"step": checkpoint.step, **checkpoint.state}
         _write(temporary / "state.json", msgspec.json.format(msgspec.json.encode(state)))
-        shutil.rmtree(final, ignore_errors=True)
+        replaced = folder / f".{final.name}.replaced"
+        if final.exists():  # a folder cannot be replaced; half deleted it would look finished
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
         os.replace(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SnapshotError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -65,6 +69,7 @@ def save_checkpoint(
     spared = {f"step-{step:06d}" for step in also}
     for old in checkpoints(folder)[:-keep] if keep > 0 else []:
         if old.name not in spared:
+            (old / "state.json").unlink(missing_ok=True)  # half deleted it is not finished
             shutil.rmtree(old, ignore_errors=True)
     return final
 

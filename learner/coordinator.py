@@ -7,19 +7,18 @@ An I/O shell (`learner/service.py`) moves the bytes.
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
+from learner.experience import EvalResult, TrainBatch, TrainedGroup
 from learner.ledger import Ledger
+from learner.ledger_events import AnyEvent
 from learner.ledger_state import LedgerState
-from learner.ledger_types import Cancelled, LostReport, Receipt
+from learner.ledger_types import Cancelled, Grant, LostReport, Receipt
+from learner.peers import Peer, Terms, fault_of, is_enquiry, refusal, task_seed
 from learner.sources.prompts import Prompt, PromptSource, PromptState
 from protocol.messages import (
-    PROTOCOL_VERSION,
     Ack,
     ActorMessage,
     Applied,
@@ -33,82 +32,27 @@ from protocol.messages import (
     Refuse,
     Release,
     Request,
-    Sampling,
     Stop,
     Task,
     TaskId,
-    Welcome,
-    floats_view,
     ids_bytes,
-    ids_view,
 )
 
 log = logging.getLogger("pippin.learner")
 
 
-@dataclass(frozen=True)
-class TrainedGroup:
-    """A group with the prompt that it answers; `attempt` is the one that counted."""
-
-    prompt: Prompt
-    group: Group
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """B groups in queue order. `trained_at` is the policy version of the first update."""
-
-    groups: list[TrainedGroup]
-    trained_at: int
-    dropped: int = 0
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The evaluation of one policy version: its groups, and how many rows were dropped."""
-
-    version: int
-    groups: list[TrainedGroup]
-    dropped: int
-
-
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint keeps of the coordinator; `outstanding` is by task number."""
+    """What a checkpoint keeps of the coordinator.
+
+    `outstanding`: the prompts of tasks in the queue and in training, by number. `events` of this
+    incarnation were journalled before.
+    """
 
     ledger: LedgerState
     prompts: PromptState
     position: int
     outstanding: dict[int, Prompt]
-
-
-@dataclass
-class Peer:
-    """What the learner knows of an actor. `credit` is in completions."""
-
-    actor_id: str
-    incarnation: str
-    host: str
-    ready: bool = False
-    credit: int = 0
-    progress: int = -1
-    applied: int = -1
-    tokens_per_s: float = 0.0
-    tokens_sampled: int = 0
-    last_seen: float = 0.0
-
-
-@dataclass
-class Terms:
-    """What a run asks of its tasks, and what it tells an actor that joins."""
-
-    welcome: Welcome
-    train: Sampling
-    evaluate: Sampling
-    seed: int
-    lease_s: float
-    vocab_size: int
-    actor_timeout_s: float = 30.0
-    trainer_state: Callable[[], dict[str, Any]] = dict
+    events: int = 0
 
 
 @dataclass
@@ -125,6 +69,9 @@ class Coordinator:
     position: int = 0
     _tasks: dict[TaskId, Prompt] = field(default_factory=dict)
     _train: set[TaskId] = field(default_factory=set)
+    _training: dict[TaskId, Prompt] = field(default_factory=dict)
+    _digests: dict[int, str] = field(default_factory=dict)
+    _events: int = 0
     _groups: dict[TaskId, Group] = field(default_factory=dict)
     _waiting: Policy | None = None
     _outgoing: list[tuple[bytes, LearnerMessage]] = field(default_factory=list)
@@ -137,7 +84,7 @@ class Coordinator:
         if isinstance(message, Hello):
             self._hello(peer, message, now)
         elif known is None:
-            self._refuse(peer, "hello_required", "say Hello first")
+            self._refuse(peer, Refuse(code="hello_required", reason="say Hello first"))
         else:
             known.last_seen = now
             self._from_actor(peer, known, message, now)
@@ -158,7 +105,7 @@ class Coordinator:
                 actor.tokens_per_s = message.tokens_per_s
                 actor.tokens_sampled = message.tokens_sampled
             case Applied():
-                actor.applied = message.version
+                actor.oldest_needed = max(actor.oldest_needed, message.version)
             case Release():
                 log.info("actor %s leaves: %s", actor.actor_id, message.reason)
                 self.gone(peer, now, blamed=False)
@@ -166,52 +113,41 @@ class Coordinator:
                 self._hello(peer, message, now)
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
-        terms = self.terms.welcome
-        if hello.protocol_version != PROTOCOL_VERSION:
-            self._refuse(
-                peer,
-                "protocol_version",
-                f"the learner speaks protocol version {PROTOCOL_VERSION}, actor {hello.actor_id} "
-                f"speaks {hello.protocol_version}; install the same version of Pippin on both",
-            )
+        refused = refusal(hello, self.terms.welcome)
+        if refused is not None:
+            self._refuse(peer, refused)
             return
-        if not hello.model_digest and not hello.tokenizer_digest:
-            self._send(peer, terms)
+        if is_enquiry(hello):
+            self._send(peer, self.terms.welcome)
             return
-        for code, ours, theirs in (
-            ("model", terms.model_digest, hello.model_digest),
-            ("tokenizer", terms.tokenizer_digest, hello.tokenizer_digest),
-        ):
-            if ours != theirs:
-                self._refuse(
-                    peer,
-                    code,
-                    f"the learner's {code} has digest {ours}, that of actor {hello.actor_id} on "
-                    f"{hello.host or 'its host'} has {theirs}; give both the same folder",
-                )
-                return
         for other, actor in list(self.peers.items()):
-            if actor.actor_id == hello.actor_id and (
-                other != peer or actor.incarnation != hello.actor_incarnation
-            ):
-                self.gone(other, now, keep_leases=actor.incarnation == hello.actor_incarnation)
+            same = actor.incarnation == hello.actor_incarnation
+            if actor.actor_id == hello.actor_id:
+                self.gone(other, now, keep_leases=same)
+            elif other == peer:
+                self.gone(other, now)
+        oldest = -1 if self.policy is None else self.policy.version
         self.peers[peer] = Peer(
-            hello.actor_id, hello.actor_incarnation, hello.host, ready=True, last_seen=now
+            hello.actor_id, hello.actor_incarnation, hello.host, now, oldest_needed=oldest
         )
         self.counters["hellos"] += 1
-        self._send(peer, terms)
+        self._send(peer, self.terms.welcome)
         if self.policy is not None:
             self._send(peer, self.policy)
+        # What was on its way to the old connection may be lost, and its lease would never expire
+        # while the actor is well; an actor that has the task already takes no notice.
+        for lease in self.ledger.leases_held(hello.actor_id):
+            self._send(peer, self._task(lease))
 
     def _group(self, peer: bytes, actor: Peer, group: Group, now: float) -> None:
-        prompt = self._tasks.get(group.task)
-        if prompt is None:
+        ours = self.terms.welcome.incarnation
+        if group.task.incarnation != ours:
+            self.counters["groups_stale"] += 1
+            reason = f"task {group.task} is of another learner; this one is {ours}"
+            self._send(peer, Refuse(code="stale", reason=reason))
+        if group.task not in self._tasks:
             self.ledger.received(group.task, group.attempt, actor.actor_id, now)
-            self.counters["groups_unknown"] += 1
-            self._send(peer, Ack(task=group.task, attempt=group.attempt))
-            return
-        fault = self._fault(group)
-        if fault:
+        elif fault := self._fault(group):
             self.counters["groups_invalid"] += 1
             log.error("group %s of actor %s: %s", group.task, actor.actor_id, fault)
             self._send(peer, Refuse(code="invalid", reason=fault))
@@ -227,18 +163,8 @@ class Coordinator:
         self._send(peer, Ack(task=group.task, attempt=group.attempt))
 
     def _fault(self, group: Group) -> str:
-        """Return why a group cannot be trained, or ''."""
-        sampling = self.terms.train if group.task in self._train else self.terms.evaluate
-        expected = sampling.num_generations
-        if len(group.completions) != expected:
-            return f"{expected} completions are required, got {len(group.completions)}"
-        for completion in group.completions:
-            ids = ids_view(completion.token_ids)
-            if ids.min() < 0 or ids.max() >= self.terms.vocab_size:
-                return f"token IDs must lie in [0, {self.terms.vocab_size})"
-            if not np.isfinite(floats_view(completion.behaviour_logprobs)).all():
-                return "behaviour_logprobs must be finite"
-        return ""
+        sampling = self.terms.sampling("train" if group.task in self._train else "eval")
+        return fault_of(group, sampling, self.terms.vocab_size, self._digests)
 
     def _failed(self, peer: bytes, actor: Peer, message: Failed, now: float) -> None:
         log.warning("task %s of actor %s: %s", message.task, actor.actor_id, message.reason)
@@ -279,6 +205,7 @@ class Coordinator:
         """
         if policy.version > self.ledger.version:
             self.ledger.consumed()
+            self._training.clear()
         self._waiting = policy
         self._announce(now)
 
@@ -287,6 +214,7 @@ class Coordinator:
             policy, self._waiting = self._waiting, None
             self.policy = policy
             self.ledger.published(policy.version, policy.digest)
+            self._digests[policy.version] = policy.digest
             for peer in self.peers:
                 self._send(peer, policy)
         self.assign(now)
@@ -327,30 +255,33 @@ class Coordinator:
         if self.policy is None:
             return
         for peer, actor in sorted(self.peers.items(), key=lambda item: -item[1].credit):
-            if actor.ready and actor.credit > 0:
+            if actor.credit > 0:
                 self._lease(peer, actor, now)
 
     def _lease(self, peer: bytes, actor: Peer, now: float) -> None:
         for lease in self.ledger.lease(actor.actor_id, actor.credit, now):
-            sampling = self.terms.train if lease.kind == "train" else self.terms.evaluate
-            actor.credit = max(0, actor.credit - sampling.num_generations)
-            prompt = self._tasks[lease.task]
-            self._send(
-                peer,
-                Task(
-                    task=lease.task,
-                    attempt=lease.attempt,
-                    kind=lease.kind,
-                    prompt_ids=ids_bytes(prompt.prompt_ids),
-                    row=msgspec.json.encode(prompt.row),
-                    sampling=sampling,
-                    seed=task_seed(self.terms.seed, lease.task, lease.kind),
-                    min_policy_version=lease.min_policy_version,
-                    pinned_version=lease.pinned_version,
-                    lease_s=self.terms.lease_s,
-                    trainer_state=self.terms.trainer_state(),
-                ),
-            )
+            rows = self.terms.sampling(lease.kind).num_generations
+            actor.credit = max(0, actor.credit - rows)
+            self._send(peer, self._task(lease))
+
+    def _task(self, lease: Grant) -> Task:
+        prompt = self._tasks[lease.task]
+        return Task(
+            task=lease.task,
+            attempt=lease.attempt,
+            kind=lease.kind,
+            prompt_ids=ids_bytes(prompt.prompt_ids),
+            row=msgspec.json.encode(prompt.row),
+            sampling=self.terms.sampling(lease.kind),
+            seed=task_seed(self.terms.seed, lease.row_key, lease.kind),
+            min_policy_version=lease.min_policy_version,
+            pinned_version=lease.pinned_version,
+            lease_s=self.terms.lease_s,
+            trainer_state={
+                "global_step": self.ledger.version,
+                "max_steps": self.ledger.settings.total_batches or 0,
+            },
+        )
 
     # ---- durability ----------------------------------------------------------------------
 
@@ -360,8 +291,18 @@ class Coordinator:
             ledger=self.ledger.state(),
             prompts=self.prompts.state(),
             position=self.position,
-            outstanding={task.number: self._tasks[task] for task in self._train},
+            outstanding={
+                **{task.number: prompt for task, prompt in self._training.items()},
+                **{task.number: self._tasks[task] for task in self._train},
+            },
+            events=self._events,
         )
+
+    def drain_journal(self) -> list[AnyEvent]:
+        """Return the ledger's events since the last drain."""
+        events = self.ledger.drain_events()
+        self._events += len(events)
+        return events
 
     def adopt(self, state: CoordinatorState, lost: LostReport) -> None:
         """Go on from a checkpoint: the ledger is restored already, as `lost` reports."""
@@ -378,6 +319,8 @@ class Coordinator:
         if not self.ledger.batch_ready():
             return None
         formed = self.ledger.form_batch(now)
+        # A checkpoint may come before these are consumed, and must not lose them.
+        self._training = {task: self._tasks[task] for task in formed.tasks}
         return TrainBatch([self._take(task) for task in formed.tasks], trained_at=formed.version)
 
     def next_eval(self, now: float) -> EvalResult | None:
@@ -420,27 +363,14 @@ class Coordinator:
         figures.update({f"wire/{k}": float(v) for k, v in self.counters.items()})
         return figures
 
-    def oldest_applied(self) -> int:
-        """Return the oldest version that an actor may still sample with."""
-        return min((a.applied for a in self.peers.values()), default=-1)
+    def oldest_needed(self) -> int:
+        """Return the oldest policy version whose snapshot an actor may still ask for; -1: none."""
+        newest = -1 if self.policy is None else self.policy.version
+        return min((a.oldest_needed for a in self.peers.values()), default=newest)
 
     def _send(self, peer: bytes, message: LearnerMessage) -> None:
         self._outgoing.append((peer, message))
 
-    def _refuse(
-        self,
-        peer: bytes,
-        code: Literal["hello_required", "protocol_version", "model", "tokenizer"],
-        reason: str,
-    ) -> None:
-        self.counters[f"refused_{code}"] += 1
-        self._send(peer, Refuse(code=code, reason=reason, fatal=code != "hello_required"))
-
-
-def task_seed(seed: int, task: TaskId, kind: str) -> int:
-    """Return a task's sampling seed, 64 bits: of the run's seed, number and kind, not the attempt.
-
-    The incarnation is left out, so that a resumed run samples what the first would have sampled.
-    """
-    entropy = np.random.SeedSequence([seed, task.number, int(kind == "eval")])
-    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _refuse(self, peer: bytes, refuse: Refuse) -> None:
+        self.counters[f"refused_{refuse.code}"] += 1
+        self._send(peer, refuse)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.coordinator import EvalResult, TrainedGroup
+from learner.experience import EvalResult, TrainedGroup
 from learner.sources.online import OnlineSource
 from protocol.messages import floats_view, ids_view
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from learner.advantages import advantages
 from learner.batches import TokenBatch, aligned, token_batch
-from learner.coordinator import TrainBatch, TrainedGroup
 from learner.evaluation import reward_matrix
+from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
@@ -77,11 +77,16 @@ class GrpoObjective:
         rows = gather_rows(batch.groups)
         names, rewards = reward_matrix(batch.groups)
         self._check_rewards(names, rewards, batch)
+        if names and self.weights is not None and len(self.weights) != len(names):
+            raise RewardError(
+                f"rewards.reward_weights has {len(self.weights)} numbers, but {len(names)} reward "
+                f"functions answered: {', '.join(names)}. Give one weight a function, in order."
+            )
         result = advantages(
             rewards,
             groups=rows.groups,
             names=names,
-            weights=self.weights,
+            weights=self.weights if names else None,
             scale_rewards=self.settings.scale_rewards,
             aggregation=self.settings.multi_objective_aggregation,
         )
@@ -90,8 +95,9 @@ class GrpoObjective:
             masks = [m * float(f) for m, f in zip(masks, rows.finished, strict=True)]
         metrics = {**result.metrics, **self._metrics(batch, rows)}
         lines = [self.describe(item, batch.trained_at) for item in batch.groups]
-        live = self._contributing(result.advantages)
-        step = bool(result.advantages.any()) or self._moves_without_advantages()
+        counted = np.array([mask.any() for mask in masks])
+        live = self._contributing(result.advantages, counted)
+        step = bool(live.any())
         prepared = Prepared([], metrics, step=step, rollouts=lines)
         if step:
             prepared.micro = self._micro(rows, masks, result.advantages, live)
@@ -101,11 +107,17 @@ class GrpoObjective:
         s = self.settings
         return s.zero_advantage_step or s.beta > 0 or s.entropy_coef != 0
 
-    def _contributing(self, row_advantages: np.ndarray) -> np.ndarray:
-        """Return which rows (N,) the forward pass needs: exact, for the others give no gradient."""
-        if self._moves_without_advantages() or self.settings.top_entropy_quantile < 1:
+    def _contributing(self, row_advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """Return which rows (N,) the forward pass needs: exact, for the others give no gradient.
+
+        `counted` (N,): rows with a token that counts. The entropy quantile is over all rows.
+        """
+        if self._moves_without_advantages():
             return np.ones(len(row_advantages), bool)
-        return row_advantages != 0
+        live = (row_advantages != 0) & counted
+        if self.settings.top_entropy_quantile < 1 and live.any():
+            return np.ones(len(row_advantages), bool)
+        return live
 
     def _micro(
         self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, live: np.ndarray
@@ -144,15 +156,19 @@ class GrpoObjective:
     def _arrays(
         self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
     ) -> Arrays:
+        # Empty rows make few shapes of many: a compiled step is traced once a shape.
+        empty = padded_rows(len(index)) - len(index)
         tokens = token_batch(
-            [rows.prompts[i] for i in index],
-            [rows.completions[i] for i in index],
-            masks=[masks[i] for i in index],
+            [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
+            [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
+            masks=[masks[i] for i in index] + [np.zeros(0, np.float32)] * empty,
             length_bucket=self.train.length_bucket,
         )
         sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
-        arrays["advantages"] = mx.array(row_advantages[index].astype(np.float32))
+        weights = np.zeros(len(index) + empty, np.float32)
+        weights[: len(index)] = row_advantages[index]
+        arrays["advantages"] = mx.array(weights)
         arrays["sampling_logps"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
@@ -272,6 +288,12 @@ class GrpoObjective:
             for name, value in item.group.reward.log_metric.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
         return metrics
+
+
+def padded_rows(count: int) -> int:
+    """Return the number of rows that `count` rows are padded to: at most a quarter more."""
+    step = max(1, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def to_device(tokens: TokenBatch) -> Arrays:

@@ -85,6 +85,10 @@ class Ledger:
         """Return the tasks and attempts that an actor holds."""
         return [(self._id(r), len(r.floors)) for r in self._held(actor)]
 
+    def leases_held(self, actor: str) -> list[Grant]:
+        """Return the open leases of an actor as they were granted, to be told again."""
+        return [self._granted(r, len(r.floors), r.floors[-1]) for r in self._held(actor)]
+
     # ---- tasks join ---------------------------------------------------------------------------
 
     def room(self) -> int:
@@ -295,6 +299,9 @@ class Ledger:
                 at=now,
             )
         )
+        return self._granted(record, attempt, floor)
+
+    def _granted(self, record: TaskRecord, attempt: int, floor: int) -> Grant:
         return Grant(
             task=self._id(record),
             attempt=attempt,

@@ -19,6 +19,8 @@ class Records:
         self.folder = folder
         self.started_at = started_at
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            mend(folder / name)
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """Append one line of metrics; numbers that are not finite become null."""
@@ -33,6 +35,17 @@ class Records:
         with (self.folder / name).open("ab") as file:
             for line in lines:
                 file.write(msgspec.json.encode(line, enc_hook=str) + b"\n")
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that a killed writer left unfinished, so that the next is not spoilt."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def _finite(value: object) -> object:

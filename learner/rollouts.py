@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from learner.coordinator import TrainedGroup
+from learner.experience import TrainedGroup
 from protocol.messages import floats_view, ids_view
 
 

@@ -13,6 +13,7 @@ import anyio
 import msgspec
 
 from learner.coordinator import Coordinator
+from learner.lost import encode_line
 from protocol.bridge import Bridge
 from protocol.channel import Server
 from protocol.messages import Policy
@@ -166,6 +167,7 @@ class Service:
         return Rates(figures)
 
     def _state(self) -> SourceState:
+        self._write_journal()  # what the state counts as journalled must be there
         return SourceState(msgspec.msgpack.encode(self.coordinator.state()))
 
     def _serve(self, policy: Policy, path: Path) -> None:
@@ -180,18 +182,16 @@ class Service:
         current = self.coordinator.policy
         if current is None:
             return
-        keep_from = min(current.version, max(0, self.coordinator.oldest_applied()))
-        paths = {path for key, path in self._policies.items() if key[0] >= keep_from}
+        keep_from = min(current.version, self.coordinator.oldest_needed())
         for key, path in list(self._policies.items()):
             if key[0] < keep_from:
                 del self._policies[key]
                 self._snapshots.unregister(*key)
-                if path not in paths:
-                    path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def _write_journal(self) -> None:
-        events = self.coordinator.ledger.drain_events()
+        events = self.coordinator.drain_journal()
         if events:
+            incarnation = self.coordinator.terms.welcome.incarnation
             with self.journal.open("ab") as file:
-                for event in events:
-                    file.write(msgspec.json.encode(event) + b"\n")
+                file.writelines(encode_line(incarnation, event) for event in events)

@@ -196,7 +196,7 @@ class Trainer(Generic[BatchT]):
         if not prepared.step:
             for _ in range(count):
                 update = self.updater.skip()
-            return {"learning_rate": update.learning_rate, "loss": 0.0}
+            return {"learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0}
         loss, merged = 0.0, None
         for _ in range(count):
             for arrays in prepared.micro:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from learner.coordinator import EvalResult, TrainBatch
+from learner.experience import EvalResult, TrainBatch
 from learner.service import (
     Evaluate,
     Exhausted,

@@ -70,6 +70,13 @@ class PromptSource:
             return None
         return math.ceil(self._epochs * self._feed.size)
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest prompt; None for a stream."""
+        if isinstance(self._feed, StreamFeed):
+            return None
+        return max((len(prompt.prompt_ids) for prompt in self._feed.examples), default=0)
+
     def next(self) -> Prompt | None:
         """Return the next prompt, or None when all epochs are over."""
         while not self._over():
