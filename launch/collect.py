@@ -113,7 +113,7 @@ class Writer:
         self._tokenizer = tokenizer
         self._file = file
 
-    def add(self, item: Any) -> None:  # noqa: ANN401 - learner.coordinator.TrainedGroup, heavy
+    def add(self, item: Any) -> None:  # noqa: ANN401 - a TrainedGroup of the learner, heavy
         """Write the pair of a group, if it has one."""
         from launch.pairing import best_and_worst, given_and_own
         from learner.evaluation import reward_matrix
