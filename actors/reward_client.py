@@ -1,7 +1,7 @@
 """Asks reward services for the rewards of a group: `RewardClient.score`.
 
 All services are asked at once. The endpoints of one service share the load: a request goes to the
-one with the fewest outstanding, and to the next if it is silent for long. Whatever happens, a group
+one with the fewest outstanding, and to the next if it is full or silent. Whatever happens, a group
 gets an answer: a service that gave none within its time gives None for all its functions.
 """
 
@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import anyio
 import anyio.abc
@@ -29,6 +29,7 @@ from protocol.messages import (
     RewardFault,
     RewardResult,
     RewardService,
+    ScoreProgress,
     ScoreRefusal,
     ScoreReply,
     ScoreRequest,
@@ -40,30 +41,61 @@ log = logging.getLogger("pippin.rewards")
 MAX_BYTES = 64 << 20
 RESERVED = ("prompt", "completion", "completions", "completion_ids")
 RESEND_S = 5.0  # a silent endpoint may have been restarted, and then knows nothing of the request
+AVOID_S = 60.0  # how long others are preferred to a silent endpoint
 SLACK_S = 30.0  # for a server that restarts its worker
-_REPLIES = ScoreReply | ScoreRefusal
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_REPLIES = ScoreReply | ScoreRefusal | ScoreProgress
 
 
-@dataclass
+class _Named(msgspec.Struct):
+    """What can be read of a reply that cannot be read."""
+
+    id: str
+
+
+@dataclass(eq=False)
 class _Endpoint:
     """A connected socket, and the requests that it owes an answer to."""
 
     address: str
     socket: zmq.asyncio.Socket
     outstanding: set[str] = field(default_factory=set)
+    avoid_until: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Service:
     timeout_s: float
     endpoints: list[_Endpoint]
     names: list[str] = field(default_factory=list)
 
+    @property
+    def where(self) -> str:
+        return ", ".join(endpoint.address for endpoint in self.endpoints)
 
-@dataclass
+    def choose(self) -> _Endpoint:
+        """Return the endpoint with the fewest outstanding, a silent or full one last."""
+        now = anyio.current_time()
+        return min(self.endpoints, key=lambda e: (max(now, e.avoid_until), len(e.outstanding)))
+
+
+@dataclass(eq=False)
 class _Pending:
-    answered: anyio.Event = field(default_factory=anyio.Event)
+    """A request under way: who was asked, what came."""
+
+    endpoint: _Endpoint
+    limit_s: float
+    scope: anyio.CancelScope
+    heard: bool = False
+    full: str = ""  # why the endpoint would not take it now
+    changed: anyio.Event = field(default_factory=anyio.Event)
     reply: ScoreReply | ScoreRefusal | None = None
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for a reply or refusal, at most so long."""
+        with anyio.move_on_after(seconds):
+            await self.changed.wait()
+        self.changed = anyio.Event()
 
 
 class RewardClient:
@@ -132,11 +164,10 @@ class RewardClient:
         values: dict[str, Any] = msgspec.json.decode(row)
         count = len(completions)
         columns = {k: [v] * count for k, v in values.items() if k not in RESERVED}
-        replies: list[ScoreReply | None] = [None] * len(self._services)
+        replies = [_nothing(service, count, "unreachable", "") for service in self._services]
 
         async def ask(index: int) -> None:
             service = self._services[index]
-            await self._learn_names(service)
             request = ScoreRequest(
                 id=next(self._ids),
                 prompts=[values.get("prompt")] * count,
@@ -146,114 +177,181 @@ class RewardClient:
                 trainer_state=trainer_state,
                 timeout_s=service.timeout_s,
             )
-            replies[index] = await self._ask(service, request)
+            refused = await self._learn_names(service)
+            replies[index] = refused or await self._ask(service, request)
 
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._services)):
                 tasks.start_soon(ask, index)
-        merged = [r for r in replies if r is not None]
-        return _merged(merged, count, time.perf_counter() - started)
+        return _merged(replies, count, time.perf_counter() - started)
 
-    async def _learn_names(self, service: _Service) -> None:
-        """Ask for the functions' names once: a request of no completions is answered with them."""
+    async def _learn_names(self, service: _Service) -> ScoreReply | None:
+        """Ask for the functions' names once; return what went wrong, if anything did."""
         if service.names:
-            return
+            return None
+        # A request of no completions is answered at once.
         request = ScoreRequest(
             id=next(self._ids), prompts=[], completions=[], completion_ids=[], timeout_s=1.0
         )
-        reply = await self._ask(service, request, within_s=self._slack_s)
-        if not reply.faults:
-            service.names = reply.names
+        reply = await self._ask(service, request)
+        if reply.faults:
+            return reply
+        service.names = reply.names
+        return None
 
-    async def _ask(
-        self, service: _Service, request: ScoreRequest, within_s: float | None = None
-    ) -> ScoreReply:
+    async def _ask(self, service: _Service, request: ScoreRequest) -> ScoreReply:
         """Send until answered, or until every function has had its time."""
-        functions = max(1, len(service.names))
-        limit = within_s or service.timeout_s * (functions + 1) + self._slack_s
-        pending = self._pending[request.id] = _Pending()
+        limit_s = service.timeout_s * (len(service.names) + 1) + self._slack_s
+        count = len(request.completions)
         data = msgspec.json.encode(request)
-        tried: _Endpoint | None = None
+        scope = anyio.CancelScope(deadline=anyio.current_time() + limit_s)
+        pending = self._pending[request.id] = _Pending(service.choose(), limit_s, scope)
         try:
-            with anyio.move_on_after(limit):
-                while pending.reply is None:
-                    tried = self._send(service, request.id, data, tried)
-                    with anyio.move_on_after(self._resend_s):
-                        await pending.answered.wait()
+            with scope:
+                await self._converse(service, request.id, pending, data)
         finally:
             del self._pending[request.id]
-            for endpoint in service.endpoints:
-                endpoint.outstanding.discard(request.id)
-        where = ", ".join(endpoint.address for endpoint in service.endpoints)
+            pending.endpoint.outstanding.discard(request.id)
         match pending.reply:
             case ScoreReply() as reply:
-                if all(len(r) == len(request.completions) for r in reply.rewards) and len(
-                    reply.rewards
-                ) == len(reply.names):
+                problem = _misfit(reply, service.names, count)
+                if not problem:
                     return reply
-                message = f"{where} answered with rewards that fit neither names nor completions"
+                return _nothing(service, count, "contract", f"{service.where} {problem}")
             case ScoreRefusal(reason=reason):
-                message = f"{where} refused: {reason}"
+                return _nothing(service, count, "contract", f"{service.where} refused: {reason}")
             case None:
-                message = f"{where} gave no answer within {limit:g} s"
-        kind = "unreachable" if pending.reply is None else "contract"
-        names = service.names or [where]
-        return ScoreReply(
-            id=request.id,
-            names=names,
-            rewards=[[None] * len(request.completions) for _ in names],
-            faults=[
-                RewardFault(
-                    function=name,
-                    kind=kind,
-                    message=message,
-                )
-                for name in names
-            ],
-        )
+                silence = f"{service.where} gave no answer within {limit_s:g} s {pending.full}"
+                return _nothing(service, count, "unreachable", silence)
 
-    def _send(
-        self, service: _Service, request_id: str, data: bytes, tried: _Endpoint | None
-    ) -> _Endpoint:
-        """Send to the endpoint with the fewest outstanding, another than the silent one if any."""
-        others = [e for e in service.endpoints if e is not tried] or service.endpoints
-        chosen = min(others, key=lambda e: len(e.outstanding))
-        endpoints.send_now(chosen.socket, [data])
-        chosen.outstanding.add(request_id)
-        return chosen
+    async def _converse(
+        self, service: _Service, request_id: str, pending: _Pending, data: bytes
+    ) -> None:
+        """Send and send again: to the same endpoint while it says that it works on it."""
+        while True:
+            endpoint, pending.heard, pending.full = pending.endpoint, False, ""
+            endpoint.outstanding.add(request_id)
+            endpoints.send_now(endpoint.socket, [data])
+            await pending.wait(self._resend_s)
+            if pending.reply is not None:
+                return
+            if pending.full:
+                endpoint.avoid_until = anyio.current_time() + self._resend_s
+                await pending.wait(self._resend_s / 10)
+                if pending.reply is not None:
+                    return
+            elif pending.heard:
+                continue
+            else:
+                endpoint.avoid_until = anyio.current_time() + AVOID_S
+            endpoint.outstanding.discard(request_id)
+            pending.endpoint = service.choose()
 
     async def _receive(self, endpoint: _Endpoint) -> None:
         while True:
             frames = await endpoint.socket.recv_multipart()
-            try:
-                reply = msgspec.json.decode(frames[-1], type=_REPLIES)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                log.warning("%s sent something that is no reply: %s", endpoint.address, error)
+            endpoint.avoid_until = 0.0
+            reply = _read(endpoint.address, frames[-1])
+            pending = None if reply is None else self._pending.get(reply.id)
+            if pending is None:
                 continue
-            endpoint.outstanding.discard(reply.id)
-            pending = self._pending.get(reply.id)
-            if pending is not None and pending.reply is None:
-                pending.reply = reply
-                pending.answered.set()
+            match reply:
+                case ScoreReply():
+                    pending.reply = reply
+                    pending.changed.set()
+                case _ if endpoint is not pending.endpoint:
+                    continue  # it is in other hands by now
+                case ScoreRefusal(retry=True, reason=reason):
+                    pending.full = reason
+                    pending.changed.set()
+                case ScoreRefusal():
+                    pending.reply = reply
+                    pending.changed.set()
+                case ScoreProgress(ahead=ahead):
+                    pending.heard = True
+                    if ahead > 0:  # its time begins when its turn comes
+                        pending.scope.deadline = anyio.current_time() + pending.limit_s
+
+
+def _read(address: str, data: bytes) -> ScoreReply | ScoreRefusal | ScoreProgress | None:
+    """Return a message; one that cannot be read counts as a refusal of the request it names."""
+    try:
+        return msgspec.json.decode(data, type=_REPLIES)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        log.warning("%s sent something that is no reply: %s", address, error)
+        try:
+            named = msgspec.json.decode(data, type=_Named)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None
+        return ScoreRefusal(id=named.id, reason=f"it sent what is no reply: {error}")
+
+
+def _misfit(reply: ScoreReply, names: list[str], count: int) -> str:
+    """Say what is wrong with a reply that could be read, or nothing."""
+    if names and reply.names != names:
+        return f"answered for the functions {reply.names}, which were {names}; start the run anew"
+    if not reply.names or len(set(reply.names)) != len(reply.names):
+        return f"answered with the names {reply.names}; required at least one, each its own"
+    if len(reply.rewards) != len(reply.names):
+        return f"answered with {len(reply.rewards)} lists of rewards for {len(reply.names)} names"
+    for name, column in zip(reply.names, reply.rewards, strict=True):
+        if len(column) != count:
+            return f"gave {len(column)} rewards of {name!r} for {count} completions"
+        for value in column:
+            if value is not None and not abs(value) <= _MAX_FLOAT32:
+                return f"gave the reward {value} of {name!r}, which float32 cannot hold"
+    return ""
+
+
+def _nothing(
+    service: _Service, count: int, kind: Literal["unreachable", "contract"], message: str
+) -> ScoreReply:
+    """None for every function of a service, whose names may be unknown as yet."""
+    return ScoreReply(
+        id="",
+        names=service.names,
+        rewards=[[None] * count for _ in service.names],
+        faults=[
+            RewardFault(function=name, kind=kind, message=message)
+            for name in service.names or [service.where]
+        ],
+    )
 
 
 def _merged(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
-    """Put the services' functions side by side, in order."""
-    names = [name for reply in replies for name in reply.names]
-    columns = [column for reply in replies for column in reply.rewards]
+    """Put the services' functions side by side, in order; a name that occurs twice gets `_2`.
+
+    Where a service has never been heard of, nobody knows which columns are whose: there are none
+    then, and the group counts as None for every function.
+    """
+    complete = all(reply.names for reply in replies)
+    columns = [c for r in replies for c in r.rewards] if complete else []
     table = np.full((count, len(columns)), np.nan, np.float32)
     for place, column in enumerate(columns):
         table[:, place] = [np.nan if value is None else value for value in column]
     extra: dict[str, list[Any]] = {}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, list[float]] = {}
     for reply in replies:
-        extra |= reply.log_extra
-        metrics |= reply.log_metric
+        for column, values in reply.log_extra.items():
+            extra.setdefault(column, []).extend(values)
+        for name, value in reply.log_metric.items():
+            metrics.setdefault(name, []).append(value)
     return RewardResult(
-        names=names,
+        names=_unique([n for r in replies for n in r.names]) if complete else [],
         rewards=floats_bytes(table.reshape(-1)),
         log_extra=extra,
-        log_metric=metrics,
+        log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
         faults=[fault for reply in replies for fault in reply.faults],
         elapsed_s=elapsed_s,
     )
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
+            count += 1
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result

@@ -1,13 +1,11 @@
 """Serves reward functions over ZMQ: this process holds the socket, a worker process runs user code.
 
 A function that hangs is cut off after the request's `timeout_s` by killing the worker, whatever it
-blocks in; a new worker runs the functions that were still to come. See protocol/REWARDS.md for the
-wire.
+blocks in; a new worker runs the functions that were still to come. protocol/REWARDS.md has the
+wire: every request is answered at once, with its rewards, a refusal or word of its progress.
 """
 
 import logging
-import signal
-import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -15,21 +13,22 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import anyio
-import anyio.abc
 import msgspec
 import zmq
-from anyio.streams.buffered import BufferedByteReceiveStream
 
+from actors.reward_process import WorkerDied, WorkerProcess
+from actors.reward_queue import FairQueue, Waiting
 from actors.reward_worker import Job, Note
 from protocol import endpoints
-from protocol.errors import RewardError
 from protocol.keys import load_server_keys
 from protocol.messages import (
     REWARD_PROTOCOL_VERSION,
     RewardFault,
+    RewardMessage,
+    ScoreProgress,
     ScoreRefusal,
     ScoreReply,
     ScoreRequest,
@@ -37,78 +36,14 @@ from protocol.messages import (
 
 log = logging.getLogger("pippin.rewards")
 
-MAX_LINE = 64 << 20
-QUEUED = 256  # requests waiting; the sender's next are refused
-REMEMBERED = 256  # replies kept for a request that is sent again
-LOAD_TIMEOUT_S = 300.0
-MAX_DEATHS = 3
+MAX_REQUEST_BYTES = 32 << 20
+MAX_QUEUED = 256
+MAX_QUEUED_BYTES = 256 << 20
+MAX_REMEMBERED = 256  # replies kept for a request that is sent again
+MAX_REMEMBERED_BYTES = 64 << 20
+MAX_TIMEOUT_S = 86_400.0
+MAX_DEATHS = 2  # of the worker while a function runs, before the function is blamed
 MAX_SHOWN = 1000
-
-
-class WorkerDied(Exception):
-    """The worker process ended while something was asked of it."""
-
-
-class WorkerProcess:
-    """One worker: started by `start`, killed by `kill`."""
-
-    def __init__(self, functions: Sequence[str]) -> None:
-        self._functions = list(functions)
-        self._process: anyio.abc.Process | None = None
-        self._output: BufferedByteReceiveStream | None = None
-        self.names: list[str] = []
-
-    async def start(self) -> None:
-        """Start the process and wait until its functions are loaded, or raise RewardError."""
-        command = [sys.executable, "-m", "actors.reward_worker", *self._functions]
-        process = await anyio.open_process(command, stderr=None, cwd=None)
-        if process.stdout is None:
-            raise RewardError("the reward worker has no output pipe")
-        self._process = process
-        self._output = BufferedByteReceiveStream(process.stdout)
-        try:
-            with anyio.fail_after(LOAD_TIMEOUT_S):
-                note = await self.hear()
-        except TimeoutError:
-            await self.kill()
-            raise RewardError(
-                f"the reward functions were not imported within {LOAD_TIMEOUT_S:g} s"
-            ) from None
-        except WorkerDied:
-            raise RewardError("importing the reward functions ended their process") from None
-        if note.kind == "refused":
-            await self.kill()
-            raise RewardError(note.message)
-        self.names = note.names
-
-    async def tell(self, job: Job) -> None:
-        """Send a job."""
-        if self._process is None or self._process.stdin is None:
-            raise WorkerDied
-        try:
-            await self._process.stdin.send(msgspec.json.encode(job) + b"\n")
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            raise WorkerDied from error
-
-    async def hear(self) -> Note:
-        """Wait for the worker's next note."""
-        if self._output is None:
-            raise WorkerDied
-        try:
-            line = await self._output.receive_until(b"\n", MAX_LINE)
-        except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError) as error:
-            raise WorkerDied from error
-        return msgspec.json.decode(line, type=Note)
-
-    async def kill(self) -> None:
-        """End the process at once, whatever it is doing."""
-        process, self._process, self._output = self._process, None, None
-        if process is not None:
-            with anyio.CancelScope(shield=True):
-                if process.returncode is None:
-                    process.send_signal(signal.SIGKILL)
-                await process.wait()
-                await process.aclose()
 
 
 @dataclass
@@ -117,44 +52,69 @@ class _Answer:
 
     outcomes: dict[int, Note] = field(default_factory=dict)
     faults: dict[int, RewardFault] = field(default_factory=dict)
+    deaths: Counter[int] = field(default_factory=Counter)
 
     def missing(self, count: int) -> list[int]:
         return [i for i in range(count) if i not in self.outcomes and i not in self.faults]
 
 
+class _Remembered:
+    """The last replies, bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        self._replies: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, request_id: str) -> bytes | None:
+        return self._replies.get(request_id)
+
+    def add(self, request_id: str, reply: bytes) -> None:
+        self._replies[request_id] = reply
+        self._bytes += len(reply)
+        while len(self._replies) > MAX_REMEMBERED or self._bytes > MAX_REMEMBERED_BYTES:
+            self._bytes -= len(self._replies.popitem(last=False)[1])
+
+
 class RewardServer:
     """A ROUTER bound to `endpoint`; use as an async context manager, then `run`.
 
-    Requests are answered once each, in the order in which they came. At most `QUEUED` wait.
+    One request is scored at a time and peers take turns. `max_queued` requests wait; the next are
+    refused, to be sent again later. `refusals` counts by kind.
     """
 
     def __init__(
-        self, functions: Sequence[str], endpoint: str, *, keys: str | Path | None = None
+        self,
+        functions: Sequence[str],
+        endpoint: str,
+        *,
+        keys: str | Path | None = None,
+        max_queued: int = MAX_QUEUED,
     ) -> None:
         self.endpoint = endpoint
         self.refusals: Counter[str] = Counter()
         self._keys = keys
         self._worker = WorkerProcess(functions)
         self._shown: set[tuple[str, str]] = set()
-        self._done: OrderedDict[str, bytes] = OrderedDict()
-        self._busy: set[str] = set()
-        self._resources = AsyncExitStack()
+        self._queue = FairQueue(max_queued, MAX_QUEUED_BYTES)
+        self._done = _Remembered()
+        self._askers: dict[str, bytes] = {}  # who is to have the reply, by request
+        self._current = ""
         self._running: list[int] = []  # functions under way, by index
+        self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Load the functions and bind; raise RewardError or ChannelError."""
         endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
         keys = load_server_keys(self._keys) if self._keys is not None else None
-        await self._worker.start()
-        try:
-            async with AsyncExitStack() as stack:
-                self._socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
-                endpoints.set_limits(self._socket, max_message_bytes=MAX_LINE, outbox_bound=QUEUED)
-                self.endpoint = endpoints.bind_all(self._socket, [self.endpoint], keys)[0]
-                self._resources = stack.pop_all()
-        except BaseException:
-            await self._worker.kill()
-            raise
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._worker.kill)
+            await self._worker.ensure()
+            self._socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
+            endpoints.set_limits(
+                self._socket, max_message_bytes=MAX_REQUEST_BYTES, outbox_bound=MAX_QUEUED
+            )
+            self.endpoint = endpoints.bind_all(self._socket, [self.endpoint], keys)[0]
+            self._resources = stack.pop_all()
         return self
 
     async def __aexit__(
@@ -165,123 +125,127 @@ class RewardServer:
     ) -> None:
         """Close the socket and end the worker."""
         await self._resources.aclose()
-        await self._worker.kill()
 
     @property
     def names(self) -> list[str]:
         """The functions' names, in order."""
         return self._worker.names
 
+    @property
+    def worker_pid(self) -> int | None:
+        """The process ID of the worker, which a function may change by hanging."""
+        return self._worker.pid
+
     async def run(self) -> None:
-        """Serve until cancelled."""
-        send, receive = anyio.create_memory_object_stream[tuple[bytes, ScoreRequest]](QUEUED)
-        async with anyio.create_task_group() as tasks, send, receive:
-            tasks.start_soon(self._work, receive)
+        """Serve until cancelled; raise RewardError where the functions no longer load."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._work)
             while True:
                 peer, *frames = await self._socket.recv_multipart()
-                request = self._read(peer, frames)
-                if request is None:
-                    continue
-                try:
-                    send.send_nowait((peer, request))
-                    self._busy.add(request.id)
-                except anyio.WouldBlock:
-                    self._refuse(peer, "full", f"{QUEUED} requests wait already", request.id)
+                self._take(peer, b"".join(frames[-1:]))
 
-    def _read(self, peer: bytes, frames: list[bytes]) -> ScoreRequest | None:
-        """Return a request that is to be scored; answer or refuse everything else."""
+    def _take(self, peer: bytes, data: bytes) -> None:
+        """Queue a request or refuse it; answer one that is known already."""
+        if len(data) > MAX_REQUEST_BYTES:
+            reason = f"a request has at most {MAX_REQUEST_BYTES} bytes, got {len(data)}"
+            return self._refuse(peer, "oversized", reason)
         try:
-            request = msgspec.json.decode(b"".join(frames[-1:]), type=ScoreRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self._refuse(peer, "undecodable", f"not a ScoreRequest: {error}")
+            request = msgspec.json.decode(data, type=ScoreRequest)
+            data = msgspec.json.encode(request)  # on one line, for the worker
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            return self._refuse(peer, "undecodable", f"not a ScoreRequest: {error}")
+        version = request.reward_protocol_version
+        if version != REWARD_PROTOCOL_VERSION:
+            reason = f"this server speaks reward protocol {REWARD_PROTOCOL_VERSION}, got {version}"
+            return self._refuse(peer, "version", reason, request.id)
+        if fault := _misfit(request):
+            return self._refuse(peer, "invalid", fault, request.id)
+        if reply := self._done.get(request.id):
+            endpoints.send_now(self._socket, [peer, reply])
             return None
-        if request.reward_protocol_version != REWARD_PROTOCOL_VERSION:
-            self._refuse(
-                peer,
-                "version",
-                f"this server speaks reward protocol {REWARD_PROTOCOL_VERSION}, the request is of "
-                f"{request.reward_protocol_version}",
-                request.id,
-            )
-            return None
-        fault = _misaligned(request)
-        if fault:
-            self._refuse(peer, "invalid", fault, request.id)
-            return None
-        if request.id in self._done:
-            endpoints.send_now(self._socket, [peer, self._done[request.id]])
-            return None
-        return None if request.id in self._busy else request
+        if not request.completions:
+            return self._send(peer, self._reply(request.id, 0, _Answer(), 0.0))
+        if request.id not in self._askers:
+            waiting = Waiting(request.id, len(request.completions), request.timeout_s, data)
+            if not self._queue.put(peer, waiting):
+                reason = f"{len(self._queue)} requests wait already ({self._queue.bytes} bytes)"
+                return self._refuse(peer, "full", reason, request.id, retry=True)
+        self._askers[request.id] = peer
+        ahead = 0 if request.id == self._current else len(self._queue)
+        return self._send(peer, ScoreProgress(id=request.id, ahead=ahead))
 
-    def _refuse(self, peer: bytes, kind: str, reason: str, request_id: str = "") -> None:
-        self.refusals[kind] += 1
-        reply = ScoreRefusal(id=request_id, reason=reason[:500])
-        endpoints.send_now(self._socket, [peer, msgspec.json.encode(reply)])
-
-    async def _work(
-        self, requests: anyio.abc.ObjectReceiveStream[tuple[bytes, ScoreRequest]]
+    def _refuse(
+        self, peer: bytes, kind: str, reason: str, request_id: str = "", *, retry: bool = False
     ) -> None:
-        async for peer, request in requests:
-            started = time.perf_counter()
-            answer = _Answer()
-            if request.completions:
-                await self._score(request, answer)
-            reply = self._reply(request, answer, time.perf_counter() - started)
-            data = msgspec.json.encode(reply)
-            self._done[request.id] = data
-            self._busy.discard(request.id)
-            if len(self._done) > REMEMBERED:
-                self._done.popitem(last=False)
-            endpoints.send_now(self._socket, [peer, data])
+        self.refusals[kind] += 1
+        self._send(peer, ScoreRefusal(id=request_id, reason=reason[:500], retry=retry))
 
-    async def _score(self, request: ScoreRequest, answer: _Answer) -> None:
+    def _send(self, peer: bytes, message: RewardMessage) -> None:
+        endpoints.send_now(self._socket, [peer, msgspec.json.encode(message)])
+
+    async def _work(self) -> None:
+        while True:
+            request = await self._queue.get()
+            self._current = request.id
+            started = time.perf_counter()
+            answer = await self._score(request)
+            elapsed_s = time.perf_counter() - started
+            reply = msgspec.json.encode(self._reply(request.id, request.count, answer, elapsed_s))
+            self._done.add(request.id, reply)
+            self._current = ""
+            endpoints.send_now(self._socket, [self._askers.pop(request.id), reply])
+            await self._worker.ensure()  # before the next request needs it
+
+    async def _score(self, request: Waiting) -> _Answer:
         """Run every function; after a time-out or death, the rest in a fresh worker."""
-        count, deaths = len(self.names), 0
-        while missing := answer.missing(count):
+        answer = _Answer()
+        while missing := answer.missing(len(self.names)):
             self._running = []
             try:
-                await self._worker.tell(Job(request, missing))
+                await self._worker.ensure()
                 await self._listen(request, missing, answer)
                 continue
             except WorkerDied:
-                deaths += 1
-                # Killed from outside before a function ran: nobody's fault, try again.
-                blamed = self._running or (missing if deaths > MAX_DEATHS else [])
-                self._blame(answer, blamed, "died", "the process that ran it ended")
+                # Killed from outside, perhaps: a function is blamed when it happens again.
+                ended = self._running or missing
+                answer.deaths.update(ended)
+                blamed = [i for i in ended if answer.deaths[i] >= MAX_DEATHS]
+                self._blame(answer, blamed, "died", f"the process that ran it ended {MAX_DEATHS} x")
             except TimeoutError:
-                seconds = f"no answer within {request.timeout_s:g} s; its process was killed"
-                self._blame(answer, self._running or missing[:1], "timeout", seconds)
+                message = f"no answer within {request.timeout_s:g} s; its process was killed"
+                self._blame(answer, self._running or missing[:1], "timeout", message)
             await self._worker.kill()
-            await self._worker.start()
+        return answer
 
-    async def _listen(self, request: ScoreRequest, asked: list[int], answer: _Answer) -> None:
+    async def _listen(self, request: Waiting, asked: list[int], answer: _Answer) -> None:
         """Collect outcomes until all are there; each function has `timeout_s`, or TimeoutError."""
-        while True:
+        with anyio.fail_after(request.timeout_s):
+            await self._worker.tell(Job(msgspec.Raw(request.data), asked))
+        done = False
+        while not done:
             with anyio.fail_after(request.timeout_s):
-                note = await self._hear(asked, answer)
-            if note.kind == "done":
-                return
+                done = await self._hear(asked, answer)
 
-    async def _hear(self, asked: list[int], answer: _Answer) -> Note:
-        """Return the next note that restarts the clock."""
+    async def _hear(self, asked: list[int], answer: _Answer) -> bool:
+        """Listen until a function starts (False) or all have ended (True)."""
         while True:
             note = await self._worker.hear()
+            if note.kind == "done":
+                return True
             if note.kind == "started":
                 left = [i for i in asked if i not in answer.outcomes and i not in answer.faults]
                 self._running = left if note.index == -1 else [note.index]
-                return note
-            if note.kind == "done":
-                return note
+                return False
             answer.outcomes[note.index] = note
             self._running = [i for i in self._running if i != note.index]
             if note.fault is not None:
                 self._show(note.fault, note.where, note.traceback)
 
-    def _blame(self, answer: _Answer, running: list[int], kind: str, message: str) -> None:
-        for index in running:
-            fault = msgspec.convert(
-                {"function": self.names[index], "kind": kind, "message": message}, RewardFault
-            )
+    def _blame(
+        self, answer: _Answer, blamed: list[int], kind: Literal["died", "timeout"], message: str
+    ) -> None:
+        for index in blamed:
+            fault = RewardFault(function=self.names[index], kind=kind, message=message)
             answer.faults[index] = fault
             self._show(fault)
 
@@ -293,38 +257,38 @@ class RewardServer:
             text = traceback or fault.message
             log.error("reward %s: %s: %s", fault.function, fault.kind, text)
 
-    def _reply(self, request: ScoreRequest, answer: _Answer, elapsed_s: float) -> ScoreReply:
-        count = len(request.completions)
-        rewards: list[list[float | None]] = []
-        faults: list[RewardFault] = []
+    def _reply(self, request_id: str, count: int, answer: _Answer, elapsed_s: float) -> ScoreReply:
+        notes = [answer.outcomes.get(index, _SILENT) for index in range(len(self.names))]
+        faults = [answer.faults.get(index) or note.fault for index, note in enumerate(notes)]
         extra: dict[str, list[object]] = {}
-        metrics: dict[str, float] = {}
-        for index in range(len(self.names)):
-            note = answer.outcomes.get(index)
-            fault = answer.faults.get(index) or (note.fault if note is not None else None)
-            if fault is not None:
-                faults.append(fault)
-            given = note.rewards if note is not None and fault is None else None
-            rewards.append(given if given is not None else [None] * count)
-            if note is not None:
-                extra |= note.log_extra
-                metrics |= note.log_metric
+        metrics: dict[str, list[float]] = {}
+        for note in notes:
+            for column, values in note.log_extra.items():
+                extra.setdefault(column, []).extend(values)
+            for name, numbers in note.log_metric.items():
+                metrics.setdefault(name, []).extend(numbers)
         return ScoreReply(
-            id=request.id,
+            id=request_id,
             names=self.names,
-            rewards=rewards,
+            rewards=[n.rewards if n.rewards is not None else [None] * count for n in notes],
             log_extra=extra,
-            log_metric=metrics,
-            faults=faults,
+            log_metric={name: sum(numbers) / len(numbers) for name, numbers in metrics.items()},
+            faults=[fault for fault in faults if fault is not None],
             elapsed_s=elapsed_s,
         )
 
 
-def _misaligned(request: ScoreRequest) -> str:
+_SILENT = Note("outcome")
+
+
+def _misfit(request: ScoreRequest) -> str:
+    """Say what is wrong with a request that could be read, or nothing."""
     count = len(request.completions)
     lengths = {"prompts": len(request.prompts), "completion_ids": len(request.completion_ids)}
     lengths |= {f"columns.{name}": len(values) for name, values in request.columns.items()}
     wrong = [f"{name} has {n}" for name, n in lengths.items() if n != count]
     if wrong:
         return f"completions has {count} entries, but {', '.join(wrong)}; all must agree"
-    return "" if request.timeout_s > 0 else "timeout_s must be above 0"
+    if 0 < request.timeout_s <= MAX_TIMEOUT_S:
+        return ""
+    return f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}, got {request.timeout_s}"

@@ -1,17 +1,16 @@
-"""The process that runs reward functions: `python -m actors.reward_worker FUNCTION…`.
+"""The process that runs reward functions: `python -m actors.reward_worker PIPE FUNCTION…`.
 
-Started and, where a function hangs, killed by `actors/reward_server.py`. Requests come and
-outcomes go over standard input and output, a JSON message a line; what functions print goes to
-standard error. The process ends when its parent does.
+Started and, where a function hangs, killed by `actors/reward_process.py`. Jobs come and outcomes go
+over standard input and output, a JSON message a line; what functions print goes to standard error.
+Synchronous functions run on the main thread outside any event loop, as in TRL, so that one may call
+`asyncio.run`; the asynchronous ones run after them, concurrently, on a loop that lasts.
+PIPE is a descriptor at whose end the process group is killed.
 """
 
 import asyncio
-import ctypes
 import os
-import queue
-import signal
+import subprocess
 import sys
-import threading
 from typing import BinaryIO, Literal
 
 import msgspec
@@ -21,13 +20,14 @@ from actors.rewards import Call, Outcome
 from protocol.errors import RewardError
 from protocol.messages import RewardFault, ScoreRequest
 
-PR_SET_PDEATHSIG = 1
+MAX_LINE = 64 << 20
+MAX_LOGGED = 4 << 20
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A request, and the functions that are to score it."""
+    """A `ScoreRequest` as JSON, and the functions that are to score it, by index."""
 
-    request: ScoreRequest
+    request: msgspec.Raw
     only: list[int]
 
 
@@ -43,22 +43,22 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     where: str = ""  # where a fault arose: its kind, for showing it once
     traceback: str = ""
     log_extra: dict[str, list[object]] = {}
-    log_metric: dict[str, float] = {}
+    log_metric: dict[str, list[float]] = {}
 
 
 def main() -> int:
     """Load the functions, say so, and score jobs until the parent closes the pipe."""
     source, sink = _private_pipes()
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[1]))
     try:
-        functions = load_rewards(sys.argv[1:])
+        functions = load_rewards(sys.argv[2:])
     except RewardError as error:
         _say(sink, Note("refused", message=str(error)))
         return 1
     _say(sink, Note("ready", names=[f.name for f in functions]))
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(source, jobs), daemon=True).start()
-    asyncio.run(_serve(functions, jobs, sink))
+    with asyncio.Runner() as runner:
+        for line in source:
+            _score(msgspec.json.decode(line, type=Job), functions, runner, sink)
     return 0
 
 
@@ -71,45 +71,40 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
     return source, sink
 
 
-def _die_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_parent(pipe: int) -> None:
+    """Have the group killed when the pipe ends, by a process that no user code can block."""
+    subprocess.Popen(["/bin/sh", "-c", "read -r _; kill -KILL 0"], stdin=pipe)
+    os.close(pipe)
 
 
-def _read(source: BinaryIO, jobs: queue.SimpleQueue[bytes]) -> None:
-    for line in source:
-        jobs.put(line)
-    os._exit(0)
-
-
-async def _serve(
-    functions: list[RewardFunction], jobs: queue.SimpleQueue[bytes], sink: BinaryIO
+def _score(
+    job: Job, functions: list[RewardFunction], runner: asyncio.Runner, sink: BinaryIO
 ) -> None:
-    while True:
-        line = await asyncio.to_thread(jobs.get)
-        job = msgspec.json.decode(line, type=Job)
-        calls = [Call(index, functions[index], job.request) for index in job.only]
-        for call in calls:
-            if not call.function.is_async:
-                _say(sink, Note("started", index=call.index))
-                _say(sink, _note(call.function, call.run()))
-        waiting = [call for call in calls if call.function.is_async]
-        if waiting:
-            _say(sink, Note("started", index=-1))
-            await asyncio.gather(*(_finish(call, sink) for call in waiting))
-        _say(sink, Note("done"))
+    request = msgspec.json.decode(job.request, type=ScoreRequest)
+    calls = [Call(index, functions[index], request) for index in job.only]
+    for call in calls:
+        if not call.function.is_async:
+            _say(sink, Note("started", index=call.index))
+            _say(sink, _note(call.function, call.run()))
+    waiting = [call for call in calls if call.function.is_async]
+    if waiting:
+        _say(sink, Note("started", index=-1))
+        runner.run(_gather(waiting, sink))
+    _say(sink, Note("done"))
 
 
-async def _finish(call: Call, sink: BinaryIO) -> None:
-    _say(sink, _note(call.function, await call.run_async()))
+async def _gather(calls: list[Call], sink: BinaryIO) -> None:
+    async def finish(call: Call) -> None:
+        _say(sink, _note(call.function, await call.run_async()))
+
+    await asyncio.gather(*(finish(call) for call in calls))
 
 
 def _note(function: RewardFunction, outcome: Outcome) -> Note:
     fault = None
     if outcome.kind is not None:
         fault = RewardFault(function=function.name, kind=outcome.kind, message=outcome.message)
-    return Note(
+    note = Note(
         "outcome",
         index=outcome.function,
         rewards=outcome.rewards,
@@ -117,10 +112,14 @@ def _note(function: RewardFunction, outcome: Outcome) -> Note:
         where=outcome.where,
         traceback=outcome.traceback,
         log_extra=outcome.log_extra,
-        log_metric={
-            name: sum(values) / len(values) for name, values in outcome.log_metric.items() if values
-        },
+        log_metric=outcome.log_metric,
     )
+    logged = len(msgspec.json.encode((note.log_extra, note.log_metric), enc_hook=str))
+    if logged <= MAX_LOGGED:
+        return note
+    message = f"logged {logged} bytes for one group; at most {MAX_LOGGED} are taken, log less"
+    fault = RewardFault(function=function.name, kind="contract", message=message)
+    return Note("outcome", index=outcome.function, fault=fault, where="logged")
 
 
 def _say(sink: BinaryIO, note: Note) -> None:

@@ -5,6 +5,7 @@ log_metric=) gives exactly N floats or None. A group's function is called once, 
 completions of that group.
 """
 
+import asyncio
 import inspect
 import itertools
 import reprlib
@@ -83,7 +84,7 @@ class Call:
             self._check_signature()
             returned = await self.function.call(**self.arguments)
             rewards = check_rewards(self.function.name, returned, self.count)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - its author may raise anything
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
             return self._fault(error)
         return self._success(rewards)
 
@@ -105,7 +106,9 @@ class Call:
         self._log_extra.setdefault(str(column), []).extend(_plain(value) for value in values)
 
     def _metric(self, name: str, value: float) -> None:
-        self._log_metric.setdefault(str(name), []).append(float(value))
+        number = float(value)
+        if abs(number) <= _MAX_FLOAT32:  # a mean over what is not finite says nothing
+            self._log_metric.setdefault(str(name), []).append(number)
 
     def _success(self, rewards: list[float | None]) -> Outcome:
         return Outcome(

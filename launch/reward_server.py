@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from actors.reward_server import RewardServer
-from protocol.errors import PippinError
+from protocol.errors import PippinError, only_leaf
 from protocol.lifeline import Lifeline
 
 log = logging.getLogger("pippin.rewards")
@@ -36,7 +36,10 @@ async def serve(args: argparse.Namespace, lifeline: Lifeline) -> None:
         print(f"serving {', '.join(server.names)} at {server.endpoint}", flush=True)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.run)
-            await anyio.to_thread.run_sync(lifeline.wait, abandon_on_cancel=True)
+            try:
+                await anyio.to_thread.run_sync(lifeline.wait, abandon_on_cancel=True)
+            finally:
+                lifeline.request_stop()  # an abandoned thread would keep the process
             tasks.cancel_scope.cancel()
         if server.refusals:
             log.info("refused: %s", dict(server.refusals))
@@ -54,8 +57,8 @@ def main() -> int:
     try:
         anyio.run(serve, args, lifeline)
     except* PippinError as group:
-        for error in group.exceptions:
-            log.error("%s: %s", type(error).__name__, error)
+        error = only_leaf(group)
+        log.error("%s: %s", type(error).__name__, error)
         status = 1
     except* KeyboardInterrupt:
         log.info("interrupted")

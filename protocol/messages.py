@@ -384,9 +384,18 @@ class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
     elapsed_s: float = 0.0
 
 
+class ScoreProgress(RewardMessage, frozen=True, kw_only=True, tag="progress"):
+    """The request is in the server's hands; `ahead` others are to be scored before it."""
+
+    reward_protocol_version: int = REWARD_PROTOCOL_VERSION
+    id: str
+    ahead: int = 0
+
+
 class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
-    """The request could not be read or is of another version."""
+    """The request was not taken. `retry`: it may be, later or by another server."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
     id: str = ""
     reason: str
+    retry: bool = False
