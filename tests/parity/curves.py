@@ -1,4 +1,4 @@
-"""Recorded TRL runs as the learner's batches: token IDs, masks and advantages are the recording's."""
+"""Recorded TRL runs as the learner's batches, with the recording's IDs, masks and advantages."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.batches import aligned, token_batch
-from learner.forward import choose_head
+from learner.forward import choose_head, completion_logprobs
 from learner.grpo import GrpoObjective, to_device
 from learner.objectives.grpo import grpo_normalisers
 from learner.preference import PreferenceObjective
@@ -144,9 +144,7 @@ def _grpo(
     return [_grpo_part(recording, part, objective) | shared for part in inputs]
 
 
-def _grpo_part(
-    recording: Recording, part: dict[str, Any], objective: GrpoObjective
-) -> Arrays:
+def _grpo_part(recording: Recording, part: dict[str, Any], objective: GrpoObjective) -> Arrays:
     prompts = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
@@ -161,8 +159,14 @@ def _grpo_part(
         rows = [row[:n] for row, n in zip(old, lengths, strict=True)]
         arrays["sampling_logps"] = mx.array(aligned(rows, tokens))
     else:
-        arrays["sampling_logps"] = objective._logprobs(objective.model, arrays)[0]
+        arrays["sampling_logps"] = frozen_logps(objective, objective.model, arrays)
     if objective.reference is not None:
-        arrays["ref_logps"] = objective._logprobs(objective.reference, arrays)[0]
+        arrays["ref_logps"] = frozen_logps(objective, objective.reference, arrays)
     mx.eval(arrays)
     return arrays
+
+
+def frozen_logps(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:
+    """Return (B, C) log-probs, nats, without a gradient."""
+    tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
+    return completion_logprobs(model, *tokens, head=objective.head, gradient=False)[0]

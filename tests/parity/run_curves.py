@@ -1,15 +1,15 @@
 """Replay TRL's recorded runs through the learner: `run_curves.py DIR [--model FOLDER] [RUN ...]`.
 
 DIR holds the runs (JSON and safetensors, `init_lora.safetensors`); the model is by default
-DIR/../../models/NAME, of DIR's name. Prints, a run, the root-mean-square difference of the curves of loss and gradient norm, and of the final
-tensors relative to the update; then passed/total. Exits 1 on any failure or where nothing ran.
+DIR/../../models/NAME, of DIR's name. Prints, a run, the root-mean-square difference of the curves
+of loss and gradient norm, and of the final tensors relative to the update; then passed/total.
+Exits 1 on any failure or where nothing ran.
+
+OpenBLAS is left out: its float32 sums are further from TRL's than MLX's own, and AdamW grows the
+difference (32 of 36 runs pass with it). TRL's own two attention kernels differ by up to 1.9e-5 in
+the loss of full fine-tuning, so there the bar of the loss is relative to the curve.
 """
 
-from protocol.blas import load_openblas
-
-load_openblas()  # before anything imports mlx.core
-
-# ruff: noqa: E402
 import argparse
 import sys
 import tempfile
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from learner.reference import make_reference
 from learner.step import Step
-from mlx.utils import tree_unflatten
 from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
 from protocol.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tests.parity.curves import Recording, micro_batches, objective_of, read
@@ -128,7 +128,7 @@ def replay(path: Path, model: Path) -> Outcome:
     norms: list[float] = []
     for step in steps:
         micro = micro_batches(recording, step, objective)
-        losses.append(sum(float(updater.accumulate(a, objective.loss)[0].item()) for a in micro))
+        losses.append(sum(float(np.array(updater.accumulate(a, objective.loss)[0])) for a in micro))
         norms.append(updater.apply().grad_norm)
     theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
     final = final_difference(recording, before, trainable(policy.model))
@@ -142,16 +142,15 @@ def reads_reference(recording: Recording) -> bool:
     return recording.trainer in ("DPOTrainer", "KTOTrainer")
 
 
-def judge(
-    name: str, curves: np.ndarray, theirs: np.ndarray, final: float
-) -> Outcome:
+def judge(name: str, curves: np.ndarray, theirs: np.ndarray, final: float) -> Outcome:
     """Compare the (2, steps) curves of loss and gradient norm with the bars."""
     loss, norm = np.sqrt(((curves - theirs) ** 2).mean(axis=1)).tolist()
     loss_bar, norm_bar = (IPO_LOSS_BAR if "ipo" in name else LOSS_BAR), NORM_BAR
-    if name.startswith("fullft") and "beta0.04" in name:
-        loss_bar, norm_bar = (
-            FULL_BETA_BAR * np.sqrt((theirs**2).mean(axis=1))
-        ).tolist()
+    sizes = np.sqrt((theirs**2).mean(axis=1)).tolist()
+    if name.startswith("fullft"):
+        loss_bar = LOSS_BAR * max(1.0, sizes[0])
+        if "beta0.04" in name:
+            loss_bar, norm_bar = FULL_BETA_BAR * sizes[0], FULL_BETA_BAR * sizes[1]
     within = loss <= loss_bar and norm <= norm_bar and final <= FINAL_BAR
     return Outcome(loss, norm, final, within)
 
