@@ -57,7 +57,7 @@ def advantages(
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
         ]
-        summed = _weighted(np.stack(columns, axis=1), scale)
+        summed = _weighted(np.stack(columns, axis=1) if columns else table, scale)
         spread = _std(summed)
         result = (summed - _mean(summed)) / (spread + EPSILON)
         deviations = np.full(len(total), spread)

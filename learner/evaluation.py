@@ -16,19 +16,20 @@ Line = dict[str, Any]
 def reward_matrix(groups: Sequence[TrainedGroup]) -> tuple[list[str], np.ndarray]:
     """Return function names and rewards (N, F) float32, NaN for None, rows in group order.
 
-    Groups in which a function is missing (its server gave no names) have NaN there.
+    A group without names (a reward server was never heard of) has NaN everywhere; one of other
+    functions (a server was started anew with others) adds its own after the rest.
     """
-    names = max((g.group.reward.names for g in groups), key=len, default=[])
+    by_length = sorted((g.group.reward.names for g in groups), key=len, reverse=True)
+    names = list(dict.fromkeys(name for given in by_length for name in given))
     parts: list[np.ndarray] = []
     for item in groups:
         result = item.group.reward
         rows = len(item.group.completions)
-        table = floats_view(result.rewards).reshape(rows, len(result.names))
         part = np.full((rows, len(names)), np.nan, np.float32)
-        for column, name in enumerate(result.names):
-            part[:, names.index(name) if result.names != names else column] = table[:, column]
+        places = [names.index(name) for name in result.names]
+        part[:, places] = floats_view(result.rewards).reshape(rows, -1)
         parts.append(part)
-    return list(names), np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
+    return names, np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
 
 
 @dataclass
