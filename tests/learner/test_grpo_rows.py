@@ -1,0 +1,170 @@
+"""Groups to arrays: which rows are left out, when no step is taken, None rewards, evaluation."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from learner.evaluation import eval_metrics, reward_matrix
+from learner.experience import EvalResult, TrainBatch, TrainedGroup
+from learner.grpo import GrpoObjective
+from learner.rollouts import describe
+from learner.sources.prompts import Prompt
+from protocol.errors import RewardError
+from protocol.messages import (
+    Completion,
+    Group,
+    PolicySpan,
+    RewardFault,
+    RewardResult,
+    TaskId,
+    floats_bytes,
+    ids_bytes,
+)
+from protocol.settings import GrpoSettings, TrainSettings
+from tests.tiny import tiny_model
+
+NONE = float("nan")
+
+
+def group(
+    number: int, rewards: list[list[float]], lengths: list[int], *, version: int = 3,
+    cut: tuple[int, ...] = (), names: tuple[str, ...] = ("f",), faults: tuple[RewardFault, ...] = ()
+) -> TrainedGroup:  # fmt: skip
+    completions = [
+        Completion(
+            token_ids=ids_bytes([5] * length),
+            behaviour_logprobs=floats_bytes([-1.0] * length),
+            policy_spans=[PolicySpan(start=0, version=version, digest="d")],
+            finish_reason="length" if index in cut else "stop",
+        )
+        for index, length in enumerate(lengths)
+    ]
+    flat = [value for row in rewards for value in row]
+    made = Group(
+        task=TaskId(run="r", incarnation="L", number=number), attempt=1, actor_id="a",
+        actor_incarnation="1", learner_incarnation="L", completions=completions,
+        reward=RewardResult(names=list(names), rewards=floats_bytes(flat), faults=list(faults)),
+        started_at=1.0, finished_at=2.0, generation_s=1.0, reward_s=0.5,
+    )  # fmt: skip
+    return TrainedGroup(Prompt(row_key=number, prompt_ids=[2, 3, 4], row={"prompt": "p"}), made)
+
+
+def objective(weights: list[float] | None = None, **settings: object) -> GrpoObjective:
+    return GrpoObjective(
+        GrpoSettings(**settings),  # type: ignore[arg-type]
+        TrainSettings(micro_batch_size=1, length_bucket=4),
+        tiny_model(), 1.0, 8, weights, "full", lambda item, at: {"at": at},
+    )  # fmt: skip
+
+
+def test_rows_without_advantage_are_left_out_but_counted_in_the_normalisers():
+    batch = TrainBatch(
+        [group(0, [[1.0], [1.0]], [2, 3]), group(1, [[0.0], [2.0]], [1, 4], version=2)], 3
+    )
+    prepared = objective().prepare(batch)
+    assert prepared.step
+    (micro,) = prepared.micro
+    assert micro["mask"].sum().item() == 5  # group 1 alone goes through the model
+    deviation = np.sqrt(2.0)  # ddof 1
+    np.testing.assert_allclose(
+        np.array(micro["advantages"]), np.array([-1, 1]) / (deviation + 1e-4), rtol=1e-6
+    )
+    assert micro["normaliser/generation_tokens"].item() == 10  # all four completions
+    assert micro["normaliser/sequences"].item() == 4
+    assert prepared.metrics["frac_reward_zero_std"] == 0.5
+    assert prepared.metrics["completions/mean_length"] == 2.5
+    assert (prepared.metrics["staleness/mean"], prepared.metrics["staleness/max"]) == (0.5, 1.0)
+    assert prepared.metrics["batch_tokens"] == 10 + 4 * 3
+    assert prepared.rollouts == [{"at": 3}, {"at": 3}]
+
+
+@pytest.mark.parametrize(("setting", "steps"), [(False, False), (True, True)])
+def test_a_batch_without_advantages_steps_only_when_asked(setting, steps):
+    batch = TrainBatch([group(0, [[1.0], [1.0]], [2, 3])], 0)
+    prepared = objective(zero_advantage_step=setting).prepare(batch)
+    assert (prepared.step, len(prepared.micro)) == (steps, int(steps))
+
+
+def test_truncated_completions_are_masked_out():
+    both = group(0, [[0.0], [2.0]], [2, 3], cut=(1,))
+    prepared = objective(mask_truncated_completions=True).prepare(TrainBatch([both], 3))
+    (micro,) = prepared.micro
+    np.testing.assert_array_equal(np.array(micro["mask"]).sum(axis=1), [2.0])
+    assert micro["normaliser/generation_tokens"].item() == 2
+    assert prepared.metrics["completions/clipped_ratio"] == 0.5
+    assert prepared.metrics["completions/mean_terminated_length"] == 2
+    all_cut = group(0, [[0.0], [2.0]], [2, 3], cut=(0, 1))
+    nothing = objective(mask_truncated_completions=True).prepare(TrainBatch([all_cut], 3))
+    assert not nothing.step  # advantages, but no token that counts: momentum must not move
+
+
+def test_any_split_into_micro_batches_has_the_same_loss():
+    batch = TrainBatch([group(i, [[0.0], [1.0 + i]], [2 + i, 3]) for i in range(3)], 3)
+    made = objective()
+    whole = objective()
+    whole.train = TrainSettings(micro_batch_size=3, length_bucket=4)
+    parts = [made.loss(made.model, arrays)[0] for arrays in made.prepare(batch).micro]
+    (one,) = [whole.loss(made.model, arrays)[0] for arrays in whole.prepare(batch).micro]
+    assert len(parts) == 3
+    assert mx.stack(parts).sum().item() == pytest.approx(one.item(), abs=1e-6)
+
+
+def test_the_third_batch_in_a_row_without_a_reward_ends_the_run_with_the_reason():
+    fault = RewardFault(function="f", kind="exception", message="Traceback\nKeyError: 'answer'")
+    empty = TrainBatch([group(0, [[NONE], [NONE]], [2, 3], faults=(fault,))], 0)
+    full = TrainBatch([group(0, [[0.0], [1.0]], [2, 3])], 0)
+    made = objective()
+    for batch in (empty, empty, full, empty, empty):
+        made.prepare(batch)
+    with pytest.raises(RewardError, match=r"3 batches in a row was None.*f: exception: KeyError"):
+        made.prepare(empty)
+
+
+def test_a_batch_that_no_server_scored_is_skipped_whatever_the_weights():
+    nobody = group(0, [[], []], [2, 3], names=())
+    prepared = objective([1.0, 2.0]).prepare(TrainBatch([nobody], 0))
+    assert not prepared.step
+
+
+def test_weights_that_do_not_fit_the_functions_are_refused():
+    with pytest.raises(RewardError, match="reward_weights has 2 numbers, but 1 reward functions"):
+        objective([1.0, 2.0]).prepare(TrainBatch([group(0, [[0.0], [1.0]], [2, 3])], 0))
+
+
+def test_a_group_that_was_not_scored_has_no_rewards_beside_one_that_was():
+    scored = group(0, [[1.0, 2.0], [3.0, NONE]], [1, 1], names=("f", "g"))
+    names, rewards = reward_matrix([group(1, [[], []], [1, 1], names=()), scored])
+    assert names == ["f", "g"]
+    np.testing.assert_array_equal(rewards, [[NONE, NONE], [NONE, NONE], [1, 2], [3, NONE]])
+
+
+def test_evaluation_averages_weighted_rewards_over_scored_rows():
+    groups = [
+        group(0, [[1.0, 0.0]], [2], names=("f", "g")),
+        group(1, [[0.0, NONE]], [4], names=("f", "g"), cut=(0,)),
+        group(2, [[NONE, NONE]], [3], names=("f", "g")),
+    ]
+    assert eval_metrics(EvalResult(5, groups, 1), [1.0, 0.5]) == {
+        "eval/rows": 3.0,
+        "eval/dropped": 1.0,
+        "eval/reward": 0.5,
+        "eval/rewards/f/mean": 0.5,
+        "eval/rewards/g/mean": 0.0,
+        "eval/completions/mean_length": 3.0,
+        "eval/completions/clipped_ratio": pytest.approx(1 / 3),
+    }
+    assert eval_metrics(EvalResult(5, [], 2), None) == {"eval/rows": 0.0, "eval/dropped": 2.0}
+
+
+class Words:
+    def decode(self, token_ids: list[int], /) -> str:
+        return " ".join(f"w{token}" for token in token_ids)
+
+
+def test_a_rollout_line_has_identity_spans_times_and_the_asked_texts():
+    line = describe(group(4, [[1.0], [NONE]], [1, 2], cut=(1,)), 6, Words(), 1)
+    assert (line["task"], line["trained_at"], line["incarnation"]) == (4, 6, "L")
+    assert line["policy_spans"] == [[{"start": 0, "version": 3, "digest": "d"}]] * 2
+    assert line["rewards"] == [[1.0], [None]]
+    assert line["completions"] == ["w5"]
+    assert (line["lengths"], line["finish_reasons"]) == ([1, 2], ["stop", "length"])
