@@ -14,26 +14,24 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import anyio
 import anyio.abc
 import msgspec
-import numpy as np
 import zmq
 import zmq.asyncio
 
+from actors.reward_replies import merged, misfit, nothing
 from protocol import endpoints
 from protocol.keys import load_client_keys
 from protocol.messages import (
-    RewardFault,
     RewardResult,
     RewardService,
     ScoreProgress,
     ScoreRefusal,
     ScoreReply,
     ScoreRequest,
-    floats_bytes,
 )
 
 log = logging.getLogger("pippin.rewards")
@@ -43,7 +41,6 @@ RESERVED = ("prompt", "completion", "completions", "completion_ids")
 RESEND_S = 5.0  # a silent endpoint may have been restarted, and then knows nothing of the request
 AVOID_S = 60.0  # how long others are preferred to a silent endpoint
 SLACK_S = 30.0  # for a server that restarts its worker
-_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _REPLIES = ScoreReply | ScoreRefusal | ScoreProgress
 
 
@@ -164,7 +161,10 @@ class RewardClient:
         values: dict[str, Any] = msgspec.json.decode(row)
         count = len(completions)
         columns = {k: [v] * count for k, v in values.items() if k not in RESERVED}
-        replies = [_nothing(service, count, "unreachable", "") for service in self._services]
+        replies = [
+            nothing(service.names, service.where, count, "unreachable", "")
+            for service in self._services
+        ]
 
         async def ask(index: int) -> None:
             service = self._services[index]
@@ -183,7 +183,7 @@ class RewardClient:
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._services)):
                 tasks.start_soon(ask, index)
-        return _merged(replies, count, time.perf_counter() - started)
+        return merged(replies, count, time.perf_counter() - started)
 
     async def _learn_names(self, service: _Service) -> ScoreReply | None:
         """Ask for the functions' names once; return what went wrong, if anything did."""
@@ -214,15 +214,23 @@ class RewardClient:
             pending.endpoint.outstanding.discard(request.id)
         match pending.reply:
             case ScoreReply() as reply:
-                problem = _misfit(reply, service.names, count)
+                problem = misfit(reply, service.names, count)
                 if not problem:
                     return reply
-                return _nothing(service, count, "contract", f"{service.where} {problem}")
+                return nothing(
+                    service.names, service.where, count, "contract", f"{service.where} {problem}"
+                )
             case ScoreRefusal(reason=reason):
-                return _nothing(service, count, "contract", f"{service.where} refused: {reason}")
+                return nothing(
+                    service.names,
+                    service.where,
+                    count,
+                    "contract",
+                    f"{service.where} refused: {reason}",
+                )
             case None:
                 silence = f"{service.where} gave no answer within {limit_s:g} s {pending.full}"
-                return _nothing(service, count, "unreachable", silence)
+                return nothing(service.names, service.where, count, "unreachable", silence)
 
     async def _converse(
         self, service: _Service, request_id: str, pending: _Pending, data: bytes
@@ -284,74 +292,3 @@ def _read(address: str, data: bytes) -> ScoreReply | ScoreRefusal | ScoreProgres
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None
         return ScoreRefusal(id=named.id, reason=f"it sent what is no reply: {error}")
-
-
-def _misfit(reply: ScoreReply, names: list[str], count: int) -> str:
-    """Say what is wrong with a reply that could be read, or nothing."""
-    if names and reply.names != names:
-        return f"answered for the functions {reply.names}, which were {names}; start the run anew"
-    if not reply.names or len(set(reply.names)) != len(reply.names):
-        return f"answered with the names {reply.names}; required at least one, each its own"
-    if len(reply.rewards) != len(reply.names):
-        return f"answered with {len(reply.rewards)} lists of rewards for {len(reply.names)} names"
-    for name, column in zip(reply.names, reply.rewards, strict=True):
-        if len(column) != count:
-            return f"gave {len(column)} rewards of {name!r} for {count} completions"
-        for value in column:
-            if value is not None and not abs(value) <= _MAX_FLOAT32:
-                return f"gave the reward {value} of {name!r}, which float32 cannot hold"
-    return ""
-
-
-def _nothing(
-    service: _Service, count: int, kind: Literal["unreachable", "contract"], message: str
-) -> ScoreReply:
-    """None for every function of a service, whose names may be unknown as yet."""
-    return ScoreReply(
-        id="",
-        names=service.names,
-        rewards=[[None] * count for _ in service.names],
-        faults=[
-            RewardFault(function=name, kind=kind, message=message)
-            for name in service.names or [service.where]
-        ],
-    )
-
-
-def _merged(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
-    """Put the services' functions side by side, in order; a name that occurs twice gets `_2`.
-
-    Where a service has never been heard of, nobody knows which columns are whose: there are none
-    then, and the group counts as None for every function.
-    """
-    complete = all(reply.names for reply in replies)
-    columns = [c for r in replies for c in r.rewards] if complete else []
-    table = np.full((count, len(columns)), np.nan, np.float32)
-    for place, column in enumerate(columns):
-        table[:, place] = [np.nan if value is None else value for value in column]
-    extra: dict[str, list[Any]] = {}
-    metrics: dict[str, list[float]] = {}
-    for reply in replies:
-        for column, values in reply.log_extra.items():
-            extra.setdefault(column, []).extend(values)
-        for name, value in reply.log_metric.items():
-            metrics.setdefault(name, []).append(value)
-    return RewardResult(
-        names=_unique([n for r in replies for n in r.names]) if complete else [],
-        rewards=floats_bytes(table.reshape(-1)),
-        log_extra=extra,
-        log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
-        faults=[fault for reply in replies for fault in reply.faults],
-        elapsed_s=elapsed_s,
-    )
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    result: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in result:
-            count += 1
-            candidate = f"{name}_{count}"
-        result.append(candidate)
-    return result
