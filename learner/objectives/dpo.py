@@ -13,6 +13,7 @@ from protocol.errors import ConfigError
 from protocol.settings import PreferenceSettings
 
 EXPONENT_LIMIT = 80.0  # TRL's clamp: exp stays finite in float32
+SQUARE_LIMIT = 1e18  # its square is finite in float32
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def _sppo_hard(pairs: Pairs, s: PreferenceSettings) -> mx.array:
 DPO_LOSSES: dict[str, Callable[[Pairs, PreferenceSettings], mx.array]] = {
     "sigmoid": lambda p, s: -log_sigmoid(s.beta * p.delta(s)),
     "hinge": lambda p, s: mx.maximum(1 - s.beta * p.delta(s), 0.0),
-    "ipo": lambda p, s: (p.mean_delta(s) - 1 / (2 * s.beta)) ** 2,
+    "ipo": lambda p, s: (
+        (mx.clip(p.mean_delta(s), -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * s.beta)) ** 2
+    ),
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
     "robust": _robust,

@@ -94,6 +94,17 @@ def test_extreme_log_probs_stay_finite(method, loss_type, alpha, side):
     assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "exo_pair", "discopop"])
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_divergences_of_extreme_log_probs_stay_finite(divergence, name, side):
+    logps = np.array(EXTREME + EXTREME[side:] + EXTREME[:side], np.float32)
+    settings = settings_for("dpo", [name], f_divergence_type=divergence)
+    value, grad, _ = gradient(logps, np.full_like(logps, -1.0), np.ones_like(logps), settings)
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
 def test_micro_batches_add_up(method, loss_type, alpha, parts):
