@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from learner.checkpoint import Checkpoint, load_checkpoint
-from learner.coordinator import Coordinator, CoordinatorState
+from learner.coordinator import Coordinator
 from learner.evaluation import OnlineEvaluator
-from learner.experience import TrainedGroup
+from learner.experience import CoordinatorState, TrainedGroup
 from learner.forward import choose_head
 from learner.grpo import GrpoObjective
 from learner.ledger import Ledger

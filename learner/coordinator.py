@@ -9,15 +9,13 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-import msgspec
-
-from learner.experience import EvalResult, TrainBatch, TrainedGroup
+from learner.experience import CoordinatorState, EvalResult, TrainBatch, TrainedGroup
 from learner.ledger import Ledger
 from learner.ledger_events import AnyEvent
-from learner.ledger_state import LedgerState
 from learner.ledger_types import Cancelled, Grant, LostReport, Receipt
-from learner.peers import Peer, Terms, fault_of, is_enquiry, refusal, task_seed
-from learner.sources.prompts import Prompt, PromptSource, PromptState
+from learner.peers import Peer, Terms, fault_of, is_enquiry, refusal
+from learner.sources.prompts import Prompt, PromptSource
+from learner.tasks import figures_of, task_message
 from protocol.messages import (
     Ack,
     ActorMessage,
@@ -35,24 +33,9 @@ from protocol.messages import (
     Stop,
     Task,
     TaskId,
-    ids_bytes,
 )
 
 log = logging.getLogger("pippin.learner")
-
-
-class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint keeps of the coordinator.
-
-    `outstanding`: the prompts of tasks in the queue and in training, by number. `events` of this
-    incarnation were journalled before.
-    """
-
-    ledger: LedgerState
-    prompts: PromptState
-    position: int
-    outstanding: dict[int, Prompt]
-    events: int = 0
 
 
 @dataclass
@@ -265,23 +248,7 @@ class Coordinator:
             self._send(peer, self._task(lease))
 
     def _task(self, lease: Grant) -> Task:
-        prompt = self._tasks[lease.task]
-        return Task(
-            task=lease.task,
-            attempt=lease.attempt,
-            kind=lease.kind,
-            prompt_ids=ids_bytes(prompt.prompt_ids),
-            row=msgspec.json.encode(prompt.row),
-            sampling=self.terms.sampling(lease.kind),
-            seed=task_seed(self.terms.seed, lease.row_key, lease.kind),
-            min_policy_version=lease.min_policy_version,
-            pinned_version=lease.pinned_version,
-            lease_s=self.terms.lease_s,
-            trainer_state={
-                "global_step": self.ledger.version,
-                "max_steps": self.ledger.settings.total_batches or 0,
-            },
-        )
+        return task_message(lease, self._tasks[lease.task], self.terms, self.ledger)
 
     # ---- durability ----------------------------------------------------------------------
 
@@ -351,17 +318,7 @@ class Coordinator:
 
     def rates(self) -> dict[str, float]:
         """Return the figures of the actors and the queue for metrics and display."""
-        figures = {f"actors/{a.actor_id}/tokens_per_s": a.tokens_per_s for a in self.peers.values()}
-        figures["actors/tokens_per_s"] = sum(figures.values())
-        figures["actors/count"] = float(len(self.peers))
-        figures["actors/tokens_sampled"] = float(sum(a.tokens_sampled for a in self.peers.values()))
-        figures["queue/queued"] = float(self.ledger.queued)
-        figures["queue/in_training"] = float(self.ledger.in_training)
-        for name, value in msgspec.to_builtins(self.ledger.counters).items():
-            total = sum(value.values()) if isinstance(value, dict) else value
-            figures[f"ledger/{name}"] = float(total)
-        figures.update({f"wire/{k}": float(v) for k, v in self.counters.items()})
-        return figures
+        return figures_of(self.ledger, list(self.peers.values()), self.counters)
 
     def oldest_needed(self) -> int:
         """Return the oldest policy version whose snapshot an actor may still ask for; -1: none."""

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from learner.sources.prompts import Prompt
+import msgspec
+
+from learner.ledger_state import LedgerState
+from learner.sources.prompts import Prompt, PromptState
 from protocol.messages import Group
 
 
@@ -29,3 +32,17 @@ class EvalResult:
     version: int
     groups: list[TrainedGroup]
     dropped: int
+
+
+class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint keeps of the coordinator.
+
+    `outstanding`: the prompts of tasks in the queue and in training, by number. `events` of this
+    incarnation were journalled before.
+    """
+
+    ledger: LedgerState
+    prompts: PromptState
+    position: int
+    outstanding: dict[int, Prompt]
+    events: int = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -66,10 +67,11 @@ def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
         )
     if is_enquiry(hello):
         return None
-    for code, ours, theirs in (
+    digests: tuple[tuple[Literal["model", "tokenizer"], str, str], ...] = (
         ("model", welcome.model_digest, hello.model_digest),
         ("tokenizer", welcome.tokenizer_digest, hello.tokenizer_digest),
-    ):
+    )
+    for code, ours, theirs in digests:
         if ours != theirs:
             return Refuse(
                 code=code,
@@ -110,13 +112,3 @@ def _fault(
         if ours != span.digest:
             return f"policy {span.version} has digest {ours}, tokens were sampled by {span.digest}"
     return ""
-
-
-def task_seed(seed: int, row_key: int | str, kind: TaskKind) -> int:
-    """Return a task's sampling seed, 63 bits: of the run's seed, the row's position and the kind.
-
-    Neither the attempt nor the task's number counts, so that a resumed run, which leases the same
-    rows under new numbers, samples what the first would have sampled.
-    """
-    entropy = np.random.SeedSequence([seed, int(row_key), int(kind == "eval")])
-    return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))

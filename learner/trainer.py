@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.records import Records
-from learner.step import Step, random_state, set_random_state
+from learner.step import Step, Update, random_state, set_random_state
 from protocol.errors import CheckpointError
 from protocol.policy import trainable
 
@@ -193,15 +193,15 @@ class Trainer(Generic[BatchT]):
     def _update(self, prepared: Prepared) -> dict[str, float]:
         """Take the batch's optimiser steps; with `num_iterations`, metrics are their mean."""
         count = self.objective.num_iterations
+        update, loss, merged = Update(grad_norm=0.0, learning_rate=0.0, applied=False), 0.0, None
         if not prepared.step:
             for _ in range(count):
                 update = self.updater.skip()
             return {"learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0}
-        loss, merged = 0.0, None
         for _ in range(count):
             for arrays in prepared.micro:
                 value, parts = self.updater.accumulate(arrays, self.objective.loss)
-                loss += float(value.item())
+                loss += cast(float, value.item())
                 merged = parts if merged is None else self.objective.merge(merged, parts)
             update = self.updater.apply()
         metrics = self.objective.finish(merged or {})

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 
-from learner.coordinator import Coordinator, CoordinatorState
+from learner.coordinator import Coordinator
+from learner.experience import CoordinatorState
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings
 from learner.lost import encode_line, read_journal, since
-from learner.peers import Terms, task_seed
+from learner.peers import Terms
 from learner.sources.feed import ListFeed
 from learner.sources.prompts import Prompt, PromptSource
 from learner.sources.sieve import Report
+from learner.tasks import task_seed
 from protocol.messages import (
     Ack,
     Applied,

@@ -14,8 +14,8 @@ from actors.mlx_engine import MlxEngine
 from actors.session import Identity, Session
 from actors.worker import Worker
 from learner.checkpoint import load_checkpoint
-from learner.coordinator import Coordinator, CoordinatorState
-from learner.experience import TrainBatch, TrainedGroup
+from learner.coordinator import Coordinator
+from learner.experience import CoordinatorState, TrainBatch, TrainedGroup
 from learner.grpo import GrpoObjective, gather_rows
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings
