@@ -1,0 +1,303 @@
+"""Kill parts of real runs and check that nothing is lost, trained twice or too stale. A program.
+
+    python -m tests.acceptance.faults --max-staleness 0 1 4 [--kills 5] [--steps 160]
+    python -m tests.acceptance.faults --kill-learner [--max-staleness 1]
+    python -m tests.acceptance.faults --fuzz [--frames 1000000] [--steps 1500]
+
+Each run is launch/grpo.py with its default recipe, two actors and small batches; its folder stays
+under `--dir`. Prints what was seen; exit status 1 if a check fails.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from learner.staleness import measure
+from tests.acceptance.journal import account, check_complete, incarnations
+from tests.acceptance.run import ROOT, CheckFailed, Launcher, check, lines, resident_mb
+
+BATCH = 8
+Json = dict[str, Any]
+
+
+def launch(args: argparse.Namespace, bound: int, *, save_steps: int = 0) -> Launcher:
+    """Start a run of `args.steps` batches with this staleness bound."""
+    folder = args.dir / f"faults-eta{bound}-{time.strftime('%H%M%S')}-{os.getpid()}"
+    flags = {
+        "run.dir": folder.parent,
+        "run.name": folder.name,
+        "run.log_completions": 0,
+        "run.save_steps": save_steps,
+        "data.eval_path": "",
+        "eval.steps": 0,
+        "train.batch_size": BATCH,
+        "train.micro_batch_size": BATCH,
+        "train.max_steps": args.steps,
+        "queue.max_staleness": bound,
+        "actors.count": 2,
+        "actors.max_rows": 4 * BATCH,
+    }
+    return Launcher(folder, [f"--{key}={value}" for key, value in flags.items()])
+
+
+def kill_actor(run: Launcher, before: int) -> int:
+    """Kill actor-0 while it works on a training task that it leased in this life; return its PID.
+
+    `before` is the PID of the life that was killed last.
+    """
+
+    def reborn() -> int:
+        found = run.child("--name actor-0")
+        return found[0] if found is not None and found[0] != before else 0
+
+    pid = run.until(reborn, "new actor-0")
+    seen = len(run.events())
+
+    def working() -> bool:
+        held: set[int] = set()
+        for event in (line["event"] for line in run.events()[seen:]):
+            if event["type"] == "Leased" and event["actor"] == "actor-0":
+                held.add(event["number"])
+            elif event["type"] in ("Received", "Closed"):
+                held.discard(event["number"])
+        return bool(held)
+
+    run.until(working, "lease of actor-0")
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def kill_reward_server(run: Launcher) -> None:
+    """Kill the reward server."""
+    found = run.until(lambda: run.child("reward_server.py"), "reward server")
+    os.kill(found[0], signal.SIGKILL)
+
+
+def after_a_step(run: Launcher, count: int = 1) -> None:
+    """Wait until the learner has taken `count` more steps."""
+    goal = len(run.steps()) + count
+    run.until(lambda: len(run.steps()) >= goal, f"step {goal}")
+
+
+def kills(args: argparse.Namespace, bound: int) -> float:
+    """Run with kills and check the records; return the mean waiting share of the learner."""
+    run, started = launch(args, bound), time.monotonic()
+    try:
+        pid = 0
+        for number in range(args.kills):
+            after_a_step(run)
+            pid = kill_actor(run, pid)
+            if number == args.kills // 2:
+                after_a_step(run)
+                kill_reward_server(run)
+        status = run.wait(args.limit)
+    finally:
+        run.end()
+    check(status == 0, f"the run ended with {status}; see {run.output}")
+    print(f"eta {bound}: {run.folder}, {time.monotonic() - started:.0f} s")
+    print(f"  actor-0 killed {args.kills} times, reward server once; exit status 0")
+    return check_records(run, bound, args.steps)
+
+
+def check_records(run: Launcher, bound: int, steps: int) -> float:
+    """Check journal, staleness and overlap of a whole run; return the mean waiting share."""
+    (events,) = incarnations(run.events()).values()
+    books = account(events)
+    check_complete(books)
+    rollouts, metrics = lines(run.folder / "rollouts.jsonl"), run.steps()
+    written = [line["task"] for line in rollouts if line["kind"] == "train"]
+    check(written == [n for n, _ in books.trained], "rollouts.jsonl and ledger.jsonl disagree")
+    check(len(metrics) == steps, f"{len(metrics)} steps on record, required {steps}")
+    print(
+        f"  tasks leased {len(books.leased)}, trained {len(books.trained)}, dropped "
+        f"{dict(Counter(books.dropped.values()))}; attempts {sum(books.leased.values())}, leases "
+        f"ended without a group {dict(books.closed)}; discarded {dict(books.discarded)}"
+    )
+    seen = measure(rollouts, metrics)
+    shares = [line["learner/waiting_share"] for line in metrics]
+    share = sum(shares) / len(shares)
+    print(
+        f"  staleness max {seen.max}, mean {seen.mean:.3f}; sampling {seen.sampling_s:.1f} s, "
+        f"training {seen.training_s:.1f} s, both at once {seen.overlap_s:.2f} s; waiting share "
+        f"mean {share:.3f}, median {sorted(shares)[len(shares) // 2]:.3f}"
+    )
+    check(seen.max <= bound, f"staleness {seen.max} is above the bound {bound}")
+    if bound >= 1:
+        check(seen.max >= 1, "staleness never reached 1")
+        check(seen.overlap_s > 0, "sampling and training never overlapped")
+    return share
+
+
+def kill_learner(args: argparse.Namespace, bound: int) -> None:
+    """Kill the learner past a checkpoint, resume, and hold lost.json against the journal."""
+    run = launch(args, bound, save_steps=5)
+    try:
+        run.until(lambda: len(run.steps()) >= 8, "step 8")
+        found = run.until(lambda: run.child("learn.py"), "learner")
+        os.kill(found[0], signal.SIGKILL)
+        status = run.wait(args.limit)
+    finally:
+        run.end()
+    check(status != 0, "the launcher ended with 0 although its learner was killed")
+    reached = len(run.steps())
+    again = Launcher(run.folder, ["--run.resume", str(run.folder)])
+    try:
+        resumed = again.wait(args.limit)
+    finally:
+        again.end()
+    check(resumed == 0, f"the resumed run ended with {resumed}; see {again.output}")
+    lost = msgspec.json.decode((run.folder / "lost.json").read_bytes())
+    print(f"eta {bound}: {run.folder}: learner killed after step {reached}, launcher {status}")
+    check_lost(run, lost, args.steps)
+
+
+def check_lost(run: Launcher, lost: Json, steps: int) -> None:
+    """Hold lost.json against the journal of both incarnations."""
+    before, after = incarnations(run.events()).values()
+    old, version = account(before), lost["version"]
+    rejoined = {t["new"]["number"]: t["row_key"] for t in lost["checkpoint"]["rejoined"]}
+    new = account(after, rejoined)
+    check_complete(new)
+    kept = [n for n, v in old.trained if v <= version]
+    undone = [n for n, v in old.trained if v > version]
+    since = numbers(lost["trained_since"])
+    check(since == undone, f"trained_since is {since}, the journal has {undone}")
+    top = max((v for _, v in old.trained), default=0)
+    check(lost["version_reached"] == top, f"version_reached is not {top}")
+    reported = {*numbers(lost["checkpoint"]["groups"]), *numbers(lost["received_since"]), *undone}
+    wanted = set(old.received) - set(kept)
+    check(reported == wanted, f"groups reported {sorted(reported)}, journal {sorted(wanted)}")
+    again = {t["old"]["number"] for t in lost["checkpoint"]["rejoined"]}
+    every = {*kept, *again, *numbers(lost["joined_since"]), *old.dropped}
+    check(every == set(old.joined), "tasks that joined are missing in lost.json")
+    rows = [old.joined[n] for n in kept] + [new.joined[n] for n, _ in new.trained]
+    check(len(rows) == len(set(rows)), "a row was trained twice in the history that counts")
+    check(len(rows) == steps * BATCH, f"{len(rows)} tasks trained, required {steps * BATCH}")
+    print(
+        f"  checkpoint of version {version}, reached {lost['version_reached']}: lost "
+        f"{len(undone)} trained tasks, {len(wanted) - len(undone)} groups, "
+        f"{len(lost['checkpoint']['leases'])} leases; {len(again)} tasks leased again; all as in "
+        f"the journal; {len(rows)} rows trained once each"
+    )
+
+
+def numbers(tasks: list[Json]) -> list[int]:
+    """Return the numbers of task identities."""
+    return [task["number"] for task in tasks]
+
+
+def fuzz(args: argparse.Namespace, bound: int) -> None:
+    """Flood both sockets during a run; it must end well, count every frame, and stay small."""
+    run = launch(args, bound)
+    floods: list[subprocess.Popen[bytes]] = []
+    try:
+        run.until(lambda: len(run.steps()) >= 2, "step 2")
+        pids = {name: run.child(name) for name in ("learn.py", "reward_server.py")}
+        learner, server = pids["learn.py"], pids["reward_server.py"]
+        if learner is None or server is None:
+            raise CheckFailed("learner or reward server is gone")
+        names = [r"--endpoint (ipc://\S+)", r"--bind (ipc://\S+)"]
+        texts = [learner[1], server[1]]
+        ends = [_found(n, text) for n, text in zip(names, texts, strict=True)]
+        first = {pid: resident_mb(pid) for pid, _ in (learner, server)}
+        peak = dict(first)
+        floods = [flood(args, end) for end in ends]
+
+        def counted() -> bool:
+            for pid in peak:
+                peak[pid] = max(peak[pid], resident_mb(pid))
+            return sum(refused(run).values()) >= args.frames
+
+        started = time.monotonic()
+        run.until(counted, f"{args.frames} refusals", stall_s=args.limit)
+        print(f"eta {bound}: {run.folder}: refused in {time.monotonic() - started:.0f} s")
+        for process in floods:
+            check(process.communicate(timeout=args.limit)[0] is not None, "no words of the flood")
+            check(process.returncode == 0, f"a flood ended with {process.returncode}")
+        status = run.wait(args.limit)
+    finally:
+        for process in floods:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        run.end()
+    check(status == 0, f"the run ended with {status}; see {run.output}")
+    check_records(run, bound, args.steps)
+    print(f"  learner refused {refused(run)}")
+    log = (run.folder / "logs" / "reward-0.log").read_text()
+    said = re.findall(r"refused: (\{.*\})", log)
+    check(said, "the reward server counted no refusals")
+    print(f"  reward server refused {said[-1]}")
+    for name, (pid, _) in (("learner", learner), ("reward server", server)):
+        print(f"  {name}: {first[pid]:.0f} MiB before the flood, peak {peak[pid]:.0f} MiB")
+        check(peak[pid] - first[pid] < args.growth, f"{name} grew beyond {args.growth} MiB")
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    check(match, f"no {pattern} in {text}")
+    return match.group(1) if match else ""
+
+
+def flood(args: argparse.Namespace, endpoint: str) -> subprocess.Popen[bytes]:
+    """Start a sender of bad frames that stays until its standard input closes."""
+    command = [sys.executable, "-m", "tests.protocol.fuzz_frames", endpoint, "--hold"]
+    command += ["--frames", str(args.frames), "--mutated", str(args.mutated)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def refused(run: Launcher) -> dict[str, int]:
+    """Return the learner's refusals by kind, as of its last step."""
+    steps = run.steps()
+    last = steps[-1] if steps else {}
+    return {k[13:]: int(v) for k, v in last.items() if k.startswith("wire/refused_")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what was asked for; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--max-staleness", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--kills", type=int, default=5, help="of actor-0, with SIGKILL")
+    parser.add_argument("--kill-learner", action="store_true")
+    parser.add_argument("--fuzz", action="store_true")
+    parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--mutated", type=int, default=1_000)
+    parser.add_argument("--growth", type=float, default=256, help="MiB allowed under the flood")
+    parser.add_argument("--steps", type=int, help="batches of 8 groups of 8")
+    parser.add_argument("--dir", type=Path, default=ROOT / "runs")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a run may go on for")
+    args = parser.parse_args(argv)
+    args.dir = args.dir.absolute()
+    args.steps = args.steps or (24 if args.kill_learner else 1500 if args.fuzz else 160)
+    shares: dict[int, float] = {}
+    try:
+        for bound in args.max_staleness:
+            if args.kill_learner:
+                kill_learner(args, bound)
+            elif args.fuzz:
+                fuzz(args, bound)
+            else:
+                shares[bound] = kills(args, bound)
+        for bound, share in shares.items():
+            if bound > 0 and 0 in shares:
+                check(share < shares[0], f"waiting share {share:.3f}, {shares[0]:.3f} at eta 0")
+    except CheckFailed as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    print("all checks hold")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
