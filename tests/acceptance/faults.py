@@ -2,10 +2,11 @@
 
     python -m tests.acceptance.faults --max-staleness 0 1 4 [--kills 5] [--steps 160]
     python -m tests.acceptance.faults --kill-learner [--max-staleness 1]
-    python -m tests.acceptance.faults --fuzz [--frames 1000000] [--steps 1500]
+    python -m tests.acceptance.faults --fuzz [--frames 1000000]
 
 Each run is launch/grpo.py with its default recipe, two actors and small batches; its folder stays
-under `--dir`. Prints what was seen; exit status 1 if a check fails.
+under `--dir`. The flooded run is stopped by SIGINT when all frames are counted. Prints what
+was seen; exit status 1 if a check fails.
 """
 
 import argparse
@@ -108,11 +109,14 @@ def kills(args: argparse.Namespace, bound: int) -> float:
     return check_records(run, bound, args.steps)
 
 
-def check_records(run: Launcher, bound: int, steps: int) -> float:
-    """Check journal, staleness and overlap of a whole run; return the mean waiting share."""
+def check_records(run: Launcher, bound: int, steps: int, *, left: int = 0) -> float:
+    """Check journal, staleness and overlap of a run; return the mean waiting share.
+
+    `left`: how many tasks a run that was stopped may leave to its checkpoint.
+    """
     (events,) = incarnations(run.events()).values()
     books = account(events)
-    check_complete(books)
+    check_complete(books, left=left)
     rollouts, metrics = lines(run.folder / "rollouts.jsonl"), run.steps()
     written = [line["task"] for line in rollouts if line["kind"] == "train"]
     check(written == [n for n, _ in books.trained], "rollouts.jsonl and ledger.jsonl disagree")
@@ -223,6 +227,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
         for process in floods:
             check(process.communicate(timeout=args.limit)[0] is not None, "no words of the flood")
             check(process.returncode == 0, f"a flood ended with {process.returncode}")
+        run.process.send_signal(signal.SIGINT)  # a clean stop, with a checkpoint
         status = run.wait(args.limit)
     finally:
         for process in floods:
@@ -231,7 +236,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
             process.wait()
         run.end()
     check(status == 0, f"the run ended with {status}; see {run.output}")
-    check_records(run, bound, args.steps)
+    check_records(run, bound, len(run.steps()), left=(bound + 1) * BATCH)
     print(f"  learner refused {refused(run)}")
     log = (run.folder / "logs" / "reward-0.log").read_text()
     said = re.findall(r"refused: (\{.*\})", log)
@@ -252,6 +257,7 @@ def flood(args: argparse.Namespace, endpoint: str) -> subprocess.Popen[bytes]:
     """Start a sender of bad frames that stays until its standard input closes."""
     command = [sys.executable, "-m", "tests.protocol.fuzz_frames", endpoint, "--hold"]
     command += ["--frames", str(args.frames), "--mutated", str(args.mutated)]
+    command += ["--rewards"] if "reward" in endpoint else []
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
@@ -279,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds that a run may go on for")
     args = parser.parse_args(argv)
     args.dir = args.dir.absolute()
-    args.steps = args.steps or (24 if args.kill_learner else 1500 if args.fuzz else 160)
+    args.steps = args.steps or (24 if args.kill_learner else 100_000 if args.fuzz else 160)
     shares: dict[int, float] = {}
     try:
         for bound in args.max_staleness:

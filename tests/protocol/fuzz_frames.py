@@ -11,15 +11,20 @@ import random
 import sys
 import time
 
+import msgspec
 import zmq
 
 from protocol import wire
 from protocol.endpoints import check_endpoint
 from protocol.errors import ChannelError
 from protocol.keys import load_client_keys
+from protocol.messages import ScoreRequest
 from tests.protocol.examples import ACTOR_MESSAGES
 
 SEND_HWM = 16
+SCORE = ScoreRequest(
+    id="fuzz", prompts=["1+1="] * 2, completions=["2", "3"], completion_ids=[[5], [6]]
+)
 
 
 def random_frame(rng: random.Random) -> bytes:
@@ -54,10 +59,11 @@ def open_dealer(
     return socket
 
 
-def send_all(socket: zmq.Socket[bytes], frames: int, mutated: int, seed: int) -> int:
+def send_all(
+    socket: zmq.Socket[bytes], valid: list[bytes], frames: int, mutated: int, seed: int
+) -> int:
     """Send everything, taking answers as they come; return how many answers came."""
     rng = random.Random(seed)
-    valid = [wire.encode(message) for message in ACTOR_MESSAGES]
     answers = 0
     for number in range(frames + mutated):
         is_random = number < frames
@@ -79,9 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=1_000_000, help="random frames")
     parser.add_argument("--mutated", type=int, default=1_000, help="mutated valid messages")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rewards", action="store_true", help="the socket is a reward server's")
     parser.add_argument("--keys", default="", help="folder of CURVE keys")
     parser.add_argument("--hold", action="store_true", help="stay until standard input ends")
     options = parser.parse_args(arguments)
+    valid = [wire.encode(message) for message in ACTOR_MESSAGES]
+    if options.rewards:
+        valid = [msgspec.json.encode(SCORE)]
     started = time.monotonic()
     try:
         check_endpoint(options.endpoint, keys=bool(options.keys))
@@ -89,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             zmq.Context() as context,
             open_dealer(context, options.endpoint, options.keys) as socket,
         ):
-            answers = send_all(socket, options.frames, options.mutated, options.seed)
+            answers = send_all(socket, valid, options.frames, options.mutated, options.seed)
             if options.hold:
                 sys.stdin.read()
     except zmq.Again:
