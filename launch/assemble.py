@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -26,7 +26,7 @@ from learner.memory import estimate_memory, warn_if_too_large
 from learner.peers import Terms
 from learner.records import Records
 from learner.reference import Reference, make_reference
-from learner.rollouts import describe
+from learner.rollouts import Decoder, describe
 from learner.service import Service
 from learner.sources.online import OnlineSource
 from learner.sources.prompts import PromptSets, open_prompts
@@ -267,7 +267,9 @@ def _trainer(
     warn_if_too_large(estimate)
 
     def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
-        return describe(item, trained_at, policy.tokenizer, settings.run.log_completions)
+        return describe(
+            item, trained_at, cast(Decoder, policy.tokenizer), settings.run.log_completions
+        )
 
     objective = GrpoObjective(
         settings_objective,

@@ -26,7 +26,8 @@ OfflineRun = SftRun | PreferenceRun
 
 def assemble_offline(folder: Path, kind: str) -> Run:
     """Build the offline run of `folder`: "sft" or "preference"."""
-    settings: OfflineRun = load(SftRun if kind == "sft" else PreferenceRun, folder / "config.toml")
+    path = folder / "config.toml"
+    settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = _reference(settings, policy)
     sets = open_examples(settings, policy)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.objectives.metrics import number
 from learner.records import Records
 from learner.step import Step, Update, random_state, set_random_state
 from protocol.errors import CheckpointError
@@ -23,6 +24,8 @@ from protocol.policy import trainable
 log = logging.getLogger("pippin.learner")
 
 BatchT = TypeVar("BatchT")
+BatchOut = TypeVar("BatchOut", covariant=True)
+BatchIn = TypeVar("BatchIn", contravariant=True)
 Arrays = dict[str, mx.array]
 
 
@@ -40,12 +43,12 @@ class Prepared:
     rollouts: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Source(Protocol[BatchT]):
+class Source(Protocol[BatchOut]):
     """Where batches come from."""
 
     exhausted: bool
 
-    def poll(self, timeout_s: float = 0.0) -> BatchT | None:
+    def poll(self, timeout_s: float = 0.0) -> BatchOut | None:
         """Return the next batch, if it is there."""
         ...
 
@@ -62,12 +65,15 @@ class Source(Protocol[BatchT]):
         ...
 
 
-class Objective(Protocol[BatchT]):
+class Objective(Protocol[BatchIn]):
     """What is optimised."""
 
-    num_iterations: int
+    @property
+    def num_iterations(self) -> int:
+        """How often a batch is trained on."""
+        ...
 
-    def prepare(self, batch: BatchT) -> Prepared:
+    def prepare(self, batch: BatchIn) -> Prepared:
         """Turn a batch into arrays; may run the policy or its reference without a gradient."""
         ...
 
@@ -201,7 +207,7 @@ class Trainer(Generic[BatchT]):
         for _ in range(count):
             for arrays in prepared.micro:
                 value, parts = self.updater.accumulate(arrays, self.objective.loss)
-                loss += cast(float, value.item())
+                loss += number(value)
                 merged = parts if merged is None else self.objective.merge(merged, parts)
             update = self.updater.apply()
         metrics = self.objective.finish(merged or {})

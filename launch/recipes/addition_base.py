@@ -7,6 +7,7 @@ our own with ChatML's special tokens: 256 bytes and 6 specials.
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -81,7 +82,7 @@ def write_weights(folder: Path, seed: int) -> None:
         name: mx.ones_like(value)
         if name.endswith("norm.weight")
         else 0.02 * mx.random.normal(value.shape, key=next(keys))
-        for name, value in tree_flatten(model.parameters())
+        for name, value in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 

@@ -107,7 +107,9 @@ def grpo_loss(
     loss, parts = _policy_loss(logps, gap, coefficient, advantage, mask, ratio, settings)
     if settings.off_policy_mask_threshold is not None:
         sampler = old_logps if sampling_logps is None else sampling_logps
-        loss = loss * off_policy_mask(logps, sampler, advantage, mask, settings)
+        loss = loss * off_policy_mask(
+            logps, sampler, advantage, mask, settings.off_policy_mask_threshold
+        )
     effective = mask
     if settings.top_entropy_quantile < 1.0:
         high = (entropies >= normalisers["entropy_threshold"]).astype(mask.dtype)
@@ -145,13 +147,12 @@ def off_policy_mask(
     sampling_logps: mx.array,
     advantage: mx.array,
     mask: mx.array,
-    settings: GrpoSettings,
+    threshold: float,
 ) -> mx.array:
     """Return (B, 1), 0 for sequences of negative advantage that drifted too far (DeepSeek-V3.2)."""
     drift = sampling_logps - mx.stop_gradient(logps)
     drift = mx.where(mx.isnan(drift) | (mask == 0), 0.0, drift)
     average = drift.sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1.0)
-    threshold = settings.off_policy_mask_threshold
     return ((advantage >= 0) | (average <= threshold)).astype(mask.dtype)
 
 

@@ -5,10 +5,16 @@ is their quotient), `min:x`, `max:x`. A `sum:x` without `count:x` is logged as i
 """
 
 import math
+from typing import cast
 
 import mlx.core as mx
 
 Metrics = dict[str, mx.array]
+
+
+def number(array: mx.array) -> float:
+    """Return a scalar array as a number; evaluates it."""
+    return float(cast(float, array.item()))
 
 
 def mean(name: str, total: mx.array, count: mx.array) -> Metrics:
@@ -43,7 +49,7 @@ def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
 
 def finish_metrics(metrics: Metrics) -> dict[str, float]:
     """Return the metrics as numbers under their own names; NaN where nothing was counted."""
-    values = {name: float(value.item()) for name, value in metrics.items()}  # pyright: ignore
+    values = {name: number(value) for name, value in metrics.items()}
     finished: dict[str, float] = {}
     for key, value in values.items():
         kind, name = key.split(":", 1)

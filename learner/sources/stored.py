@@ -7,6 +7,7 @@ from typing import Any, Generic
 import mlx.nn as nn
 import msgspec
 
+from learner.objectives.metrics import number
 from learner.sources.examples import E
 from learner.sources.offline import OfflineSource, OfflineState
 from learner.trainer import Objective, Prepared
@@ -68,7 +69,7 @@ class StoredEvaluator(Generic[E]):
             loss, merged = 0.0, None
             for arrays in prepared.micro:
                 value, metrics = self.objective.loss(self.model, arrays)
-                loss += float(value.item())
+                loss += number(value)
                 merged = metrics if merged is None else self.objective.merge(merged, metrics)
             figures = {"loss": loss, **self.objective.finish(merged or {})}
             share = prepared.metrics.get("eval_weight", float(len(batch)))

@@ -67,13 +67,13 @@ async def until(condition):
             await anyio.sleep(0.01)
 
 
-async def scored_by(answers):
+async def scored_by(answers, resend_s=0.2):
     """Return the result of one score, from endpoints that answer as `answers` says."""
     results = []
     async with anyio.create_task_group() as tasks:
         for endpoint, answer in answers.items():
             await tasks.start(fake, endpoint, answer)
-        async with client(list(answers)) as scorer:
+        async with client(list(answers), resend_s=resend_s) as scorer:
             results.append(await score(scorer))
         tasks.cancel_scope.cancel()
     return results[0]
@@ -165,14 +165,15 @@ async def test_a_slow_reward_is_asked_for_at_one_endpoint_while_it_says_progress
 
     def slow(request):
         asked.append(request["id"])
-        return {"type": "progress"} if len(asked) < 5 else {"rewards": [[1.0, 2.0]]}
+        return {"type": "progress"} if len(asked) < 3 else {"rewards": [[1.0, 2.0]]}
 
     def idle(request):
         strayed.append(request["id"])
 
-    result = await scored_by({f"ipc://{folder}/a": slow, f"ipc://{folder}/b": idle})
+    # An answer that takes longer than this on a busy machine would be taken for silence.
+    result = await scored_by({f"ipc://{folder}/a": slow, f"ipc://{folder}/b": idle}, resend_s=1.5)
     assert table(result) == [[1.0], [2.0]]
-    assert len(asked) == 5
+    assert len(asked) == 3
     assert len(set(asked)) == 1
     assert strayed == []
 

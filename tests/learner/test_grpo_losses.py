@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from learner.objectives.grpo import entropy_quantile, grpo_loss, grpo_normalisers, importance_ratio
-from learner.objectives.metrics import finish_metrics, merge_metrics
+from learner.objectives.metrics import finish_metrics, merge_metrics, number
 from protocol.settings import GrpoSettings
 
 LOSSES = get_args(get_type_hints(GrpoSettings)["loss_type"])
@@ -60,7 +60,7 @@ def run(data, settings, index=None):
         )
 
     (value, metrics), grad = mx.value_and_grad(loss)(part["logps"])
-    return value.item(), np.array(grad), metrics
+    return number(value), np.array(grad), metrics
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])

@@ -19,6 +19,7 @@ from learner.experience import CoordinatorState, TrainBatch, TrainedGroup
 from learner.grpo import GrpoObjective, gather_rows
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings
+from learner.objectives.metrics import number
 from learner.peers import Terms
 from learner.records import Records
 from learner.sources.feed import ListFeed
@@ -226,7 +227,7 @@ def test_batches_train_in_queue_order_within_the_bound(tmp_path, eta):
     ]
     assert max(ages) == eta
     after = trainable(trainer.model)
-    moved = max(float(mx.abs(after[name] - value).max().item()) for name, value in before.items())
+    moved = max(number(mx.abs(after[name] - value).max()) for name, value in before.items())
     assert 0.01 < moved < 0.06  # four steps of Adam at a learning rate of at most 0.01
     assert loop.made.rates()["ledger/trained"] == 8
 

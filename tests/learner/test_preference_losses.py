@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from learner.objectives.dpo import DPO_LOSSES
-from learner.objectives.metrics import finish_metrics, merge_metrics
+from learner.objectives.metrics import finish_metrics, merge_metrics, number
 from learner.objectives.odds import log_sigmoid_odds
 from learner.objectives.preference import (
     check_preference,
@@ -62,7 +62,7 @@ def gradient(logps, ref, mask, settings, rows=None, tokens=None):
         return call(x, ref, mask, settings, rows, tokens)
 
     (value, metrics), grad = mx.value_and_grad(loss)(mx.array(logps))
-    return value.item(), np.array(grad), metrics
+    return number(value), np.array(grad), metrics
 
 
 @pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
