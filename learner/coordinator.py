@@ -76,13 +76,17 @@ class Coordinator:
     def _from_actor(self, peer: bytes, actor: Peer, message: ActorMessage, now: float) -> None:
         match message:
             case Request():
+                actor.stalled = False
                 actor.credit = message.free_rows
             case Group():
+                actor.stalled = False
                 self._group(peer, actor, message, now)
             case Failed():
+                actor.stalled = False
                 self._failed(peer, actor, message, now)
             case Heartbeat():
                 if message.progress != actor.progress:
+                    actor.stalled = False
                     self.ledger.progressed(actor.actor_id, now)
                 actor.progress = message.progress
                 actor.tokens_per_s = message.tokens_per_s
@@ -217,7 +221,11 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Let leases expire, and forget actors that have been silent."""
-        self._cancel(self.ledger.expire(now))
+        expired = self.ledger.expire(now)
+        self._cancel(expired)
+        holders = {lease.actor for lease in expired}
+        for actor in self.peers.values():
+            actor.stalled = actor.stalled or actor.actor_id in holders
         for peer, actor in list(self.peers.items()):
             if now - actor.last_seen > self.terms.actor_timeout_s:
                 log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
@@ -238,7 +246,7 @@ class Coordinator:
         if self.policy is None:
             return
         for peer, actor in sorted(self.peers.items(), key=lambda item: -item[1].credit):
-            if actor.credit > 0:
+            if actor.credit > 0 and not actor.stalled:
                 self._lease(peer, actor, now)
 
     def _lease(self, peer: bytes, actor: Peer, now: float) -> None:

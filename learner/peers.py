@@ -24,7 +24,8 @@ from protocol.messages import (
 class Peer:
     """An actor that said Hello. `credit` is in completions.
 
-    `oldest_needed` is the oldest policy version whose snapshot it may still ask for.
+    `oldest_needed` is the oldest policy version whose snapshot it may still ask for. `stalled`: its
+    leases ran out, and it gets no others until its main thread is known to move.
     """
 
     actor_id: str
@@ -33,6 +34,7 @@ class Peer:
     last_seen: float
     oldest_needed: int
     credit: int = 0
+    stalled: bool = False
     progress: int = -1
     tokens_per_s: float = 0.0
     tokens_sampled: int = 0

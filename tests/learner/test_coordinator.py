@@ -241,6 +241,25 @@ def test_progress_renews_leases_and_its_lack_ends_them():
     assert said(made, A) == [Cancel(task=first.task, attempt=1)]
 
 
+def test_an_actor_whose_leases_ran_out_gets_others_only_once_it_moves():
+    made = coordinator()
+    assert len(join(made, free_rows=2 * G)) == 2
+    made.receive(A, Request(free_rows=G), 1.0)
+    (third,) = tasks(made, A)
+    made.receive(A, Request(free_rows=100 * G), 2.0)
+    assert [t.task.number for t in tasks(made, A)] == [3]
+    made.receive(A, Heartbeat(progress=1), 10.0)
+    made.receive(A, Heartbeat(progress=1), 65.0)
+    made.tick(71.0)
+    assert {type(message) for message in said(made, A)} == {Cancel}  # and room for 97 groups
+    made.receive(A, Heartbeat(progress=1), 72.0)
+    assert tasks(made, A) == []
+    made.receive(A, Heartbeat(progress=2), 73.0)
+    again = tasks(made, A)
+    assert [(t.task.number, t.attempt) for t in again] == [(0, 2), (1, 2), (2, 2), (3, 2)]
+    assert again[2].task == third.task
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
