@@ -1,6 +1,6 @@
 """Kill parts of real runs and check that nothing is lost, trained twice or too stale. A program.
 
-    python -m tests.acceptance.faults --max-staleness 0 1 4 [--kills 5] [--steps 160]
+    python -m tests.acceptance.faults --max-staleness 0 1 4 [--kills 5] [--freeze]
     python -m tests.acceptance.faults --kill-learner [--max-staleness 1]
     python -m tests.acceptance.faults --fuzz [--frames 1000000]
 
@@ -25,6 +25,13 @@ import msgspec
 from learner.staleness import measure
 from tests.acceptance.journal import account, check_complete, incarnations
 from tests.acceptance.run import ROOT, CheckFailed, Launcher, check, lines, resident_mb
+from tests.acceptance.strikes import (
+    after_a_step,
+    freeze_actor,
+    freeze_learner,
+    kill_actor,
+    kill_reward_server,
+)
 
 BATCH = 8
 Json = dict[str, Any]
@@ -44,49 +51,11 @@ def launch(args: argparse.Namespace, bound: int, *, save_steps: int = 0) -> Laun
         "train.micro_batch_size": BATCH,
         "train.max_steps": args.steps,
         "queue.max_staleness": bound,
+        "queue.lease_s": 5 if args.freeze else 120,
         "actors.count": 2,
         "actors.max_rows": 4 * BATCH,
     }
     return Launcher(folder, [f"--{key}={value}" for key, value in flags.items()])
-
-
-def kill_actor(run: Launcher, before: int) -> int:
-    """Kill actor-0 while it works on a training task that it leased in this life; return its PID.
-
-    `before` is the PID of the life that was killed last.
-    """
-
-    def reborn() -> int:
-        found = run.child("--name actor-0")
-        return found[0] if found is not None and found[0] != before else 0
-
-    pid = run.until(reborn, "new actor-0")
-    seen = len(run.events())
-
-    def working() -> bool:
-        held: set[int] = set()
-        for event in (line["event"] for line in run.events()[seen:]):
-            if event["type"] == "Leased" and event["actor"] == "actor-0":
-                held.add(event["number"])
-            elif event["type"] in ("Received", "Closed"):
-                held.discard(event["number"])
-        return bool(held)
-
-    run.until(working, "lease of actor-0")
-    os.kill(pid, signal.SIGKILL)
-    return pid
-
-
-def kill_reward_server(run: Launcher) -> None:
-    """Kill the reward server."""
-    found = run.until(lambda: run.child("reward_server.py"), "reward server")
-    os.kill(found[0], signal.SIGKILL)
-
-
-def after_a_step(run: Launcher, count: int = 1) -> None:
-    """Wait until the learner has taken `count` more steps."""
-    goal = len(run.steps()) + count
-    run.until(lambda: len(run.steps()) >= goal, f"step {goal}")
 
 
 def kills(args: argparse.Namespace, bound: int) -> float:
@@ -100,12 +69,21 @@ def kills(args: argparse.Namespace, bound: int) -> float:
             if number == args.kills // 2:
                 after_a_step(run)
                 kill_reward_server(run)
+        if args.freeze:
+            after_a_step(run)
+            freeze_actor(run, "actor-1")
+            after_a_step(run)
+            freeze_learner(run)
+            after_a_step(run)
         status = run.wait(args.limit)
     finally:
         run.end()
     check(status == 0, f"the run ended with {status}; see {run.output}")
     print(f"eta {bound}: {run.folder}, {time.monotonic() - started:.0f} s")
     print(f"  actor-0 killed {args.kills} times, reward server once; exit status 0")
+    if args.freeze:
+        late = [e for e in run.events() if e["event"].get("reason") == "duplicate"]
+        check(late, "no group came twice although the learner was frozen")
     return check_records(run, bound, args.steps)
 
 
@@ -227,6 +205,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
         for process in floods:
             check(process.communicate(timeout=args.limit)[0] is not None, "no words of the flood")
             check(process.returncode == 0, f"a flood ended with {process.returncode}")
+        counted()  # the peaks again, as the other socket's flood may have gone on
         run.process.send_signal(signal.SIGINT)  # a clean stop, with a checkpoint
         status = run.wait(args.limit)
     finally:
@@ -275,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--max-staleness", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--kills", type=int, default=5, help="of actor-0, with SIGKILL")
+    parser.add_argument(
+        "--freeze", action="store_true", help="also stop actor-1 and the learner for seconds"
+    )
     parser.add_argument("--kill-learner", action="store_true")
     parser.add_argument("--fuzz", action="store_true")
     parser.add_argument("--frames", type=int, default=1_000_000)
