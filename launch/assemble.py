@@ -63,7 +63,12 @@ def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
         from mlx_lm.utils import save
 
         target = folder / "model"
-        save(target, policy.folder, policy.model, policy.tokenizer, policy.config)
+        config = dict(policy.config)
+        quantised = [module for module in policy.model.modules() if "scales" in module]
+        if quantised and "quantization" not in config:  # quantised at load, so not in config.json
+            layer: Any = quantised[0]
+            config["quantization"] = {"group_size": layer.group_size, "bits": layer.bits}
+        save(target, policy.folder, policy.model, policy.tokenizer, config)
         return target
     target = folder / "adapters"
     save_adapters(target, policy.model, policy.adapter_config, base)

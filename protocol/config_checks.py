@@ -92,12 +92,6 @@ def _check_model(model: ModelSettings) -> None:
     require(bool(model.reference), "model.reference", 'must be "initial", "base" or a path', "")
     if model.fine_tune_type == "full":
         require(
-            model.quantize_bits == 0,
-            "model.quantize_bits",
-            'must be 0 with model.fine_tune_type = "full" (quantised weights are not trained)',
-            model.quantize_bits,
-        )
-        require(
             not model.adapter_path,
             "model.adapter_path",
             'must be empty with model.fine_tune_type = "full"; fuse the adapter first',
@@ -262,12 +256,6 @@ def _check_objective(grpo: GrpoSettings) -> None:
         "objective.importance_sampling_clip_min",
         f"must be none or between 0 and importance_sampling_clip_max ({top:g})",
         low,
-    )
-    require(
-        grpo.importance_sampling_level == "sequence" or grpo.loss_type != "luspo",
-        "objective.importance_sampling_level",
-        'must be "sequence" with objective.loss_type = "luspo"',
-        grpo.importance_sampling_level,
     )
 
 
