@@ -1,7 +1,7 @@
 """SFT over rows of tokens: examples to arrays, and the token-mean loss of a micro-batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from learner.batches import sequence_batch
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
+from learner.objectives.sft import sft_loss
 from learner.sources.examples import SftExample
 from learner.trainer import Arrays, Prepared
 from protocol.settings import TrainSettings
@@ -27,7 +28,6 @@ class SftObjective:
     train: TrainSettings
     head: Head
     num_iterations: int = 1
-    reads: list[nn.Module] = field(default_factory=list)
 
     def prepare(self, batch: Sequence[SftExample]) -> Prepared:
         """Return the arrays of a batch, `micro_batch_size` rows a micro-batch."""
@@ -59,7 +59,7 @@ class SftObjective:
         )
         mask = arrays["mask"]
         metrics: Arrays = mean("entropy", (entropies * mask).sum(), mask.sum())
-        return -(logps * mask).sum() / arrays["normaliser"], metrics
+        return sft_loss(logps, mask=mask, tokens=arrays["normaliser"]), metrics
 
     def merge(self, first: Arrays, second: Arrays) -> Arrays:
         """Merge the metrics of two micro-batches."""
