@@ -6,12 +6,14 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.forward import completion_logprobs
 from learner.reference import make_reference, view
 from learner.step import Step
 from protocol.errors import ModelError
 from protocol.policy import load_base, load_policy, save_adapters, trainable
 from protocol.settings import ModelSettings, OptimizerSettings
+from protocol.snapshots import load_trainable
 from tests.tiny import on_device, ragged_batch, write_model_folder
 
 
@@ -38,10 +40,13 @@ def logps_of(model):
     )[0]
 
 
-def train(policy, updates):
-    step = Step(
-        policy.model, OptimizerSettings(learning_rate=1e-3), total_steps=200, compiled=False
-    )
+def step_of(policy):
+    settings = OptimizerSettings(learning_rate=1e-3)
+    return Step(policy.model, settings, total_steps=200, compiled=False)
+
+
+def train(policy, updates, step=None):
+    step = step or step_of(policy)
     for _ in range(updates):
         step.accumulate(on_device(ragged_batch()), nll)
         step.apply()
@@ -56,7 +61,7 @@ def adapter_folder(folder, target, **changes):
 
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_a_hundred_steps_leave_it_bit_identical(folder, kind, bits):
+def test_a_hundred_steps_and_a_resume_leave_it_bit_identical(folder, tmp_path, kind, bits):
     settings = settings_of(folder, fine_tune_type=kind, quantize_bits=bits)
     policy = load_policy(settings, seed=1)
     base, _ = load_base(settings, folder)
@@ -64,14 +69,28 @@ def test_a_hundred_steps_leave_it_bit_identical(folder, kind, bits):
     digest, before = reference.weights_digest(), logps_of(reference.model)
     assert mx.array_equal(before, logps_of(base))
     assert not trainable(reference.model)
-    train(policy, 100)
+    step = step_of(policy)
+    train(policy, 50, step)
+    save_checkpoint(
+        tmp_path, Checkpoint(50, trainable(policy.model), step.state(), b"", {}), keep=1
+    )
+    train(policy, 50, step)
     assert not mx.array_equal(logps_of(policy.model), before)
     assert reference.weights_digest() == digest
     assert mx.array_equal(logps_of(reference.model), before)
-    # What a resumed run makes from the source.
-    again = make_reference(load_policy(settings, seed=1), settings)
+
+    resumed = load_policy(settings, seed=1)
+    again = make_reference(resumed, settings)
     assert (again.digest, again.weights_digest()) == (reference.digest, digest)
-    assert len(trainable(policy.model)) > 0
+    checkpoint = load_checkpoint(tmp_path)
+    load_trainable(resumed.model, checkpoint.weights, "checkpoint")
+    step = step_of(resumed)
+    step.load_state(checkpoint.optimizer)
+    train(resumed, 50, step)
+    straight = trainable(policy.model)
+    assert all(mx.array_equal(a, straight[name]) for name, a in trainable(resumed.model).items())
+    assert again.weights_digest() == digest
+    assert mx.array_equal(logps_of(again.model), before)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
