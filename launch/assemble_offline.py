@@ -1,13 +1,15 @@
 """Puts an offline learner together: SFT or preference losses over a dataset."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from launch.assemble import Run, new_step, resume_point, run_digests, started_at
-from learner.forward import choose_head
+from learner.forward import Head, choose_head
 from learner.records import Records
 from learner.reference import Reference, make_reference
+from learner.reference_logps import Scorer, cache_folder, precompute
 from learner.sft import SftObjective
 from learner.sources.examples import answers, pairs, sequences
 from learner.sources.generated import DEFAULT_LENGTH, Answers
@@ -34,8 +36,12 @@ def assemble_offline(folder: Path, kind: str) -> Run:
     total = sets.train.total_steps
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    head = choose_head(policy.model, settings.train.head)
+    digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    objective = _objective(settings, policy, reference)
+    if reference is not None and _precompute(settings, reference, head, sets):
+        reference = None  # and with it the weights that only it holds
+    objective = _objective(settings, policy, reference, head)
     source: StoredSource[Any] = StoredSource(sets.train)
     trainer: Trainer[Any] = Trainer(
         policy.model,
@@ -59,7 +65,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
         )
         if sets.evaluation
         else None,
-        resume_state=run_digests(policy, reference),
+        resume_state=digests,
     )
     if checkpoint is not None:
         source.restore(checkpoint.source)
@@ -75,6 +81,21 @@ def _reference(settings: OfflineRun, policy: LoadedPolicy) -> Reference | None:
     if objective.reference_free or objective.method in ("cpo", "simpo", "orpo"):
         return None
     return make_reference(policy, settings.model)
+
+
+def _precompute(
+    settings: OfflineRun, reference: Reference, head: Head, sets: OfflineSets[Any]
+) -> bool:
+    """Give the examples their reference log-probs, where the settings ask for it; say whether."""
+    if isinstance(settings, SftRun) or not settings.objective.precompute_ref_log_probs:
+        return False
+    scorer = Scorer(reference, head, settings.objective, settings.train)
+    sets.train.replace_first(precompute(sets.train.first_batches(), scorer, cache_folder()))
+    held_out, size = sets.evaluation, settings.eval.batch_size
+    if held_out:
+        batches = [held_out[start : start + size] for start in range(0, len(held_out), size)]
+        held_out[:] = chain.from_iterable(precompute(batches, scorer, cache_folder()))
+    return True
 
 
 def _answers(settings: OfflineRun, policy: LoadedPolicy) -> Answers | None:
@@ -109,9 +130,8 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
 
 
 def _objective(
-    settings: OfflineRun, policy: LoadedPolicy, reference: Reference | None
+    settings: OfflineRun, policy: LoadedPolicy, reference: Reference | None, head: Head
 ) -> Objective[Any]:
-    head = choose_head(policy.model, settings.train.head)
     if isinstance(settings, SftRun):
         return SftObjective(settings.train, head)
     from learner.preference import PreferenceObjective

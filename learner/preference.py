@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from learner.batches import TokenBatch, token_batch
+from learner.batches import TokenBatch, aligned
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
@@ -22,11 +22,17 @@ from learner.objectives.preference import (
     kto_loss,
     kto_loss_type,
     needs_reference,
-    needs_whole_batch,
     pair_normalisers,
     preference_loss,
 )
-from learner.sources.examples import PreferenceExample, UnpairedExample
+from learner.preference_batches import (
+    answer_parts,
+    answer_tokens,
+    nll_of_whole_sequence,
+    pair_parts,
+    pair_tokens,
+)
+from learner.sources.examples import Logps, PreferenceExample, UnpairedExample
 from learner.trainer import Arrays, Prepared
 from protocol.errors import ConfigError
 from protocol.settings import PreferenceSettings, TrainSettings
@@ -39,8 +45,8 @@ class PreferenceObjective:
     """DPO's family, CPO, SimPO and ORPO over batches of pairs; KTO over judged answers.
 
     `model` is the policy, which KTO's KL and WPO's weights read before the step; `reference` gives
-    the frozen policy of DPO and KTO. Batch sizes count pairs, or KTO's rows. Raises ConfigError
-    for settings that cannot be met.
+    the frozen policy of DPO and KTO, unless every example brings its precomputed log-probs. Batch
+    sizes count pairs, or KTO's rows. Raises ConfigError for settings that cannot be met.
     """
 
     settings: PreferenceSettings
@@ -53,7 +59,8 @@ class PreferenceObjective:
 
     def __post_init__(self) -> None:
         check_preference(self.settings)
-        if needs_reference(self.settings) and self.reference is None:
+        given = self.reference is not None or self.settings.precompute_ref_log_probs
+        if needs_reference(self.settings) and not given:
             raise ConfigError(
                 f"objective.method = {self.settings.method!r} needs a reference policy, and none "
                 'was given: set model.reference to "initial", "base" or a path (for DPO alone, '
@@ -135,19 +142,20 @@ class PreferenceObjective:
         return self.settings.method == "kto"
 
     def _prepare_pairs(self, pairs: Sequence[PreferenceExample]) -> Prepared:
-        size = len(pairs) if needs_whole_batch(self.settings) else self.train.micro_batch_size
         scored = any(pair.score is not None for pair in pairs)
         micro: list[Arrays] = []
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            arrays = to_device(self._pair_tokens(part))
+        for part in pair_parts(pairs, self.settings, self.train):
+            tokens = pair_tokens(part, self.settings.method, self.train.length_bucket)
+            arrays = to_device(tokens)
             if self.settings.method == "orpo":
-                arrays |= _nll_of_whole_sequence(part, arrays["mask"])
+                arrays |= nll_of_whole_sequence(part, arrays["mask"])
             if scored:
                 scores = [1.0 if pair.score is None else pair.score for pair in part]
                 arrays["scores"] = mx.array(scores, dtype=mx.float32)
             if needs_reference(self.settings):
-                arrays["ref_logps"] = self._logps(self.reference, arrays)
+                sides = [pair.ref_logps or (None, None) for pair in part]
+                stored = [chosen for chosen, _ in sides] + [rejected for _, rejected in sides]
+                arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
             if self.settings.use_weighting and self.settings.method == "dpo":
                 arrays["log_sum_sq_probs"] = self._log_sum_sq_probs(arrays)
             mx.eval(arrays)
@@ -168,43 +176,23 @@ class PreferenceObjective:
         )
         return Prepared(_shared(micro, values), {"batch_tokens": float(tokens)})
 
-    def _pair_tokens(self, part: Sequence[PreferenceExample]) -> TokenBatch:
-        """Return rows [:B] chosen, [B:] rejected; ORPO's NLL reads the chosen prompts' tokens too.
-
-        There the chosen "completion" is all but the first token, and the mask leaves the rest of
-        the prompt out.
-        """
-        prompts: list[list[int]] = []
-        completions: list[list[int]] = []
-        masks: list[list[float]] = []
-        for pair in part:
-            kept = 1 if self.settings.method == "orpo" else len(pair.prompt_ids)
-            prompts.append(pair.prompt_ids[:kept])
-            completions.append(pair.prompt_ids[kept:] + pair.chosen_ids)
-            masks.append([0.0] * (len(pair.prompt_ids) - kept) + [1.0] * len(pair.chosen_ids))
-        return token_batch(
-            prompts + [pair.rejected_prompt_ids for pair in part],
-            completions + [pair.rejected_ids for pair in part],
-            masks=masks + [[1.0] * len(pair.rejected_ids) for pair in part],
-            length_bucket=self.train.length_bucket,
-        )
-
     def _prepare_answers(self, answers: Sequence[UnpairedExample]) -> Prepared:
-        size = self.train.micro_batch_size
-        # TRL's mismatched completions: each prompt is followed by its predecessor's answer.
-        others = [answers[index - 1].completion_ids for index in range(len(answers))]
+        bucket = self.train.length_bucket
         with_kl = kto_loss_type(self.settings) == "kto"
         micro: list[Arrays] = []
         gaps: list[np.ndarray] = []
-        for start in range(0, len(answers), size):
-            part = answers[start : start + size]
-            prompts = [answer.prompt_ids for answer in part]
-            arrays = self._answer_arrays(prompts, [answer.completion_ids for answer in part])
+        for part, others in answer_parts(answers, self.train):
+            tokens = answer_tokens(part, [answer.completion_ids for answer in part], bucket)
+            arrays = to_device(tokens)
             arrays["labels"] = mx.array([float(answer.label) for answer in part])
-            arrays["ref_logps"] = self._logps(self.reference, arrays)
+            stored = [answer.ref_logps for answer in part]
+            arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
             if with_kl:
-                mismatched = self._answer_arrays(prompts, others[start : start + size])
-                gap = self._logps(self.model, mismatched) - self._logps(self.reference, mismatched)
+                tokens = answer_tokens(part, others, bucket)
+                mismatched = to_device(tokens)
+                stored = [answer.kl_ref_logps for answer in part]
+                gap = self._logps(self.model, mismatched)
+                gap = gap - self._reference_logps(mismatched, tokens, stored)
                 gaps.append(np.array((gap * mismatched["mask"]).sum(axis=1)))
             mx.eval(arrays)
             micro.append(arrays)
@@ -216,15 +204,32 @@ class PreferenceObjective:
         values = {"rows": float(len(answers))}
         return Prepared(_shared(micro, values), {"batch_tokens": tokens})
 
-    def _answer_arrays(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-    ) -> Arrays:
-        return to_device(token_batch(prompts, completions, length_bucket=self.train.length_bucket))
+    def _reference_logps(
+        self, arrays: Arrays, tokens: TokenBatch, stored: Sequence[Logps | None]
+    ) -> mx.array:
+        """Return the reference's log-probs (B, C), nats: those that were precomputed, if all were.
+
+        Raises ValueError where neither they nor a reference are there.
+        """
+        rows = [row for row in stored if row is not None]
+        if len(rows) < len(stored):
+            return self._logps(self.reference, arrays)
+        lengths = [len(row) for row in rows]
+        wanted = tokens.mask.sum(axis=1).astype(int).tolist()
+        if lengths != wanted:
+            raise ValueError(
+                f"precomputed reference log-probs are of {lengths} tokens, the completions have "
+                f"{wanted}: they are of other rows"
+            )
+        return mx.array(aligned(rows, tokens))
 
     def _logps(self, model: nn.Module | None, arrays: Arrays, temperature: float = 1.0) -> mx.array:
         """Return (B, C) log-probs, nats, without a gradient."""
         if model is None:
-            raise ValueError("reference log-probs need a reference policy")
+            raise ValueError(
+                "these examples have no precomputed reference log-probs, and there is no reference "
+                "policy to compute them with"
+            )
         logps, _ = completion_logprobs(
             model,
             arrays["input_ids"],
@@ -242,14 +247,6 @@ class PreferenceObjective:
         lse(2z) - 2 lse(z) = 2 log p - log q, for q the target's probability at temperature 1/2.
         """
         return 2 * self._logps(self.model, arrays) - self._logps(self.model, arrays, 0.5)
-
-
-def _nll_of_whole_sequence(part: Sequence[PreferenceExample], mask: mx.array) -> Arrays:
-    """Return ORPO's `nll_mask` (2B, C): every token of a chosen sequence but the first."""
-    nll = np.zeros(mask.shape, np.float32)
-    for row, pair in enumerate(part):
-        nll[row, : len(pair.prompt_ids) - 1 + len(pair.chosen_ids)] = 1.0
-    return {"nll_mask": mx.array(nll)}
 
 
 def _shared(micro: list[Arrays], normalisers: dict[str, float]) -> list[Arrays]:

@@ -66,6 +66,7 @@ def check(run: AnyRun) -> None:
         _check_grpo(run)
     elif isinstance(run, PreferenceRun):
         _check_preference(run.objective)
+        _check_precompute(run)
 
 
 def _check_required(run: AnyRun) -> None:
@@ -323,4 +324,24 @@ def _check_preference(settings: PreferenceSettings) -> None:
         "objective.reference_free",
         'is for objective.method = "dpo" only',
         settings.reference_free,
+    )
+
+
+def _check_precompute(run: PreferenceRun) -> None:
+    settings = run.objective
+    if not settings.precompute_ref_log_probs:
+        return
+    field = "objective.precompute_ref_log_probs"
+    referred = settings.method in ("dpo", "kto") and not settings.reference_free
+    rule = "is for losses with a reference: dpo without objective.reference_free, and kto"
+    require(referred, field, rule, settings.method)
+    rule = "needs a dataset of known rows: set data.streaming = false, or compute them in the step"
+    require(not run.data.streaming, field, rule, run.data.path)
+    pairs_anew = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
+    require(
+        not pairs_anew or run.data.order == "sequential",
+        field,
+        'needs data.order = "sequential" with the kto loss, whose KL term pairs each prompt with '
+        "the answer before it: other orders pair anew every epoch",
+        run.data.order,
     )

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from learner.sources.dataset import RawRow
 from learner.sources.sieve import Report
@@ -16,6 +19,8 @@ from protocol.preference_tokens import (
 from protocol.settings import DataSettings
 from protocol.tokens import RowError, Tokenizer
 
+Logps = npt.NDArray[np.float32]  # (tokens of a completion,) nats
+
 
 @dataclass(frozen=True)
 class PreferenceExample:
@@ -23,7 +28,7 @@ class PreferenceExample:
 
     The two contexts are equal unless truncation from the start cut them differently, or the pair
     shares nothing. Each holds at least one token, as does each answer. `score` is the row's
-    `preference_score`.
+    `preference_score`. `ref_logps`: the reference's of chosen and rejected, if precomputed.
     """
 
     row: int
@@ -32,6 +37,7 @@ class PreferenceExample:
     rejected_prompt_ids: list[int]
     rejected_ids: list[int]
     score: float | None = None
+    ref_logps: tuple[Logps, Logps] | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -44,12 +50,18 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class UnpairedExample:
-    """An answer judged good (`label`) or bad; context and answer hold at least one token."""
+    """An answer judged good (`label`) or bad; context and answer hold at least one token.
+
+    `ref_logps`: the reference's of the answer, if precomputed, and `kl_ref_logps` those of the
+    answer before it in its batch, to this prompt.
+    """
 
     row: int
     prompt_ids: list[int]
     completion_ids: list[int]
     label: bool
+    ref_logps: Logps | None = field(default=None, compare=False, repr=False)
+    kl_ref_logps: Logps | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:

@@ -57,8 +57,8 @@ class ListFeed(Generic[T]):
         self._taken = 0
         self._orders: dict[int, IndexArray] = {}
 
-    def at(self, epoch: int, place: int) -> T:
-        """Return the example at a place of an epoch."""
+    def order(self, epoch: int) -> IndexArray:
+        """Return the places in `examples` that an epoch visits, in its order."""
         if epoch not in self._orders:
             self._orders = {
                 epoch: epoch_order(
@@ -70,7 +70,11 @@ class ListFeed(Generic[T]):
                     batch_size=self._batch_size,
                 )
             }
-        return self.examples[int(self._orders[epoch][place])]
+        return self._orders[epoch]
+
+    def at(self, epoch: int, place: int) -> T:
+        """Return the example at a place of an epoch."""
+        return self.examples[int(self.order(epoch)[place])]
 
     def next(self) -> T | None:
         """Return the next example, or None at the end of an epoch."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -70,6 +71,32 @@ class OfflineSource(Generic[E]):
                 self._steps += 1
                 return batch
         return None
+
+    def first_batches(self) -> list[list[E]]:
+        """Return the batches of the first epoch, as far as the run goes.
+
+        Raises ConfigError for a stream, whose batches are not known before they are read.
+        """
+        feed, places = self._first_places()
+        examples = [feed.examples[place] for place in places]
+        size = self._batch_size
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def replace_first(self, batches: Sequence[Sequence[E]]) -> None:
+        """Put `batches` in the place of `first_batches`, example for example."""
+        feed, places = self._first_places()
+        examples = [example for batch in batches for example in batch]
+        for place, example in zip(places, examples, strict=True):
+            feed.examples[place] = example
+
+    def _first_places(self) -> tuple[ListFeed[E], list[int]]:
+        if not isinstance(self._feed, ListFeed):
+            raise ConfigError(
+                "data.streaming: the rows of a stream are not known before they are read; load the "
+                "dataset whole, or leave objective.precompute_ref_log_probs out"
+            )
+        count = (self.total_steps or 0) * self._batch_size
+        return self._feed, self._feed.order(0)[:count].tolist()
 
     def _collect(self) -> list[E]:
         """Up to a batch of one epoch; empty at its end."""
