@@ -1,5 +1,6 @@
 """Line charts as inline SVG."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -52,16 +53,32 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Return round values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
+
+    There are at most `count` + 1 of them; `whole` allows integers alone.
+    """
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * power for size in (1, 2, 5, 10) if size * power >= raw * (1 - 1e-9))
+    if whole:
+        step = max(1.0, step)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    digits = max(0, -math.floor(math.log10(step)))
+    return [round(index * step, digits) for index in range(first, last + 1)]
+
+
 def _grid(x_low: float, x_high: float, y_low: float, y_high: float) -> str:
     bottom = HEIGHT - BOTTOM
     parts: list[str] = []
-    for tick in range(5):
-        y = round(bottom - tick / 4 * (bottom - TOP), 1)
-        value = y_low + tick / 4 * (y_high - y_low)
+    for value in ticks(y_low, y_high):
+        y = round(bottom - (value - y_low) / (y_high - y_low) * (bottom - TOP), 1)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
-    for x, value, anchor in ((LEFT, x_low, "start"), (WIDTH - RIGHT, x_high, "end")):
-        parts.append(
-            f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">step {value:g}</text>'
-        )
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+    for value in ticks(x_low, x_high, whole=True):
+        x = round(LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
+        text = f'<text x="{x}" y="{HEIGHT - 12}" text-anchor="middle">{value:g}</text>'
+        parts.append(text)
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 1}" text-anchor="middle">step</text>')
     return "".join(parts)

@@ -5,7 +5,21 @@ import sys
 from launch.cli import main, run_offline
 from protocol.settings import PreferenceRun
 
-USAGE = "usage: launch/preference.py [recipe.toml] [--section.key value …]"
+USAGE = """usage: launch/preference.py [recipe.toml] [--section.key value …]
+
+Rows hold prompt, chosen and rejected: strings, or lists of {"role": …, "content": …}, around which
+the chat template is put. Without prompt, it is what chosen and rejected begin with alike. KTO
+takes prompt, completion and label (true: good). data.columns renames columns; data.prepare makes
+such a row of any other:
+
+    def pair(row):  # in my.py beside the recipe; there, under [data]: prepare = "my.py:pair"
+        return {"prompt": [{"role": "user", "content": row["question"]}],
+                "chosen": [{"role": "assistant", "content": row["good"]}],
+                "rejected": [{"role": "assistant", "content": row["bad"]}]}
+
+Plain SimPO: --objective.method simpo --objective.cpo_alpha 0 (at 1, TRL's default, CPO-SimPO).
+Runs are compared by launch/compare.py. Learning rates suit full fine-tuning; adapters take some
+1e-5 to 5e-4."""
 
 
 def body() -> int:

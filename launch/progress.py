@@ -27,9 +27,15 @@ BRIEF = (
     "eval/reward",
     "eval/loss",
     "rewards/accuracies",
+    "rewards/margins",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
     "staleness/mean",
     "completions/mean_length",
+    "step_time",
 )
+UNITS = {"step_time": " s"}
+HELD_OUT = ("eval/reward", "eval/rewards/accuracies", "eval/loss")  # the first that is there
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
@@ -111,8 +117,8 @@ class Progress:
         reward = number(line, "reward")
         curve = number(line, "loss") if reward is None else reward
         self._rewards += [] if curve is None else [curve]
-        accuracy = number(line, "eval/reward")
-        self._evals += [] if accuracy is None else [accuracy]
+        held_out = [value for key in HELD_OUT if (value := number(line, key)) is not None]
+        self._evals += held_out[:1]
         step, seconds = number(line, "step"), number(line, "time_s")
         if step is not None and seconds is not None:
             self._times.append((step, seconds))
@@ -121,7 +127,7 @@ class Progress:
         """Return one line for one record."""
         known = [name for name in BRIEF if number(line, name) is not None]
         known += [name for name in line if name.endswith("tokens_per_s")]
-        parts = [f"{name} {number(line, name) or 0.0:.4g}" for name in known]
+        parts = [f"{name} {number(line, name) or 0.0:.4g}{UNITS.get(name, '')}" for name in known]
         left = self.time_left()
         parts += [f"left {duration(left)}"] if left is not None else []
         total = f"/{self._max_steps}" if self._max_steps > 0 else ""

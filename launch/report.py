@@ -19,15 +19,25 @@ from launch.records import number, parse_lines
 SAMPLES = 4
 CHARTS: dict[str, tuple[str, ...]] = {
     "Reward": ("reward", "reward_std"),
-    "Evaluation": ("eval/reward", "eval/accuracy", "eval/rewards/accuracies"),
+    "Evaluation": ("eval/reward", "eval/accuracy"),
     "Loss": ("loss", "eval/loss"),
-    "Preference accuracy": ("rewards/accuracies",),
+    "Preference accuracy": ("rewards/accuracies", "eval/rewards/accuracies"),
     "Preference margins": ("rewards/margins", "eval/rewards/margins"),
+    "Log-probs of held-out answers, nats": ("eval/logps/chosen", "eval/logps/rejected"),
     "Completion length": ("completions/mean_length", "completions/max_length"),
     "Staleness": ("staleness/mean", "staleness/max"),
     "KL and entropy": ("kl", "entropy"),
     "Gradient norm": ("grad_norm",),
+    "Time of a step, s": ("step_time",),
 }
+SUMMARY = (
+    "reward",
+    "eval/reward",
+    "loss",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+)
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1000px;padding:0 1rem;
 color:#111;background:#fff}
@@ -81,7 +91,7 @@ def points(metrics: list[dict[str, Any]], key: str) -> Points:
 
 def _summary(metrics: list[dict[str, Any]]) -> str:
     parts: list[str] = []
-    for key in ("reward", "eval/reward", "loss", "eval/loss", "eval/rewards/accuracies"):
+    for key in SUMMARY:
         found = points(metrics, key)
         if found:
             parts.append(f"{escape(key)}: {found[0][1]:.4g} first, {found[-1][1]:.4g} last")
@@ -91,13 +101,18 @@ def _summary(metrics: list[dict[str, Any]]) -> str:
 def _samples(rollouts: list[dict[str, Any]]) -> str:
     groups = [line for line in rollouts if _list(line, "completions")]
     train = [line for line in groups if line.get("kind") != "eval"]
-    first, last = train[:SAMPLES], train[SAMPLES:][-SAMPLES:]
-    if not first:
-        return ""
-    parts = ["<h2>Samples: first</h2>", _table(first)]
-    if last:
-        parts += ["<h2>Samples: last</h2>", _table(last)]
+    held_out = [line for line in groups if line.get("kind") == "eval"]
+    versions = sorted({number(line, "trained_at") or 0.0 for line in held_out})
+    parts = [_titled("Samples: first", train[:SAMPLES])]
+    parts.append(_titled("Samples: last", train[SAMPLES:][-SAMPLES:]))
+    for version in dict.fromkeys([*versions[:1], *versions[-1:]]):
+        lines = [line for line in held_out if (number(line, "trained_at") or 0.0) == version]
+        parts.append(_titled(f"Held-out answers at step {version:g}", lines[:SAMPLES]))
     return "".join(parts)
+
+
+def _titled(title: str, groups: list[dict[str, Any]]) -> str:
+    return f"<h2>{escape(title)}</h2>{_table(groups)}" if groups else ""
 
 
 def _table(groups: list[dict[str, Any]]) -> str:

@@ -19,19 +19,22 @@ class WinRate:
     losses: int
 
     @property
+    def total(self) -> int:
+        """Return the number of prompts that were compared."""
+        return self.wins + self.ties + self.losses
+
+    @property
     def rate(self) -> float:
         """Return the share in [0, 1], NaN without a common prompt."""
-        total = self.wins + self.ties + self.losses
-        return (self.wins + self.ties / 2) / total if total else math.nan
+        return (self.wins + self.ties / 2) / self.total if self.total else math.nan
 
     @property
     def error(self) -> float:
         """Return the rate's standard error over prompts."""
-        total = self.wins + self.ties + self.losses
-        if total == 0:
+        if self.total == 0:
             return math.nan
-        second = (self.wins + self.ties / 4) / total
-        return math.sqrt(max(0.0, second - self.rate**2) / total)
+        second = (self.wins + self.ties / 4) / self.total
+        return math.sqrt(max(0.0, second - self.rate**2) / self.total)
 
 
 def win_rate(first: Scores, second: Scores) -> WinRate:
@@ -44,10 +47,28 @@ def win_rate(first: Scores, second: Scores) -> WinRate:
 
 def latest_answers(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the evaluation's lines of the newest policy version, by prompt."""
-    lines = [line for line in rollouts if line.get("kind") == "eval" and line.get("completions")]
-    newest = max((line.get("trained_at", 0) for line in lines), default=0)
+    return _answers_at(rollouts, max(_versions(rollouts), default=0))
+
+
+def first_answers(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the lines of the oldest evaluation, by prompt; none where there was but one."""
+    versions = _versions(rollouts)
+    return _answers_at(rollouts, min(versions)) if len(versions) > 1 else {}
+
+
+def _versions(rollouts: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {line.get("trained_at", 0) for line in rollouts if _answers(line)}
+
+
+def _answers(line: Mapping[str, Any]) -> bool:
+    return line.get("kind") == "eval" and bool(line.get("completions"))
+
+
+def _answers_at(rollouts: Sequence[Mapping[str, Any]], version: int) -> dict[str, dict[str, Any]]:
     return {
-        key_of(line.get("prompt")): dict(line) for line in lines if line["trained_at"] == newest
+        key_of(line.get("prompt")): dict(line)
+        for line in rollouts
+        if _answers(line) and line.get("trained_at", 0) == version
     }
 
 
@@ -65,38 +86,3 @@ def recorded_scores(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float
         if values:
             found[key] = float(sum(values))
     return found
-
-
-def function_scores(spec: str, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return what the reward function `spec` gives for the answers; those with None are left out.
-
-    It runs here, in one call for all answers, with `chosen` and `rejected` as columns where every
-    line has them. Raises RewardError where it cannot be loaded or fails.
-    """
-    import anyio
-
-    from actors.reward_loader import load_rewards
-    from actors.rewards import Call
-    from protocol.errors import RewardError
-    from protocol.messages import ScoreRequest
-
-    (function,) = load_rewards([spec])
-    lines = list(answers.values())
-    columns = {
-        name: [line[name] for line in lines]
-        for name in ("chosen", "rejected")
-        if lines and all(name in line for line in lines)
-    }
-    request = ScoreRequest(
-        id="compare",
-        prompts=[line["prompt"] for line in lines],
-        completions=[line["completions"][0] for line in lines],
-        completion_ids=[[] for _ in lines],
-        columns=columns,
-    )
-    call = Call(0, function, request)
-    outcome = anyio.run(call.run_async) if function.is_async else call.run()
-    if outcome.rewards is None:
-        raise RewardError(f"--reward {spec}: {outcome.message}; mend the function")
-    pairs = zip(answers, outcome.rewards, strict=True)
-    return {key: value for key, value in pairs if value is not None}

@@ -5,20 +5,28 @@
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
+from launch.compare import INTERRUPTED
 from launch.compare import main as compare
 
 RECIPE = Path(__file__).with_suffix(".toml")
 PROGRAM = RECIPE.parents[1] / "preference.py"
 # SimPO's beta multiplies a mean over tokens, not a sum: its paper takes 2 to 10, with gamma 0.3 to
-# 1.6; DPO and ORPO have TRL's defaults.
+# 1.6, and no likelihood term, which cpo_alpha would add; DPO and ORPO have TRL's defaults.
 METHODS: dict[str, dict[str, str]] = {
     "dpo": {"objective.beta": "0.1"},
-    "simpo": {"objective.beta": "2.0", "objective.simpo_gamma": "1.0"},
+    "simpo": {
+        "objective.beta": "2.0",
+        "objective.simpo_gamma": "1.0",
+        "objective.cpo_alpha": "0.0",
+    },
     "orpo": {"objective.beta": "0.1"},
 }
 
@@ -32,17 +40,36 @@ def main(argv: list[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folders: list[str] = []
-    for method, settings in METHODS.items():
-        name = f"{method}-{stamp}"
-        own = [word for key, value in settings.items() for word in (f"--{key}", value)]
-        command = [sys.executable, str(PROGRAM), str(RECIPE), "--objective.method", method, *own]
-        command += ["--run.name", name, "--run.dir", str(args.runs), *flags]
-        status = subprocess.run(command, check=False).returncode
-        if status != 0:
-            return status
-        folders.append(str(args.runs / name))
+    with _interrupts_counted() as interrupts:
+        for method, settings in METHODS.items():
+            name = f"{method}-{stamp}"
+            own = [word for key, value in settings.items() for word in (f"--{key}", value)]
+            command = [
+                sys.executable,
+                str(PROGRAM),
+                str(RECIPE),
+                "--objective.method",
+                method,
+                *own,
+            ]
+            command += ["--run.name", name, "--run.dir", str(args.runs), *flags]
+            status = subprocess.run(command, check=False).returncode
+            if status != 0 or interrupts:
+                return status or INTERRUPTED
+            folders.append(str(args.runs / name))
     reward = ["--reward", args.reward] if args.reward else []
     return compare([*folders, "--out", args.out, *reward])
+
+
+@contextmanager
+def _interrupts_counted() -> Generator[list[int]]:
+    """Take note of Ctrl-C: it reaches the run as well, which stops after its step."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 
 from launch.compare import compare, main
-from launch.win_rate import WinRate, function_scores, latest_answers, recorded_scores, win_rate
-from protocol.errors import ConfigError, RewardError
+from launch.judge import Judge
+from launch.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
+from protocol.errors import ConfigError
 from tests.tiny import write_model_folder
 
 REWARD = """
 def words(completions, chosen=None, **kwargs):
     return [None if not text else float(len(text.split())) for text in completions]
-
-def broken(completions, **kwargs):
-    return [1.0]
 """
 
 
@@ -47,33 +45,32 @@ def test_answers_are_of_the_newest_version_and_scored():
     answers = latest_answers(rollouts)
     assert {key: line["completions"][0] for key, line in answers.items()} == {"p": "a b", "q": ""}
     assert recorded_scores(answers) == {"p": 3.0}
+    assert {k: line["completions"] for k, line in first_answers(rollouts).items()} == {"p": ["old"]}
+    assert first_answers(rollouts[2:]) == {}
 
 
-def test_a_reward_function_scores_answers_or_says_why_not(tmp_path):
-    (tmp_path / "r.py").write_text(REWARD)
-    answers = {
-        "p": {"prompt": "p", "completions": ["a b c"]},
-        "q": {"prompt": "q", "completions": [""]},
-    }
-    assert function_scores(f"{tmp_path}/r.py:words", answers) == {"p": 3.0}
-    with pytest.raises(RewardError, match="broken"):
-        function_scores(f"{tmp_path}/r.py:broken", answers)
-
-
-def recorded(folder: Path, method: str, accuracies: list[float], answers: list[str]) -> Path:
-    """Write a run's records by hand."""
+def recorded(
+    folder: Path, method: str, accuracies: list[float], answers: list[str], chosen: str = ""
+) -> Path:
+    """Write a run's records by hand; with `chosen`, what the rows hold, also answers "o" at 0."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(f'[objective]\nmethod = "{method}"\nbeta = 0.1\n')
     metrics = [
         {"step": 10 * i, "eval/rewards/accuracies": value, "eval/rewards/margins": value / 10}
         for i, value in enumerate(accuracies)
     ]
-    metrics += [{"step": 1, "loss": 0.693147}, {"step": 2, "loss": 0.5}]
+    metrics += [
+        {"step": 1, "loss": 0.693147, "step_time": 3.0, "num_tokens": 900, "time_s": 4.0},
+        {"step": 2, "loss": 0.5, "step_time": 5.0, "num_tokens": 1900, "time_s": 71.0},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     lines = [
         {"kind": "eval", "trained_at": 20, "prompt": f"p{i}", "completions": [text]}
         for i, text in enumerate(answers)
     ]
+    if chosen:
+        lines = [{**line, "chosen": chosen} for line in lines]
+        lines += [{**line, "trained_at": 0, "completions": ["o"]} for line in lines]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -87,8 +84,11 @@ def test_the_page_holds_the_figures_escaped_and_alone(tmp_path, capsys):
     assert main([str(first), str(second), "--reward", reward, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     page = out.read_text()
-    assert "0.5000, 0.9000 (10), 0.8000" in page
-    assert "0.0500, 0.0700 (20), 0.0700" in page
+    cells = "<td>0.5000 (0)</td><td>0.9000 (10)</td><td>0.8000 (20)</td>"
+    assert cells + "<td>0.0500 (0)</td><td>0.0900 (10)</td><td>0.0800 (20)</td>" in page
+    assert "<td>0.0500 (0)</td><td>0.0700 (20)</td><td>0.0700 (20)</td>" in page
+    # Steps 2, tokens 1,900, median of 3 s and 5 s, 71 s in all.
+    assert "<td>2</td><td>1,900</td><td>4</td><td>1:11</td>" in page
     # Words 2, 1, 1 against 1, 1, 2: one win, one tie, one loss.
     assert page.count("0.500 ± 0.236 (1 won, 1 tied, 1 lost)") == 2
     assert "1.333 over 3" in page
@@ -101,11 +101,50 @@ def test_the_page_holds_the_figures_escaped_and_alone(tmp_path, capsys):
     assert "objective.beta" not in page
 
 
+def test_answers_compete_with_the_first_ones_and_with_the_chosen(tmp_path):
+    (tmp_path / "r.py").write_text(REWARD)
+    runs = [
+        recorded(tmp_path / "dpo", "dpo", [0.0, 0.75], ["x y", "x y z", "x"], "c d"),
+        recorded(tmp_path / "orpo", "orpo", [0.5, 0.5], ["x", "x", ""], "c d"),
+    ]
+    page = compare(runs, judge=Judge(f"{tmp_path}/r.py:words"))
+    # DPO's words 2, 3, 1 against 1 each at first: two won, one tied; against 2 each of the chosen
+    # answers one of each. ORPO's 1, 1 and None against the same.
+    row = "<td>0.833 ± 0.136 (2 won, 1 tied, 0 lost)</td><td>0.500 ± 0.236 (1 won, 1 tied, 1 lost)"
+    assert f"{row}</td>" in page
+    row = "<td>0.500 ± 0.000 (0 won, 2 tied, 0 lost)</td><td>0.000 ± 0.000 (0 won, 0 tied, 2 lost)"
+    assert f"{row}</td>" in page
+    assert "<th>its own first answers</th><th>the dataset&#x27;s chosen answers</th>" in page
+    sample = "<td>p1</td><td>o\n[score 1]</td><td>x y z\n[score 3]</td><td>x\n[score 1]</td>"
+    assert f"{sample}<td>c d\n[score 2]</td>" in page
+    assert "An accuracy of 0 at step 0 is no fault" in page
+    assert "in each objective&#x27;s own unit" in page
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    first = recorded(tmp_path / "a" / "run", "dpo", [0.5], ["x"])
+    second = recorded(tmp_path / "b" / "run", "dpo", [0.5], ["x"])
+    assert "<h1>a/run against b/run against b/run (3)</h1>" in compare([first, second, second])
+
+
+def test_a_reward_that_hangs_ends_the_comparison_with_a_word(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def hangs(completions, **kwargs):\n    while True: pass\n")
+    run = recorded(tmp_path / "a", "dpo", [], ["x"])
+    out = tmp_path / "page.html"
+    reward = f"{tmp_path}/r.py:hangs"
+    flags = ["--reward", reward, "--reward-timeout", "0.2", "--out", str(out)]
+    assert main([str(run), *flags]) == 2
+    errors = capsys.readouterr().err
+    assert f"RewardError: --reward {reward}: hangs: timeout: no answer within 0.2 s" in errors
+    assert "at the prompt 'p0'" in errors
+    assert not out.exists()
+
+
 def test_what_is_missing_is_said(tmp_path, capsys):
     run = recorded(tmp_path / "a", "dpo", [], [])
     page = compare([run, run])
     assert "No run has held-out figures" in page
-    assert "Fewer than two runs have scored answers" in page
+    assert "Fewer than two sets of answers have scores" in page
     with pytest.raises(ConfigError, match="holds no metrics"):
         compare([tmp_path])
     assert main([str(tmp_path)]) == 2
@@ -138,11 +177,14 @@ def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     logs = "".join(p.read_text() for p in (tmp_path / "runs").glob("*-*/logs/*.log"))
     assert status == 0, logs + capfd.readouterr().err
     page = (tmp_path / "page.html").read_text()
-    assert len(re.findall(r"\d\.\d{3} ± \d\.\d{3} \(", page)) == 6
+    # Each of three against two others, its own first answers and the chosen ones.
+    assert len(re.findall(r"\d\.\d{3} ± \d\.\d{3} \(", page)) == 12
     dpo = next((tmp_path / "runs").glob("dpo-*")) / "metrics.jsonl"
     lines = [json.loads(line) for line in dpo.read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    simpo = next((tmp_path / "runs").glob("simpo-*")) / "metrics.jsonl"
+    assert "nll_loss" not in simpo.read_text()  # plain SimPO, not CPO-SimPO
     held_out = [line["eval/rewards/accuracies"] for line in lines if "eval/loss" in line]
     assert len(held_out) == 3
     assert held_out[-1] >= 0.9

@@ -35,3 +35,19 @@ def test_one_line_a_step_and_partial_or_broken_lines_wait_or_are_left_out(tmp_pa
         "step 1/4  reward 0.25",
         "step 2/4  reward 0.5  actors/a/tokens_per_s 123.4  left 0:10",
     ]
+
+
+def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Path):
+    out = io.StringIO()
+    metrics = tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=2, out=out) as progress:
+        metrics.write_text(
+            '{"step": 0, "eval/loss": 0.7, "eval/rewards/accuracies": 0.5, '
+            '"eval/rewards/margins": 0.01}\n'
+            '{"step": 1, "loss": 0.6, "rewards/margins": -0.25, "step_time": 1.23456}\n'
+        )
+        progress.update()
+    assert out.getvalue().splitlines()[1:] == [
+        "step 0/2  eval/loss 0.7  eval/rewards/accuracies 0.5  eval/rewards/margins 0.01",
+        "step 1/2  loss 0.6  rewards/margins -0.25  step_time 1.235 s",
+    ]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from launch import report
-from launch.charts import line_chart
+from launch.charts import line_chart, ticks
 from launch.report import write_report
 
 EVIL = "<script>alert(1)</script>"
 
 
-def group(step: int, text: str) -> str:
+def group(step: int, text: str, kind: str = "train") -> str:
     return json.dumps({
-        "kind": "train", "trained_at": step, "prompt": [{"role": "user", "content": EVIL}],
+        "kind": kind, "trained_at": step, "prompt": [{"role": "user", "content": EVIL}],
         "completions": [text], "rewards": [[1.0, None]], "reward_names": ["f", "g"],
     })  # fmt: skip
 
@@ -40,6 +40,30 @@ def test_report_is_whole_escaped_and_self_contained(tmp_path: Path):
     assert "Throughput" in page
     assert "Staleness" not in page
     assert not re.search(r"(?:src|href)=|https?://|url\(|@import", page)
+
+
+def test_held_out_answers_are_shown_first_and_last(tmp_path: Path):
+    lines = [group(step, f"answer {i} at {step}", "eval") for step in (0, 5, 9) for i in range(6)]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "Samples" not in page
+    assert page.index("Held-out answers at step 0") < page.index("answer 0 at 0")
+    assert page.index("answer 3 at 0") < page.index("Held-out answers at step 9")
+    assert "answer 3 at 9" in page
+    assert "answer 4 at" not in page
+    assert "at 5" not in page
+
+
+def test_ticks_are_round_and_within():
+    assert ticks(0.6466, 0.6936) == [0.65, 0.66, 0.67, 0.68, 0.69]
+    assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-3.0, 1.0) == [-3.0, -2.0, -1.0, 0.0, 1.0]
+    assert ticks(0.0, 4e-6) == [0.0, 1e-6, 2e-6, 3e-6, 4e-6]
+    assert ticks(0.0, 20.0, whole=True) == [0.0, 5.0, 10.0, 15.0, 20.0]
+    assert ticks(0.0, 2.0, whole=True) == [0.0, 1.0, 2.0]
+    chart = line_chart("t", {"a": [(0.0, 0.0), (10.0, 2.0)]})
+    assert '<line x1="58" x2="448" y1="101.0" y2="101.0" class="grid"/>' in chart  # the value 1
+    assert '<text x="448.0" y="208" text-anchor="middle">10</text>' in chart
 
 
 def test_points_are_placed_on_the_axes():
