@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from learner.advantages import advantages
 from learner.batches import aligned, token_batch
 from learner.forward import choose_head, completion_logprobs
 from learner.grpo import GrpoObjective, to_device
@@ -26,10 +27,11 @@ METHODS = {"DPOTrainer": "dpo", "ORPOTrainer": "orpo", "CPOTrainer": "cpo", "KTO
 
 @dataclass(frozen=True)
 class Recording:
-    """One run: its JSON, and its arrays by name."""
+    """One run: its JSON, its arrays by name, and what to set otherwise than TRL was told."""
 
     data: dict[str, Any]
     arrays: Mapping[str, mx.array]
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trainer(self) -> str:
@@ -38,15 +40,18 @@ class Recording:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What TRL's configuration was given."""
-        return self.data["all_args"] | self.data["explicit_args"]
+        """What TRL's configuration was given, with the changes."""
+        recorded = self.data.get("all_args", {}) | self.data["explicit_args"]
+        if unknown := self.changes.keys() - recorded.keys():
+            raise KeyError(f"{self.data['case']} has no arguments {sorted(unknown)}")
+        return recorded | self.changes
 
 
-def read(path: Path) -> Recording:
+def read(path: Path, changes: Mapping[str, Any]) -> Recording:
     """Read a run's `.json` and the `.safetensors` beside it."""
     arrays = mx.load(str(path.with_suffix(".safetensors")))
     assert isinstance(arrays, dict)
-    return Recording(json.loads(path.read_text()), arrays)
+    return Recording(json.loads(path.read_text()), arrays, changes)
 
 
 def objective_of(
@@ -58,10 +63,10 @@ def objective_of(
     if recording.trainer == "SFTTrainer":
         return SftObjective(train, head)
     if recording.trainer == "GRPOTrainer":
-        names = ("loss_type", "beta", "num_iterations", "use_bias_correction_kl")
+        names = ("loss_type", "beta", "num_iterations", "epsilon", "use_bias_correction_kl")
         settings = GrpoSettings(**{name: given[name] for name in names})
         return GrpoObjective(
-            settings, train, model, temperature=1.0,
+            settings, train, model, temperature=given["temperature"],
             max_completion_length=given["max_completion_length"], weights=None, head=head,
             describe=lambda *_: {}, reference=reference,
         )  # fmt: skip
@@ -80,7 +85,7 @@ def micro_batches(recording: Recording, step: dict[str, Any], objective: Objecti
     """Return a step's micro-batches, prepared as training prepares them."""
     inputs = [micro["inputs"] for micro in step["micro"]]
     if isinstance(objective, GrpoObjective):
-        return _grpo(recording, inputs, objective)
+        return _grpo(recording, step["micro"], objective)
     if isinstance(objective, SftObjective):
         return objective.prepare([e for part in inputs for e in _sft(part)]).micro
     if recording.trainer == "DPOTrainer":
@@ -128,10 +133,29 @@ def _kto(part: dict[str, Any]) -> Iterator[UnpairedExample]:
         yield UnpairedExample(0, *_split(ids, mask), label)
 
 
+def advantages_of(
+    micro: list[dict[str, Any]], scale_rewards: Literal["group", "batch", "none"]
+) -> list[np.ndarray]:
+    """Return each micro-batch's advantages: from rewards where they were recorded.
+
+    Such a step's micro-batches are a whole generation batch, with its groups spread over them.
+    """
+    if "rewards" not in micro[0]:
+        return [np.array(part["inputs"]["advantages"]) for part in micro]
+    result = advantages(
+        np.array([[reward] for part in micro for reward in part["rewards"]]),
+        groups=np.array([row for part in micro for row, _ in part["rollout"]]),
+        names=["fixed_reward"],
+        scale_rewards=scale_rewards,
+    )
+    return list(np.split(result.advantages, len(micro)))
+
+
 def _grpo(
-    recording: Recording, inputs: list[dict[str, Any]], objective: GrpoObjective
+    recording: Recording, micro: list[dict[str, Any]], objective: GrpoObjective
 ) -> list[Arrays]:
     given = recording.arguments
+    inputs = [part["inputs"] for part in micro]
     accumulation = given["gradient_accumulation_steps"]
     per_generation = given["steps_per_generation"] or accumulation
     sums = np.array([sum(row) for part in inputs for row in part["completion_mask"]])
@@ -141,10 +165,19 @@ def _grpo(
         generation_tokens=inputs[0]["num_items_in_batch"] * accumulation / per_generation,
     )
     shared = {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
-    return [_grpo_part(recording, part, objective) | shared for part in inputs]
+    found = advantages_of(micro, given["scale_rewards"])
+    return [
+        _grpo_part(recording, part, values, objective) | shared
+        for part, values in zip(inputs, found, strict=True)
+    ]
 
 
-def _grpo_part(recording: Recording, part: dict[str, Any], objective: GrpoObjective) -> Arrays:
+def _grpo_part(
+    recording: Recording,
+    part: dict[str, Any],
+    row_advantages: np.ndarray,
+    objective: GrpoObjective,
+) -> Arrays:
     prompts = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
@@ -153,7 +186,7 @@ def _grpo_part(recording: Recording, part: dict[str, Any], objective: GrpoObject
     completions = [ids[:n] for ids, n in zip(part["completion_ids"], lengths, strict=True)]
     tokens = token_batch(prompts, completions, length_bucket=objective.train.length_bucket)
     arrays = to_device(tokens)
-    arrays["advantages"] = mx.array(part["advantages"], dtype=mx.float32)
+    arrays["advantages"] = mx.array(row_advantages.astype(np.float32))
     if "old_per_token_logps" in part:
         old = np.array(recording.arrays[part["old_per_token_logps"]["tensor"]])
         rows = [row[:n] for row, n in zip(old, lengths, strict=True)]
@@ -169,4 +202,6 @@ def _grpo_part(recording: Recording, part: dict[str, Any], objective: GrpoObject
 def frozen_logps(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:
     """Return (B, C) log-probs, nats, without a gradient."""
     tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
-    return completion_logprobs(model, *tokens, head=objective.head, gradient=False)[0]
+    return completion_logprobs(
+        model, *tokens, temperature=objective.temperature, head=objective.head, gradient=False
+    )[0]

@@ -13,10 +13,13 @@ the loss of full fine-tuning, so there the bar of the loss is relative to the cu
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 from mlx.utils import tree_unflatten
 
@@ -34,12 +37,13 @@ SIDES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """Differences of one run, and whether they are within the bars."""
+    """Differences of one run, whether they are within the bars, and our losses by step."""
 
     loss: float
     norm: float
     final: float
     passed: bool
+    losses: list[float]
 
 
 def own_name(name: str) -> str:
@@ -105,9 +109,9 @@ def final_difference(
     return (error / size) ** 0.5
 
 
-def replay(path: Path, model: Path) -> Outcome:
-    """Train one recorded run again and compare."""
-    recording = read(path)
+def replay(path: Path, model: Path, changes: Mapping[str, Any] | None = None) -> Outcome:
+    """Train one recorded run again and compare; `changes` are arguments to set otherwise."""
+    recording = read(path, changes or {})
     with tempfile.TemporaryDirectory() as folder:
         initial = path.parent / "init_lora.safetensors"
         settings = settings_of(recording, model)
@@ -119,10 +123,7 @@ def replay(path: Path, model: Path) -> Outcome:
     rows = recording.arguments["per_device_train_batch_size"]
     train = TrainSettings(batch_size=rows * len(steps[0]["micro"]), micro_batch_size=rows)
     objective = objective_of(recording, policy.model, reference, train)
-    optimizer = OptimizerSettings(
-        learning_rate=recording.arguments["learning_rate"], lr_scheduler_type="constant"
-    )
-    updater = Step(policy.model, optimizer, total_steps=len(steps), compiled=False)
+    updater = Step(policy.model, optimizer_of(recording), total_steps=len(steps), compiled=False)
     before = trainable(policy.model)
     losses: list[float] = []
     norms: list[float] = []
@@ -133,6 +134,13 @@ def replay(path: Path, model: Path) -> Outcome:
     theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
     final = final_difference(recording, before, trainable(policy.model))
     return judge(path.stem, np.array([losses, norms]), np.array(theirs), final)
+
+
+def optimizer_of(recording: Recording) -> OptimizerSettings:
+    """Return the optimiser's settings: TRL's names are ours."""
+    given = recording.arguments
+    names = OptimizerSettings.__struct_fields__
+    return msgspec.convert({name: given[name] for name in names}, OptimizerSettings)
 
 
 def reads_reference(recording: Recording) -> bool:
@@ -152,7 +160,14 @@ def judge(name: str, curves: np.ndarray, theirs: np.ndarray, final: float) -> Ou
         if "beta0.04" in name:
             loss_bar, norm_bar = FULL_BETA_BAR * sizes[0], FULL_BETA_BAR * sizes[1]
     within = loss <= loss_bar and norm <= norm_bar and final <= FINAL_BAR
-    return Outcome(loss, norm, final, within)
+    return Outcome(loss, norm, final, within, curves[0].tolist())
+
+
+def model_of(folder: Path) -> Path:
+    """Return the model of a folder of runs: in it, or beside it under `models`."""
+    inside = folder / "model"
+    beside = folder.resolve().parents[1] / "models" / folder.resolve().name
+    return inside if inside.is_dir() else beside
 
 
 def main(folder: Path, model: Path, wanted: list[str]) -> int:
@@ -180,5 +195,4 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path)
     parser.add_argument("runs", nargs="*")
     args = parser.parse_args()
-    beside = args.folder.resolve().parents[1] / "models" / args.folder.resolve().name
-    sys.exit(main(args.folder, args.model or beside, args.runs))
+    sys.exit(main(args.folder, args.model or model_of(args.folder), args.runs))
