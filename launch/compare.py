@@ -18,6 +18,7 @@ from launch.compare_page import Answers, Compared, Rival, render
 from launch.judge import TIMEOUT_S, Judge
 from launch.records import parse_lines
 from launch.win_rate import first_answers, latest_answers, recorded_scores
+from protocol.blas import HINT, load_openblas
 from protocol.config import read_toml
 from protocol.errors import ConfigError, PippinError
 
@@ -43,9 +44,7 @@ def compare(folders: Sequence[Path], *, judge: Judge | None = None, generate: bo
     runs = _named_apart([read_run(folder) for folder in folders])
     for run in runs:
         if generate and not run.newest.answers:
-            from launch.answer import answer_held_out
-
-            run.newest = replace(run.newest, answers=latest_answers(answer_held_out(run.folder)))
+            run.newest = replace(run.newest, answers=_answered(run))
     chosen = _chosen(runs)
     rivals = [*(run.newest for run in runs), *(run.before for run in runs), chosen]
     if judge is None:
@@ -56,6 +55,17 @@ def compare(folders: Sequence[Path], *, judge: Judge | None = None, generate: bo
         for rival in rivals:
             rival.scores = scores[rival.name]
     return render(runs, chosen, judge.function if judge else "")
+
+
+def _answered(run: Compared) -> Answers:
+    """Return the answers of the finished policy to the run's held-out prompts."""
+    if not load_openblas():
+        sys.stderr.write(f"{HINT}\n")
+    from launch.answer import answer_held_out  # MLX comes with it, after OpenBLAS
+
+    sys.stderr.write(f"{run.name}: answering its held-out prompts\n")
+    sys.stderr.flush()
+    return latest_answers(answer_held_out(run.folder))
 
 
 def _named_apart(runs: list[Compared]) -> list[Compared]:

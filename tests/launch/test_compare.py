@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,12 +191,19 @@ def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     assert len(held_out) == 3
     assert held_out[-1] >= 0.9
 
-    from launch.answer import answer_held_out
+    # Without its records of answers, the run answers anew, and as it did.
+    recorded_lines = dpo.with_name("rollouts.jsonl").read_text().splitlines()
+    answers = latest_answers([json.loads(line) for line in recorded_lines])
+    dpo.with_name("rollouts.jsonl").unlink()
+    assert main([str(dpo.parent), "--generate", "--out", str(tmp_path / "again.html")]) == 0
+    assert "answering its held-out prompts" in capfd.readouterr().err
+    again = (tmp_path / "again.html").read_text()
+    shown = [f"{k}</td><td>{line['completions'][0]}</td>" in again for k, line in answers.items()]
+    assert sum(shown) == 6
+    assert len(shown) == 8
 
-    rollouts = [
-        json.loads(line) for line in (dpo.parent / "rollouts.jsonl").read_text().split("\n") if line
-    ]
-    afterwards = latest_answers(answer_held_out(dpo.parent))
-    assert {k: line["completions"] for k, line in afterwards.items()} == {
-        k: line["completions"] for k, line in latest_answers(rollouts).items()
-    }
+
+def test_mlx_is_not_loaded_before_openblas():
+    code = "import launch.compare, sys; print('mlx.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
