@@ -17,7 +17,9 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
-TAIL_BYTES = 16_384
+from launch.log_lines import ending
+
+TAIL_BYTES = 262_144
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,13 @@ class ChildSpec:
 
 
 class Child:
-    """One run of a spec's command."""
+    """One run of a spec's command; its output begins at byte `log_start` of `log`."""
 
-    def __init__(self, spec: ChildSpec, process: Process, log: Path) -> None:
+    def __init__(self, spec: ChildSpec, process: Process, log: Path, log_start: int) -> None:
         self.spec = spec
         self.log = log
         self._process = process
+        self._log_start = log_start
 
     @property
     def pid(self) -> int:
@@ -66,13 +69,12 @@ class Child:
         self.kill()
         await self.wait()
 
-    def last_lines(self, count: int = 20) -> str:
-        """Return the end of the child's log."""
+    def last_words(self) -> str:
+        """Return what the child's log says of its failure: its last error, or else its end."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-count:])
+            file.seek(max(self._log_start, size - TAIL_BYTES))
+            return ending(file.read().decode("utf-8", errors="replace"))
 
 
 async def start(spec: ChildSpec, logs: Path) -> Child:
@@ -80,6 +82,7 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
     await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
     path = logs / f"{spec.name}.log"
     with path.open("ab") as log:
+        log_start = log.tell()
         process = await anyio.open_process(
             list(spec.command),
             stdin=subprocess.PIPE,
@@ -87,7 +90,7 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Child(spec, process, path)
+    return Child(spec, process, path, log_start)
 
 
 def describe_status(status: int) -> str:

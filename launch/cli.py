@@ -1,11 +1,13 @@
 """What the front doors share: command line, run folder, the processes of a run, its ending.
 
 Relative paths of a recipe file (model, data, prepare, rewards…) are taken from the recipe's folder
-where they exist there, otherwise from the current folder; the resolved config.toml holds them as
-absolute paths. Nothing heavy is imported before the configuration is accepted.
+where they exist there, otherwise from the current folder, as those of flags are; the resolved
+config.toml holds them as absolute paths. Nothing heavy is imported before the configuration is
+accepted.
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +22,26 @@ from launch.progress import Progress
 from launch.report import write_report
 from launch.supervisor import INTERRUPTED, Supervisor, awake
 from protocol.blas import HINT, load_openblas
-from protocol.config import load, to_toml
+from protocol.config import load, split_flags, to_toml
 from protocol.errors import ConfigError, PippinError
 from protocol.help import help_text
 from protocol.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
 
 RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
 PROGRAMS = Path(__file__).parent
+PATHS = (
+    "model.path",
+    "model.adapter_path",
+    "model.chat_template",
+    "model.reference",
+    "data.path",
+    "data.eval_path",
+    "data.prepare",
+    "rewards.functions",
+    "transport.keys",
+)
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+NOT_BEGUN = "not_begun"  # marks the folder of a run that failed before its first step
 
 
 def read_command_line(
@@ -42,6 +57,9 @@ def read_command_line(
         sys.stdout.write(help_text(cls, usage))
         raise SystemExit(0)
     recipe = Path(flags.pop(0)) if flags and not flags[0].startswith("--") else None
+    if recipe is not None and recipe.suffix.lower() in DATA_SUFFIXES:
+        raise ConfigError(f"{recipe} is no recipe, which is TOML; data: --data.path {recipe}")
+    flags = resolve_flags(flags, Path.cwd())
     resumed = _resume_folder(flags)
     if resumed is not None:
         if recipe is not None:
@@ -56,6 +74,8 @@ def read_command_line(
     run = load(cls, recipe, flags)
     if recipe is not None:
         run = resolve_paths(run, recipe.parent.absolute())
+    for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
+        _require_file(f"data.{name}", path)
     return run, make_run_folder(run, recipe.stem if recipe else "run")
 
 
@@ -69,6 +89,27 @@ def _resume_folder(flags: Sequence[str]) -> Path | None:
                 raise ConfigError(f"--run.resume {text}: required a run folder with config.toml")
             return folder
     return None
+
+
+def _require_file(key: str, text: str) -> None:
+    """Refuse a data file that is not there, before a model is loaded for it."""
+    file = Path(text).expanduser()
+    named = file.suffix.lower() in DATA_SUFFIXES and not any(mark in text for mark in "*[:")
+    if named and not file.exists():
+        raise ConfigError(f"{key} {text}: no such file (looked at {file.absolute()})")
+
+
+def resolve_flags(flags: Sequence[str], base: Path) -> list[str]:
+    """Return flags as `--key=value`, with the paths that exist under `base` made absolute."""
+    resolved: list[str] = []
+    for key, text in split_flags(flags):
+        value = text
+        if key == "rewards.functions" and not text.lstrip().startswith("["):
+            value = ",".join(resolve_path(part.strip(), base) for part in text.split(","))
+        elif key in PATHS and not (key == "model.reference" and text in ("initial", "base")):
+            value = resolve_path(text, base)
+        resolved.append(f"--{key}={value}")
+    return resolved
 
 
 def resolve_path(text: str, base: Path) -> str:
@@ -126,13 +167,16 @@ def make_run_folder(run: AnyRun, stem: str) -> Path:
     """
     name = run.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(run.run.dir).absolute() / name
-    if (folder / "config.toml").exists():
+    begun = (folder / "config.toml").exists() and not (folder / NOT_BEGUN).exists()
+    if begun:
         raise ConfigError(
             f"run.name: {folder} holds a run already; choose another name, or go on with it by "
             f"--run.resume {folder}"
         )
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
+        for stale in (NOT_BEGUN, "started_at"):
+            (folder / stale).unlink(missing_ok=True)
         (folder / "config.toml").write_text(to_toml(run), encoding="utf-8")
         latest = folder.parent / "latest"
         fresh = folder.parent / f".latest-{os.getpid()}"
@@ -175,23 +219,40 @@ def supervise(
     )
     with awake(), progress:
         status = anyio.run(supervisor.run)
-    _last_words(folder, run, status)
+    checkpoints = folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    if status != 0 and not saved and not (folder / "metrics.jsonl").exists():
+        (folder / NOT_BEGUN).touch()
+    if (folder / "metrics.jsonl").exists():
+        sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
+    lines = what_next(folder, run, done=status == 0)
+    if saved and (status != 0 or supervisor.interrupted):
+        lines.append(f"go on:   uv run {sys.argv[0]} --run.resume {shown(folder)}")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     return status
 
 
-def _last_words(folder: Path, run: AnyRun, status: int) -> None:
-    out = sys.stdout
-    if (folder / "metrics.jsonl").exists():
-        out.write(f"report: {write_report(folder)}\n")
+def shown(path: str | Path) -> str:
+    """Write a path for a shell: relative where it lies in the current folder."""
+    given = Path(path)
+    inside = given.is_absolute() and given.is_relative_to(Path.cwd())
+    return shlex.quote(str(given.relative_to(Path.cwd()) if inside else given))
+
+
+def what_next(folder: Path, run: AnyRun, *, done: bool) -> list[str]:
+    """Return lines that say where the run's weights are, and the commands that use them."""
+    if not done:
+        return [f"logs:    {shown(folder / 'logs')}"]
     full = run.model.fine_tune_type == "full"
-    weights = folder / ("model" if full else "adapters")
-    if weights.is_dir():
-        load_it = "--model" if full else f"--model {run.model.path} --adapter-path"
-        out.write(f"weights: {weights}\n")
-        out.write(f'load:    mlx_lm.generate {load_it} {weights} --prompt "…"\n')
-    if status != 0:
-        out.write(f"logs:    {folder / 'logs'}\n")
-        out.write(f"go on:   --run.resume {folder}\n")
+    weights = shown(folder / ("model" if full else "adapters"))
+    model = f"--model {weights if full else shown(run.model.path)}"
+    loaded = model if full else f"{model} --adapter-path {weights}"
+    return [
+        f"weights: {weights}",
+        f"chat:    uv run mlx_lm.chat {loaded}",
+        f'ask:     uv run mlx_lm.generate {loaded} --prompt "…"',
+        f"export:  uv run launch/export.py {shown(folder)} OUT",
+    ]
 
 
 def run_offline(cls: type[RunT], kind: str, argv: Sequence[str], usage: str) -> int:

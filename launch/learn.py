@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pippin.learner")
 POLL_S = 0.2
+TOTAL = "total_steps"
 
 
 def arguments() -> argparse.Namespace:
@@ -41,15 +42,16 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Build the run, advance it to its end, and report how it ended by the exit status."""
     args = arguments()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for ours in ("pippin", "protocol", "learner", "launch"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     lifeline = Lifeline(child=args.child)
     signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
     if not load_openblas():
         log.info(HINT)
     try:
         with _assembled(args) as run:
+            _announce(run.trainer, args.run_dir)
             try:
                 _advance(run.trainer, lifeline)
             except RewardError:
@@ -74,6 +76,21 @@ def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
         from launch.assemble_offline import assemble_offline
 
         yield assemble_offline(args.run_dir, args.kind)
+
+
+def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
+    """Write the number of steps to `total_steps`, for the display; say if all of them are done."""
+    total = trainer.schedule.max_steps
+    if total is None:
+        return
+    (folder / TOTAL).write_text(f"{total}\n")
+    if trainer.step >= total:
+        log.warning(
+            "the run is finished: step %d of %d; to train on, resume it with a larger "
+            "--train.max_steps or --train.num_train_epochs",
+            trainer.step,
+            total,
+        )
 
 
 def _advance(trainer: "Trainer[Any]", lifeline: Lifeline) -> None:

@@ -1,4 +1,4 @@
-"""The display of a running run, fed by the learner's metrics.jsonl.
+"""The display of a running run, fed by the learner's metrics.jsonl and by its log.
 
 On a terminal a panel (rich) that is drawn again as lines arrive; elsewhere one line a step.
 """
@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from launch.log_lines import LogTail
 from launch.records import Tail, number
 
 POLL_S = 0.5
@@ -62,10 +63,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Follows a run folder and shows it; `max_steps` -1 means that the end is not known."""
+    """Follows a run folder and shows it; with `max_steps` -1 the learner says how many there are.
+
+    What it logs is shown as it is written.
+    """
 
     def __init__(self, folder: Path, *, max_steps: int = -1, out: TextIO | None = None) -> None:
         self._tail = Tail(folder / "metrics.jsonl")
+        self._log = LogTail(folder / "logs" / "learner.log")
         self._folder = folder
         self._max_steps = max_steps
         self._console = Console(file=out or sys.stdout, highlight=False, soft_wrap=True)
@@ -78,6 +83,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self.say(f"run: {self._folder}")
         self._tail.read()  # what an earlier incarnation wrote was shown then
+        (self._folder / "total_steps").unlink(missing_ok=True)
         if self._console.is_terminal:
             self._live = Live(self._panel(), console=self._console, auto_refresh=False)
             self._live.start()
@@ -98,19 +104,27 @@ class Progress:
         self._console.print(Text(text))
 
     async def follow(self) -> None:
-        """Show new lines until cancelled."""
+        """Show what is new until cancelled."""
         while True:
             self.update()
             await anyio.sleep(POLL_S)
 
     def update(self) -> None:
         """Take in and show what was written since the last call."""
+        for message in self._log.read():
+            self.say(message)
         for line in self._tail.read():
+            self._learn_total()
             self._take(line)
             if self._live is None:
                 self.say(self.line(line))
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
+
+    def _learn_total(self) -> None:
+        path = self._folder / "total_steps"
+        if self._max_steps < 1 and path.exists():
+            self._max_steps = int(path.read_text())
 
     def _take(self, line: dict[str, Any]) -> None:
         self._latest.update({key: value for key, value in line.items() if value is not None})
@@ -144,7 +158,8 @@ class Progress:
 
     def _panel(self) -> Panel:
         table = Table.grid(padding=(0, 2))
-        table.add_row("step", f"{self._latest.get('step', '-')} of {self._max_steps}")
+        total = self._max_steps if self._max_steps > 0 else "?"
+        table.add_row("step", f"{self._latest.get('step', '-')} of {total}")
         table.add_row("reward" if "reward" in self._latest else "loss", self._curve(self._rewards))
         table.add_row("eval", self._curve(self._evals))
         shown = ("tokens_per_s", "staleness/mean", "staleness/max")

@@ -58,6 +58,11 @@ class Supervisor:
         self._interrupts = 0
         self._over = False
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal asked the run to stop."""
+        return self._interrupts > 0
+
     async def run(self) -> int:
         """Run to the learner's end; return the exit status for the launcher."""
         status = 1
@@ -124,8 +129,8 @@ class Supervisor:
 
     def _obituary(self, child: Child, status: int) -> str:
         return (
-            f"{child.spec.name} ended with {describe_status(status)}; the last lines of "
-            f"{child.log}:\n{child.last_lines()}"
+            f"{child.spec.name} ended with {describe_status(status)}; {child.log} says:\n"
+            f"{child.last_words()}"
         )
 
     async def _watch_signals(

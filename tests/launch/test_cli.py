@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from launch import grpo
-from launch.cli import learner_spec, read_command_line, resolve_path
+from launch.cli import (
+    NOT_BEGUN,
+    learner_spec,
+    read_command_line,
+    resolve_flags,
+    resolve_path,
+    what_next,
+)
 from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
 from protocol.config import load
 from protocol.errors import ConfigError
@@ -41,6 +48,77 @@ def test_paths_come_from_the_recipes_folder_then_the_current_one(
     assert resolve_path("org/model", there) == "org/model"
     assert resolve_path("zmq://host:1", there) == "zmq://host:1"
     assert resolve_path("pkg.mod:f", there) == "pkg.mod:f"
+
+
+def test_paths_in_flags_come_from_the_current_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "rows.jsonl").touch()
+        (folder / "base").touch()
+    (here / "f.py").touch()
+    monkeypatch.chdir(here)
+    (there / "r.toml").write_text("[model]\npath = 'org/m'\n[data]\npath = 'rows.jsonl'\n")
+    runs = f"--run.dir={tmp_path}"
+    run, _ = read_command_line(SftRun, [str(there / "r.toml"), runs, "--run.name=a"], "")
+    assert run.data.path == str(there / "rows.jsonl")
+    flags = [str(there / "r.toml"), runs, "--run.name=b", "--data.path", "rows.jsonl"]
+    assert read_command_line(SftRun, flags, "")[0].data.path == str(here / "rows.jsonl")
+    flags = ["--rewards.functions", "f.py:a,zmq://h:1", "--model.reference=base", "--run.name", "f"]
+    assert resolve_flags(flags, here) == [
+        f"--rewards.functions={here / 'f.py'}:a,zmq://h:1",
+        "--model.reference=base",
+        "--run.name=f",
+    ]
+
+
+def test_a_data_file_that_is_missing_or_no_recipe_is_refused_before_a_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rows\.jsonl is no recipe.*--data\.path rows\.jsonl"):
+        read_command_line(SftRun, ["rows.jsonl", "--model.path=m"], "")
+    with pytest.raises(ConfigError, match=r"data\.path row\.csv: no such file \(looked at /"):
+        read_command_line(SftRun, ["--model.path=m", "--data.path=row.csv"], "")
+    flags = ["--model.path=m", "--data.path=rows.jsonl", "--data.eval_path=e.json"]
+    with pytest.raises(ConfigError, match=r"data\.eval_path e\.json: no such file"):
+        read_command_line(SftRun, flags, "")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_name_of_a_run_that_never_began_is_free(tmp_path: Path):
+    flags = [*OFFLINE, f"--run.dir={tmp_path}", "--run.name=a"]
+    _, folder = read_command_line(SftRun, flags, "")
+    (folder / "started_at").write_text("1.0\n")
+    (folder / NOT_BEGUN).touch()
+    run, again = read_command_line(SftRun, [*flags, "--train.max_steps=3"], "")
+    assert again == folder
+    assert load(SftRun, folder / "config.toml") == run
+    assert not (folder / "started_at").exists()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        read_command_line(SftRun, flags, "")
+
+
+def test_the_last_lines_are_commands_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "a b"
+    run = load(SftRun, None, ["--model.path=org/m", "--data.path=d"])
+    assert what_next(folder, run, done=True) == [
+        "weights: 'runs/a b/adapters'",
+        "chat:    uv run mlx_lm.chat --model org/m --adapter-path 'runs/a b/adapters'",
+        "ask:     uv run mlx_lm.generate --model org/m --adapter-path 'runs/a b/adapters' "
+        '--prompt "…"',
+        "export:  uv run launch/export.py 'runs/a b' OUT",
+    ]
+    full = load(SftRun, None, [*OFFLINE, "--model.fine_tune_type=full"])
+    assert what_next(Path("/elsewhere/a"), full, done=True)[:2] == [
+        "weights: /elsewhere/a/model",
+        "chat:    uv run mlx_lm.chat --model /elsewhere/a/model",
+    ]
+    assert what_next(folder, run, done=False) == ["logs:    'runs/a b/logs'"]
 
 
 def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Path):

@@ -51,3 +51,23 @@ def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Pa
         "step 0/2  eval/loss 0.7  eval/rewards/accuracies 0.5  eval/rewards/margins 0.01",
         "step 1/2  loss 0.6  rewards/margins -0.25  step_time 1.235 s",
     ]
+
+
+def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp_path: Path):
+    out = io.StringIO()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "total_steps").write_text("9\n")  # of an earlier incarnation
+    with Progress(tmp_path, out=out) as progress:
+        (tmp_path / "logs" / "learner.log").write_text(
+            "2026-01-02 03:04:05,678 INFO rows.jsonl: 8 rows kept, 0 dropped, 0 truncated\n"
+        )
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 2.0, "loss": 1.5}\n')
+        progress.update()
+        (tmp_path / "total_steps").write_text("4\n")
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time_s": 5.0, "loss": 1.25}\n')
+    assert out.getvalue().splitlines()[1:] == [
+        "rows.jsonl: 8 rows kept, 0 dropped, 0 truncated",
+        "step 1  loss 1.5",
+        "step 2/4  loss 1.25  left 0:06",
+    ]
