@@ -75,20 +75,10 @@ def tokenise_pair(
 
     Contexts differ between the sides only where `keep_end` cut them. Raises RowError.
     """
-    chosen = _content(row, "chosen")
-    rejected = _content(row, "rejected")
-    _require_answer(chosen, "chosen")
-    _require_answer(rejected, "rejected")
-    if row.get("prompt") is None:
-        _require_same_kind(chosen=chosen, rejected=rejected)
-        prompt, chosen, rejected = extract_prompt(chosen, rejected)
-        if not isinstance(prompt, str) and not prompt:
-            raise RowError(
-                "empty", "chosen and rejected share no first message, and there is no prompt"
-            )
-    else:
-        prompt = _content(row, "prompt")
-        _require_same_kind(prompt=prompt, chosen=chosen, rejected=rejected)
+    row = with_explicit_prompt(row)
+    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
+    prompt = _content(row, "prompt")
+    _require_same_kind(prompt=prompt, chosen=chosen, rejected=rejected)
     prompt_ids, sequences = _encoded(tokenizer, row, prompt, [chosen, rejected])
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
     sides = [_cut(ids, start, max_length, truncation_mode) for ids in sequences]
@@ -96,15 +86,39 @@ def tokenise_pair(
 
 
 def tokenise_answer(
-    tokenizer: Tokenizer, row: Row, *, max_length: int | None, truncation_mode: TruncationMode
+    tokenizer: Tokenizer,
+    row: Row,
+    *,
+    max_length: int | None,
+    truncation_mode: TruncationMode,
+    column: str = "completion",
 ) -> SideTokens:
-    """Return the tokens of a row with prompt and completion. Raises RowError."""
-    prompt, completion = _content(row, "prompt"), _content(row, "completion")
-    _require_answer(completion, "completion")
-    _require_same_kind(prompt=prompt, completion=completion)
+    """Return the tokens of a row with prompt and an answer in `column`. Raises RowError."""
+    prompt, completion = _content(row, "prompt"), _content(row, column)
+    _require_answer(completion, column)
+    _require_same_kind(**{"prompt": prompt, column: completion})
     prompt_ids, (sequence,) = _encoded(tokenizer, row, prompt, [completion])
     start = common_prefix_length(prompt_ids, sequence)
     return _cut(sequence, start, max_length, truncation_mode)
+
+
+def with_explicit_prompt(row: Row) -> Row:
+    """Return a pair's row with its prompt, split off chosen and rejected where it is implicit.
+
+    Raises RowError where an answer is missing, empty, or of another kind.
+    """
+    chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
+    _require_answer(chosen, "chosen")
+    _require_answer(rejected, "rejected")
+    if row.get("prompt") is not None:
+        return row
+    _require_same_kind(chosen=chosen, rejected=rejected)
+    prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if not isinstance(prompt, str) and not prompt:
+        raise RowError(
+            "empty", "chosen and rejected share no first message, and there is no prompt"
+        )
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def tokenise_sequence(

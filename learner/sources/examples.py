@@ -15,6 +15,7 @@ from protocol.preference_tokens import (
     tokenise_answer,
     tokenise_pair,
     tokenise_sequence,
+    with_explicit_prompt,
 )
 from protocol.settings import DataSettings
 from protocol.tokens import RowError, Tokenizer
@@ -111,26 +112,71 @@ def pairs(settings: DataSettings, tokenizer: Tokenizer) -> Build[PreferenceExamp
     return build
 
 
-def answers(settings: DataSettings, tokenizer: Tokenizer) -> Build[UnpairedExample]:
-    """Build judged answers from rows with prompt, completion and label."""
+@dataclass(frozen=True)
+class AnswerBuild:
+    """Builds judged answers from rows with prompt, completion and label, or from pairs.
 
-    def build(number: int, row: RawRow, report: Report) -> UnpairedExample:
+    As in TRL, a pair is a good answer and a bad one, each tokenised on its own. The result has a
+    place for each answer: None where its prompt leaves it no room.
+    """
+
+    settings: DataSettings
+    tokenizer: Tokenizer
+
+    def __call__(
+        self, number: int, row: RawRow, report: Report
+    ) -> tuple[UnpairedExample | None, ...]:
+        columns: dict[str, Any] = {"completion": row.get("label")}
+        if row.get("completion") is None and {"chosen", "rejected"} & row.keys():
+            row = dict(with_explicit_prompt(row))
+            columns = {"chosen": True, "rejected": False}
+        truncated = False
+        faults: list[RowError] = []
+        found: list[UnpairedExample | None] = []
+        for column, label in columns.items():
+            try:
+                example, cut = self._answer(number, row, column, label)
+            except RowError as error:
+                if error.kind != "prompt_too_long":
+                    raise
+                faults.append(error)
+                found.append(None)
+                continue
+            found.append(example)
+            truncated |= cut
+        if faults and (len(faults) == len(found) or self.settings.on_bad_row == "error"):
+            raise faults[0]
+        for fault in faults:
+            reason = f"{fault.reason}; the pair's other answer is kept"
+            report.drop(number, RowError(fault.kind, reason))
+        if truncated:
+            report.truncate(number)
+        return tuple(found)
+
+    def _answer(
+        self,
+        number: int,
+        row: RawRow,
+        column: str,
+        label: Any,  # noqa: ANN401 - a cell
+    ) -> tuple[UnpairedExample, bool]:
         side = tokenise_answer(
-            tokenizer,
+            self.tokenizer,
             row,
-            max_length=settings.max_length,
-            truncation_mode=settings.truncation_mode,
+            max_length=self.settings.max_length,
+            truncation_mode=self.settings.truncation_mode,
+            column=column,
         )
-        label = row.get("label")
         if label is None:
             raise RowError("missing_column", f"no label; the row has {sorted(row)}")
         if label not in (0, 1, False, True):
             raise RowError("mixed_types", f"label must be true or false, not {label!r}")
-        if side.truncated:
-            report.truncate(number)
-        return UnpairedExample(number, *_with_context(side), bool(label))
+        return UnpairedExample(number, *_with_context(side), bool(label)), side.truncated
 
-    return build
+
+def answers(settings: DataSettings, tokenizer: Tokenizer) -> AnswerBuild:
+    """Build judged answers from rows with prompt, completion and label, or from pairs."""
+    return AnswerBuild(settings, tokenizer)
 
 
 def sequences(

@@ -18,11 +18,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 class FeedState(msgspec.Struct, frozen=True, kw_only=True):
     """Where a feed stands: `taken` rows into `epoch`. `size` guards against another dataset
-    (-1: a stream)."""
+    (-1: a stream). `given`: examples of the rows from there on that were given already."""
 
     epoch: int = 0
     taken: int = 0
     size: int = -1
+    given: int = 0
 
 
 class Feed(Protocol[T_co]):

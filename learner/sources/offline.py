@@ -4,15 +4,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic, overload
 
 import msgspec
 
 from learner.sources.dataset import Rows, open_rows
-from learner.sources.examples import Build, E
-from learner.sources.feed import FeedState, ListFeed, StreamFeed
+from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample
+from learner.sources.feed import Feed, FeedState, ListFeed, StreamFeed
 from learner.sources.prepare import preparation
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
+from learner.sources.unpaired import UnpairedFeed, in_blocks, in_file_blocks
 from protocol.errors import ConfigError
 from protocol.settings import DataSettings
 
@@ -35,7 +36,7 @@ class OfflineSource(Generic[E]):
 
     def __init__(
         self,
-        feed: ListFeed[E] | StreamFeed[E],
+        feed: Feed[E],
         report: Report,
         *,
         batch_size: int,
@@ -132,6 +133,19 @@ class OfflineSets(Generic[E]):
     evaluation: list[E]
 
 
+@overload
+def open_offline(
+    settings: DataSettings,
+    build: AnswerBuild,
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+) -> OfflineSets[UnpairedExample]: ...
+
+
+@overload
 def open_offline(
     settings: DataSettings,
     build: Build[E],
@@ -140,7 +154,18 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
-) -> OfflineSets[E]:
+) -> OfflineSets[E]: ...
+
+
+def open_offline(
+    settings: DataSettings,
+    build: Build[Any] | AnswerBuild,
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+) -> OfflineSets[Any]:
     """Open the examples that `settings` name and `build` makes: `pairs`, `answers` or
     `sequences` of `learner/sources/examples.py`.
 
@@ -157,35 +182,40 @@ def open_offline(
         msgspec.structs.replace(settings, eval_rows=0) if own else settings,
         seed=seed,
     )
-    feed: ListFeed[E] | StreamFeed[E]
+    judged = isinstance(build, AnswerBuild)  # several examples a row
+    feed: Any
     if rows.length is None:
         feed = StreamFeed(rows, sieve, settings, seed=seed, skip=split.skip)
+        feed = UnpairedFeed(feed, settings, seed=seed) if judged else feed
     else:
         require_some(sieve.report)
+        train = in_file_blocks(split.train) if judged else split.train
         feed = ListFeed(
-            split.train, settings, seed=seed, batch_size=batch_size, length=lambda e: e.length
+            train, settings, seed=seed, batch_size=batch_size, length=lambda e: e.length
         )
         for line in sieve.report.lines():
             log.info(line)
     source = OfflineSource(
         feed, sieve.report, batch_size=batch_size, epochs=epochs, max_steps=max_steps
     )
-    return OfflineSets(source, evaluation if evaluation is not None else split.held_out)
+    held_out = split.held_out if evaluation is None else evaluation
+    return OfflineSets(source, in_blocks(held_out) if judged else held_out)
 
 
-def _sieve(settings: DataSettings, rows: Rows, build: Build[E]) -> Sieve[E]:
+def _sieve(settings: DataSettings, rows: Rows, build: Build[Any] | AnswerBuild) -> Sieve[Any]:
     prepare = preparation(settings, rows)
     return Sieve(prepare, build, Report(rows.name), settings.on_bad_row)
 
 
-def _evaluation(settings: DataSettings, build: Build[E]) -> list[E] | None:
-    """Examples of `eval_path` or `eval_split`, at most `eval_rows` if set; None without either."""
+def _evaluation(settings: DataSettings, build: Build[Any] | AnswerBuild) -> list[Any] | None:
+    """Return what the rows of `eval_path` or `eval_split` make, at most `eval_rows` of them if set;
+    None without either."""
     if not settings.eval_path and not settings.eval_split:
         return None
     split = settings.eval_split or "train"
     rows = open_rows(settings, path=settings.eval_path, split=split)
     sieve = _sieve(settings, rows, build)
-    examples: list[E] = []
+    examples: list[Any] = []
     for example in kept(sieve, enumerate(rows.scan(0))):
         examples.append(example)
         if len(examples) == settings.eval_rows:

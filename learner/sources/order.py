@@ -40,6 +40,11 @@ def epoch_order(
     return _length_grouped(shuffled, np.asarray(lengths), batch_size, _generator(seed, epoch, 1))
 
 
+def permuted(items: Sequence[T], *entropy: int) -> list[T]:
+    """Return the items in an order that `entropy` decides."""
+    return [items[place] for place in _generator(*entropy).permutation(len(items))]
+
+
 def _generator(*entropy: int) -> np.random.Generator:
     return np.random.default_rng([value % 2**64 for value in entropy])
 

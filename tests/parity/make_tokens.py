@@ -4,7 +4,8 @@
     python tests/parity/make_tokens.py --models FOLDER
 
 FOLDER holds `tokenizer-qwen3` and `stories260K`. The rows go through the trainers'
-`_prepare_dataset` and data collators; no model is needed. `tokens/randperm.json` has torch's.
+`_prepare_dataset` and data collators; no model is needed. `tokens/randperm.json` has torch's;
+`tokens/unpaired.json` the answers that KTO makes of datasets of pairs, in its order.
 """
 
 # pyright: reportMissingImports=false
@@ -155,6 +156,49 @@ def cut(prompt: list[int], completion: list[int], limit: int | None) -> dict:
     return {"input_ids": (prompt + completion)[:limit], "mask": mask[:limit]}
 
 
+def unpaired_cases(eos: str) -> list[dict]:
+    """Datasets of pairs: name, rows or a count of `numbered_pairs`, max_length."""
+    plain = [
+        {"prompt": "The sky is", "chosen": " blue", "rejected": " the 42nd colour"},
+        {"prompt": "The sky is ", "chosen": "blue", "rejected": "the 42"},
+        {"prompt": "12 is ", "chosen": "blue", "rejected": "42" + eos},
+    ]
+    implicit = [
+        {"chosen": "The sky is blue today", "rejected": "The sky is the 42"},
+        {"chosen": "12 is", "rejected": "12 is 42"},
+    ]
+    chats = [
+        {"prompt": ASK, "chosen": YES, "rejected": NO},
+        {"prompt": [*ASK, *YES, *ASK], "chosen": NO, "rejected": YES},
+    ]
+    talks = [{"chosen": ASK + YES, "rejected": ASK + NO}]
+    return [
+        {"name": "pairs", "rows": plain, "max_length": None},
+        {"name": "implicit prompts", "rows": implicit, "max_length": None},
+        {"name": "chats", "rows": chats, "max_length": None},
+        {"name": "implicit chats", "rows": talks, "max_length": 60},
+        {"name": "one answer has no room", "rows": plain, "max_length": 3},
+        {"name": "blocks", "count": 2300, "max_length": 20},
+    ]
+
+
+def unpaired(item: dict, tokenizer) -> list[dict]:
+    """Return KTO's answers of a dataset of pairs, each with IDs, mask and label."""
+    rows = item["rows"] if "rows" in item else tiny_tokenizer.numbered_pairs(item["count"])
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0
+    )
+    settings = {"truncation_mode": "keep_start", **item}
+    args = arguments(settings)
+    answers = KTOTrainer._prepare_dataset(
+        trainer, Dataset.from_list(rows), tokenizer, args, "train"
+    )
+    return [
+        cut(a["prompt_ids"], a["completion_ids"], item["max_length"]) | {"label": a["label"]}
+        for a in answers
+    ]
+
+
 def permutations() -> list[dict]:
     """Return torch.randperm on CPU: its first 40 indices and the digest of all as int32."""
     found = []
@@ -193,6 +237,11 @@ def main() -> None:
         for item in cases:
             item["expected"] = expected(item, tokenizer)
         write(name, {"tokenizer": name, "trl": trl.__version__, "cases": cases})
+    cases = unpaired_cases(tokenizers["tiny"].eos_token)
+    for item in cases:
+        answers = unpaired(item, tokenizers["tiny"])
+        item["expected"] = answers if "rows" in item else tiny_tokenizer.answers_digest(answers)
+    write("unpaired", {"tokenizer": "tiny", "trl": trl.__version__, "cases": cases})
     write("randperm", {"torch": torch.__version__, "cases": permutations()})
 
 

@@ -3,6 +3,8 @@
 The TRL program that makes the goldens and the tests that read them both build it here.
 """
 
+import hashlib
+import json
 from typing import Any
 
 _MERGES = "h e|l l|o Ġ|Ġ b|e Ġ|i s|t he|b l|bl u|Ġb l|Ġbl u|Ġ t|4 2|Ġ 4|Ġ is|1 2"
@@ -41,3 +43,21 @@ def build(*, chat_template: bool = True) -> Any:
         pad_token="<|endoftext|>",
         chat_template=CHATML if chat_template else None,
     )
+
+
+def numbered_pairs(count: int) -> list[dict[str, str]]:
+    """Return pairs of which every seventh has a prompt of more than 20 tokens."""
+    return [
+        {
+            "prompt": f"{number} is" + (" not" * 20 if number % 7 == 6 else ""),
+            "chosen": " blue" * (1 + number % 3),
+            "rejected": f" {number % 4}",
+        }
+        for number in range(count)
+    ]
+
+
+def answers_digest(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the number of answers (input_ids, mask, label) and the digest of them in order."""
+    text = json.dumps([[a["input_ids"], a["mask"], a["label"]] for a in answers])
+    return {"count": len(answers), "sha256": hashlib.sha256(text.encode()).hexdigest()}
