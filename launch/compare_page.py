@@ -72,8 +72,11 @@ class Compared:
     def objective(self) -> str:
         """Return the method or loss, in words."""
         section = self.config.get("objective", {})
-        loss = section.get("loss_type", "SFT")
-        return str(section.get("method", loss))
+        method = section.get("method", "grpo" if "rewards" in self.config else "sft")
+        given = section.get("loss_type", [])
+        losses = given if isinstance(given, list) else [given]
+        shown = method == "grpo" or (method == "dpo" and losses != ["sigmoid"])
+        return f"{method} ({', '.join(map(str, losses))})" if shown and losses else str(method)
 
 
 def render(runs: Sequence[Compared], chosen: Rival, reward: str = "") -> str:

@@ -22,7 +22,7 @@ from protocol.errors import PippinError, RewardError, only_leaf
 from protocol.messages import RewardService, floats_view
 
 TIMEOUT_S = 60.0
-COLUMNS = ("chosen", "rejected")
+COLUMNS = ("chosen", "rejected")  # beside `columns`, which hold the rest of a row
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,12 @@ class Judge:
         self, client: RewardClient, lines: Sequence[Mapping[str, Any]]
     ) -> list[float | None]:
         """Return the scores of the answers to one prompt."""
-        row = {"prompt": lines[0]["prompt"]}
+        row: dict[str, Any] = {}
         for line in lines:
+            columns = line.get("columns")
+            row |= columns if isinstance(columns, dict) else {}
             row |= {column: line[column] for column in COLUMNS if column in line}
+        row["prompt"] = lines[0]["prompt"]
         data = msgspec.json.encode(row)
         answers = as_answers(data, [line["completions"][0] for line in lines])
         result = await client.score(data, answers, [[] for _ in lines], {})

@@ -53,8 +53,16 @@ class OnlineEvaluator:
         if result is None:
             return None
         self.pending = False
-        lines = [{**self.describe(g, result.version), "kind": "eval"} for g in result.groups]
+        lines = [
+            {**self.describe(g, result.version), "kind": "eval", "columns": _columns(g)}
+            for g in result.groups
+        ]
         return result.version, eval_metrics(result, self.weights), lines
+
+
+def _columns(item: TrainedGroup) -> dict[str, Any]:
+    """Return the row but for its prompt: with it, the answers can be scored once more."""
+    return {name: value for name, value in item.prompt.row.items() if name != "prompt"}
 
 
 def eval_metrics(result: EvalResult, weights: Sequence[float] | None) -> dict[str, float]:

@@ -12,7 +12,7 @@ from protocol.messages import floats_view, ids_view
 class Decoder(Protocol):
     """What a tokenizer is needed for here."""
 
-    def decode(self, token_ids: list[int], /) -> str:
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str:
         """Return the text of token IDs."""
         ...
 
@@ -23,7 +23,7 @@ def describe(
     """Return a group's line: identity, spans and times of all completions, text of `with_text`.
 
     `with_text` -1 means all. `trained_at` is the policy version of the batch's first update, or
-    the version that was evaluated.
+    the version that was evaluated. The text is what the reward functions were given.
     """
     group = item.group
     texts = group.completions if with_text < 0 else group.completions[:with_text]
@@ -45,7 +45,10 @@ def describe(
         "reward_names": names,
         "rewards": [[None if math.isnan(v) else v for v in row] for row in table],
         "prompt": item.prompt.row.get("prompt"),
-        "completions": [tokenizer.decode(ids_view(c.token_ids).tolist()) for c in texts],
+        "completions": [
+            tokenizer.decode(ids_view(c.token_ids).tolist(), skip_special_tokens=True)
+            for c in texts
+        ],
         "log_extra": group.reward.log_extra,
         "faults": [msgspec.to_builtins(f) for f in group.reward.faults],
     }

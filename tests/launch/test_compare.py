@@ -123,6 +123,22 @@ def test_answers_compete_with_the_first_ones_and_with_the_chosen(tmp_path):
     assert "in each objective&#x27;s own unit" in page
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('[objective]\nmethod = "dpo"\nloss_type = ["sigmoid"]', "dpo"),
+        ('[objective]\nmethod = "dpo"\nloss_type = ["sigmoid", "ipo"]', "dpo (sigmoid, ipo)"),
+        ('[objective]\nmethod = "orpo"\nloss_type = ["sigmoid"]', "orpo"),
+        ('[objective]\nloss_type = "dapo"\n[rewards]\nfunctions = ["a:b"]', "grpo (dapo)"),
+        ("[objective]\ncompletion_only_loss = true", "sft"),
+    ],
+)
+def test_the_objective_in_words(tmp_path, config, words):
+    run = recorded(tmp_path / "run", "dpo", [0.5], [])
+    (run / "config.toml").write_text(config)
+    assert f"<tr><td>run</td><td>{words}</td>" in compare([run])
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     first = recorded(tmp_path / "a" / "run", "dpo", [0.5], ["x"])
     second = recorded(tmp_path / "b" / "run", "dpo", [0.5], ["x"])

@@ -21,6 +21,9 @@ def words(prompts, completions, chosen=None, **kwargs):
 def said(completions, **kwargs):
     return [float(len(messages[0]["content"])) for messages in completions]
 
+def exact(completions, answer, **kwargs):
+    return [float(c == a) for c, a in zip(completions, answer)]
+
 def against_chosen(completions, chosen, rejected, **kwargs):
     return [float(c == g) - float(c == b) for c, g, b in zip(completions, chosen, rejected)]
 
@@ -70,6 +73,9 @@ def test_columns_come_along_and_conversations_are_messages(rewards):
     contestants = {"a": {"p": line("p", "bad", **pair)}, "b": {"p": line("p", "good", **pair)}}
     scores = Judge(f"{rewards}:against_chosen").scores(contestants)
     assert scores == {"a": {"p": -1.0}, "b": {"p": 1.0}}
+    given = {"columns": {"answer": "7", "prompt": "other"}}
+    contestants = {"a": {"p": line("p", "7", **given)}, "b": {"p": line("p", "8", **given)}}
+    assert Judge(f"{rewards}:exact").scores(contestants) == {"a": {"p": 1.0}, "b": {"p": 0.0}}
     chat = line([{"role": "user", "content": "p"}], "four")
     assert Judge(f"{rewards}:said").scores({"a": {"p": chat}}) == {"a": {"p": 4.0}}
 

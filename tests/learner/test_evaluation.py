@@ -1,11 +1,14 @@
 """Rewards of groups side by side: which column is whose, also where a server was not heard of."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 
 from learner.advantages import advantages
-from learner.evaluation import reward_matrix
-from learner.experience import TrainedGroup
+from learner.evaluation import OnlineEvaluator, reward_matrix
+from learner.experience import EvalResult, TrainedGroup
+from learner.sources.online import OnlineSource
 from learner.sources.prompts import Prompt
 from protocol import messages as m
 
@@ -32,7 +35,7 @@ def trained(names, rewards):
         generation_s=0.0,
         reward_s=0.0,
     )
-    return TrainedGroup(Prompt(0, [1], {}), group)
+    return TrainedGroup(Prompt(0, [1], {"prompt": "1+2=", "answer": 3}), group)
 
 
 def groups(*given):
@@ -60,3 +63,24 @@ def test_a_batch_without_any_names_has_no_advantages(aggregation):
     assert (names, table.shape) == ([], (2, 0))
     result = advantages(table, groups=np.zeros(2, int), names=names, aggregation=aggregation)
     np.testing.assert_array_equal(result.advantages, [0, 0])
+
+
+class Finished:
+    """A source whose evaluation is finished."""
+
+    def evaluate(self, version):
+        self.version = version
+
+    def next_eval(self):
+        return EvalResult(self.version, groups((["f"], [[1], [0]])), 0)
+
+
+def test_lines_hold_the_rest_of_the_row_so_that_answers_can_be_scored_again():
+    source = cast(OnlineSource, Finished())
+    evaluator = OnlineEvaluator(source, None, lambda _, version: {"trained_at": version}, 1)
+    evaluator.start(4)
+    found = evaluator.poll()
+    assert found is not None
+    version, metrics, lines = found
+    assert (version, metrics["eval/reward"]) == (4, 0.5)
+    assert lines == [{"trained_at": 4, "kind": "eval", "columns": {"answer": 3}}]

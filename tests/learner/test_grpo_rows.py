@@ -157,7 +157,8 @@ def test_evaluation_averages_weighted_rewards_over_scored_rows():
 
 
 class Words:
-    def decode(self, token_ids: list[int], /) -> str:
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
         return " ".join(f"w{token}" for token in token_ids)
 
 
