@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import msgspec
 
 from learner.checkpoint import Checkpoint, load_checkpoint
@@ -79,6 +80,7 @@ def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
 def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
     """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
     settings = load(GrpoRun, args.run_dir / "config.toml")
+    mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
     epochs = None if settings.train.max_steps >= 0 else settings.train.num_train_epochs

@@ -5,6 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from launch.assemble import Run, new_step, resume_point, run_digests, started_at
 from learner.forward import Head, choose_head
 from learner.records import Records
@@ -30,6 +32,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
     """Build the offline run of `folder`: "sft" or "preference"."""
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
+    mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = _reference(settings, policy)
     sets = open_examples(settings, policy)

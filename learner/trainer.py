@@ -204,12 +204,16 @@ class Trainer(Generic[BatchT]):
             for _ in range(count):
                 update = self.updater.skip()
             return {"learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0}
-        for _ in range(count):
-            for arrays in prepared.micro:
-                value, parts = self.updater.accumulate(arrays, self.objective.loss)
-                loss += number(value)
-                merged = parts if merged is None else self.objective.merge(merged, parts)
-            update = self.updater.apply()
+        self.model.train()  # dropout; and mlx-lm's kernels without a gradient are only for eval
+        try:
+            for _ in range(count):
+                for arrays in prepared.micro:
+                    value, parts = self.updater.accumulate(arrays, self.objective.loss)
+                    loss += number(value)
+                    merged = parts if merged is None else self.objective.merge(merged, parts)
+                update = self.updater.apply()
+        finally:
+            self.model.eval()
         metrics = self.objective.finish(merged or {})
         return {
             "loss": loss / count,

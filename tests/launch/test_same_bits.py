@@ -42,6 +42,7 @@ class Bench:
         order: str = "shuffled",
         stop_after: int | None = None,
         resume: bool = False,
+        dropout: float = 0.25,
     ) -> Result:
         """Assemble run `name` and take it to its end, or stop it as Ctrl-C does."""
         folder = self.folder / name
@@ -50,7 +51,7 @@ class Bench:
             f"[run]\nseed = {seed}\nsave_steps = 2\n"
             f"resume = {json.dumps(str(folder) if resume else '')}\n"
             f"[model]\npath = {json.dumps(str(self.folder / 'model'))}\n"
-            "lora = {rank = 4, dropout = 0.25}\n"
+            f"lora = {{rank = 4, dropout = {dropout}}}\n"
             f"[data]\npath = {json.dumps(str(self.folder / 'rows.jsonl'))}\norder = '{order}'\n"
             "[optimizer]\nlearning_rate = 1e-3\n"
             f"[train]\nbatch_size = {BATCH}\nmicro_batch_size = 2\nlength_bucket = 8\n"
@@ -98,6 +99,10 @@ def test_a_seed_decides_every_bit_and_a_resume_changes_none(bench: Bench):
     other = bench.run("other", seed=43)
     assert other.rows != first.rows
     assert other.adapters != first.adapters
+
+    undropped = bench.run("undropped", dropout=0.0)
+    assert undropped.rows == first.rows
+    assert undropped.adapters != first.adapters
 
     stopped = bench.run("stopped", stop_after=3)  # the fourth step begins the second epoch
     assert stopped.rows == first.rows[:3]

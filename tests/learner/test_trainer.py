@@ -140,6 +140,26 @@ def test_iterations_step_more_than_once_on_a_batch(tmp_path):
     assert made.last_metrics["seen"] == 3
 
 
+def test_the_model_trains_in_training_mode_and_is_left_in_eval_mode(tmp_path):
+    made = trainer(tmp_path, [], [1])
+    made.model.eval()
+    modes: list[tuple[str, bool]] = []
+    prepare, loss = made.objective.prepare, made.objective.loss
+
+    def noted_prepare(batch: int) -> Prepared:
+        modes.append(("prepare", made.model.training))
+        return prepare(batch)
+
+    def noted_loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        modes.append(("loss", model.training))
+        return loss(model, arrays)
+
+    made.objective.prepare, made.objective.loss = noted_prepare, noted_loss
+    made.advance()
+    assert modes == [("prepare", False), ("loss", True)]
+    assert not made.model.training
+
+
 def test_a_stop_saves_without_a_further_batch_or_evaluation(tmp_path):
     log: list[str] = []
     made = trainer(tmp_path, log, [1, 2, 3], evaluator=Held(log), eval_at_start=False)
