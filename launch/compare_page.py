@@ -26,6 +26,7 @@ CURVES = (
     "entropy",
     "grad_norm",
 )
+OWN_UNIT = ("loss", "rewards/margins")  # of each objective
 Best = Callable[..., tuple[float, float]]
 HELD_OUT: dict[str, Best] = {
     "eval/rewards/accuracies": max,
@@ -85,20 +86,37 @@ def render(runs: Sequence[Compared], chosen: Rival, reward: str = "") -> str:
     `chosen` are the dataset's own answers; `reward` is what scored, "" for the runs' own rewards.
     """
     title = " against ".join(run.name for run in runs)
-    charts = [
-        line_chart(key, {run.name: points(run.metrics, key) for run in runs}) for key in CURVES
-    ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>"
         f"<h2>Held-out rows</h2>{_held_out(runs)}"
         f"<h2>Win rates{escape(f' by {reward}' if reward else '')}</h2>{_wins(runs, chosen)}"
-        f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
+        f'<h2>Curves</h2><div class="charts">{_charts(runs)}</div>'
         f"<h2>Sample answers</h2>{_samples(runs, chosen)}"
         f"<h2>Cost</h2>{_cost(runs)}"
         f"<h2>Settings that differ</h2>{_settings(runs)}</body></html>\n"
     )
+
+
+def _charts(runs: Sequence[Compared]) -> str:
+    """Return a chart a metric with a line a run; a chart a run where units differ."""
+    if len({run.objective for run in runs}) < 2:
+        apart = set[str]()
+    else:
+        apart = {key for key in CURVES if key.removeprefix("eval/") in OWN_UNIT}
+    charts = [
+        line_chart(f"{key}, {run.name}", {k: points(run.metrics, k) for k in (key, f"eval/{key}")})
+        for key in OWN_UNIT
+        for run in runs
+        if key in apart
+    ]
+    charts += [
+        line_chart(key, {run.name: points(run.metrics, key) for run in runs})
+        for key in CURVES
+        if key not in apart
+    ]
+    return "".join(charts)
 
 
 def _held_out(runs: Sequence[Compared]) -> str:

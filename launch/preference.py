@@ -18,8 +18,8 @@ such a row of any other:
                 "rejected": [{"role": "assistant", "content": row["bad"]}]}
 
 Plain SimPO: --objective.method simpo --objective.cpo_alpha 0 (at 1, TRL's default, CPO-SimPO).
-Runs are compared by launch/compare.py. Learning rates suit full fine-tuning; adapters take some
-1e-5 to 5e-4."""
+The default learning rate suits full fine-tuning; adapters take some 1e-5 to 5e-4.
+launch/compare.py puts finished runs side by side."""
 
 
 def body() -> int:

@@ -99,6 +99,12 @@ def test_the_page_holds_the_figures_escaped_and_alone(tmp_path, capsys):
     assert "a&lt;b" in page
     assert not re.search(r"https?://|src=|@import|<link", page)
     assert page.count("<polyline") == 6
+    # Two objectives: losses and margins have charts of their own, accuracies share one.
+    captions = re.findall(r"<figcaption>(.*?) <span", page)
+    assert captions == [
+        "loss, a&lt;b", "loss, simpo", "rewards/margins, a&lt;b", "rewards/margins, simpo",
+        "eval/rewards/accuracies",
+    ]  # fmt: skip
     assert "objective.method" in page
     assert "objective.beta" not in page
 

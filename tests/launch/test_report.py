@@ -63,7 +63,7 @@ def test_ticks_are_round_and_within():
     assert ticks(0.0, 2.0, whole=True) == [0.0, 1.0, 2.0]
     chart = line_chart("t", {"a": [(0.0, 0.0), (10.0, 2.0)]})
     assert '<line x1="58" x2="448" y1="101.0" y2="101.0" class="grid"/>' in chart  # the value 1
-    assert '<text x="448.0" y="208" text-anchor="middle">10</text>' in chart
+    assert '<text x="448.0" y="204" text-anchor="middle">10</text>' in chart
 
 
 def test_points_are_placed_on_the_axes():
