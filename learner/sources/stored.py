@@ -30,8 +30,9 @@ class StoredSource(Generic[E]):
         """Nothing to publish."""
 
     def figures(self) -> dict[str, float]:
-        """Return the epoch that the batches have come to."""
-        return {"epoch": float(self.batches.state().feed.epoch)}
+        """Return the epochs that the batches have come to; of a stream, the whole ones."""
+        feed = self.batches.state().feed
+        return {"epoch": feed.epoch + (feed.taken / feed.size if feed.size > 0 else 0.0)}
 
     def state(self) -> bytes:
         """Return the position in the dataset."""

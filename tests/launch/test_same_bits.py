@@ -24,6 +24,7 @@ class Result:
 
     adapters: bytes
     losses: list[float]
+    epochs: list[float]
     rows: list[list[int]]
 
 
@@ -70,10 +71,11 @@ class Bench:
             run.trainer.stopping = len(rows) == stop_after
             run.trainer.advance()
         run.complete()
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return Result(
             (folder / "adapters" / "adapters.safetensors").read_bytes(),
-            [json.loads(line)["loss"] for line in lines],
+            [line["loss"] for line in lines],
+            [line["epoch"] for line in lines],
             rows,
         )
 
@@ -117,6 +119,7 @@ def test_sequential_follows_the_file_and_shuffled_epochs_differ(bench: Bench):
     epoch = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     sequential = bench.run("sequential", order="sequential")
     assert sequential.rows == epoch * 2
+    assert sequential.epochs == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
     assert bench.run("seed", order="sequential", seed=43).rows == epoch * 2
     bench.run("stopped", order="sequential", stop_after=2)
     resumed = bench.run("stopped", order="sequential", resume=True)
