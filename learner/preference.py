@@ -4,6 +4,7 @@ The mathematics is in `learner/objectives/`; here rows are padded, reference log
 the whole batch's normalisers taken. A pair's two rows are always in one micro-batch.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
 from learner.objectives.preference import (
-    check_preference,
     kto_kl,
     kto_loss,
     kto_loss_type,
@@ -35,7 +35,10 @@ from learner.preference_batches import (
 from learner.sources.examples import Logps, PreferenceExample, UnpairedExample
 from learner.trainer import Arrays, Prepared
 from protocol.errors import ConfigError
+from protocol.preference_checks import check_preference, without_effect
 from protocol.settings import PreferenceSettings, TrainSettings
+
+log = logging.getLogger("pippin.learner")
 
 _NORMALISER = "normaliser/"
 
@@ -59,6 +62,8 @@ class PreferenceObjective:
 
     def __post_init__(self) -> None:
         check_preference(self.settings)
+        for line in without_effect(self.settings):
+            log.warning(line)
         given = self.reference is not None or self.settings.precompute_ref_log_probs
         if needs_reference(self.settings) and not given:
             raise ConfigError(

@@ -2,7 +2,8 @@
 
 from ipaddress import ip_address
 
-from protocol.errors import ConfigError
+from protocol.errors import require
+from protocol.preference_checks import check_preference_run
 from protocol.settings import (
     AnyRun,
     EvalSettings,
@@ -12,37 +13,10 @@ from protocol.settings import (
     OptimizerSettings,
     PairsRun,
     PreferenceRun,
-    PreferenceSettings,
     SamplingSettings,
     TrainSettings,
     TransportSettings,
 )
-
-DPO_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
-CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
-
-
-def require(condition: bool, field: str, rule: str, got: object) -> None:
-    """Raise ConfigError, naming the field, where the condition does not hold."""
-    if not condition:
-        raise ConfigError(f"{field} {rule}, got {got!r}")
 
 
 def check(run: AnyRun) -> None:
@@ -65,8 +39,7 @@ def check(run: AnyRun) -> None:
     if isinstance(run, GrpoRun):
         _check_grpo(run)
     elif isinstance(run, PreferenceRun):
-        _check_preference(run.objective)
-        _check_precompute(run)
+        check_preference_run(run)
 
 
 def _check_required(run: AnyRun) -> None:
@@ -288,60 +261,3 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_preference(settings: PreferenceSettings) -> None:
-    losses, weights = settings.loss_type, settings.loss_weights
-    valid = {"dpo": DPO_LOSSES, "cpo": CPO_LOSSES, "kto": KTO_LOSSES}.get(settings.method)
-    default = losses == ["sigmoid"]
-    require(bool(losses), "objective.loss_type", "must name at least one loss", losses)
-    if valid is None:
-        rule = f"is not used by objective.method = {settings.method!r}: leave it out"
-        require(default, "objective.loss_type", rule, losses)
-    elif not (settings.method == "kto" and default):
-        rule = f"must be of {', '.join(valid)} for objective.method = {settings.method!r}"
-        require(all(loss in valid for loss in losses), "objective.loss_type", rule, losses)
-    if settings.method != "dpo":
-        rule = f"must be one loss for objective.method = {settings.method!r}"
-        require(len(losses) == 1, "objective.loss_type", rule, losses)
-    require(
-        weights is None or len(weights) == len(losses),
-        "objective.loss_weights",
-        f"must hold one weight for each of the {len(losses)} objective.loss_type",
-        weights,
-    )
-    require(settings.beta > 0, "objective.beta", "must be positive", settings.beta)
-    smooth = settings.label_smoothing
-    require(0 <= smooth < 0.5, "objective.label_smoothing", "must be in [0, 0.5)", smooth)
-    ld_alpha = settings.ld_alpha
-    fits = ld_alpha is None or 0 <= ld_alpha <= 1
-    require(fits, "objective.ld_alpha", "must be none or in [0, 1]", ld_alpha)
-    for name in ("discopop_tau", "desirable_weight", "undesirable_weight"):
-        value: float = getattr(settings, name)
-        require(value > 0, f"objective.{name}", "must be positive", value)
-    require(
-        not settings.reference_free or settings.method == "dpo",
-        "objective.reference_free",
-        'is for objective.method = "dpo" only',
-        settings.reference_free,
-    )
-
-
-def _check_precompute(run: PreferenceRun) -> None:
-    settings = run.objective
-    if not settings.precompute_ref_log_probs:
-        return
-    field = "objective.precompute_ref_log_probs"
-    referred = settings.method in ("dpo", "kto") and not settings.reference_free
-    rule = "is for losses with a reference: dpo without objective.reference_free, and kto"
-    require(referred, field, rule, settings.method)
-    rule = "needs a dataset of known rows: set data.streaming = false, or compute them in the step"
-    require(not run.data.streaming, field, rule, run.data.path)
-    pairs_anew = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
-    require(
-        not pairs_anew or run.data.order == "sequential",
-        field,
-        'needs data.order = "sequential" with the kto loss, whose KL term pairs each prompt with '
-        "the answer before it: other orders pair anew every epoch",
-        run.data.order,
-    )

@@ -55,6 +55,12 @@ class LedgerError(PippinError):
     """An event that the ledger's rules exclude: a fault in the program, never in the input."""
 
 
+def require(condition: bool, field: str, rule: str, got: object) -> None:
+    """Raise ConfigError, naming the field, where the condition does not hold."""
+    if not condition:
+        raise ConfigError(f"{field} {rule}, got {got!r}")
+
+
 def only_leaf(error: BaseException) -> BaseException:
     """Return the single exception inside nested groups, or the group where there are several."""
     while isinstance(error, BaseExceptionGroup):

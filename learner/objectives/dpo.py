@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from protocol.errors import ConfigError
 from protocol.settings import PreferenceSettings
 
 EXPONENT_LIMIT = 80.0  # TRL's clamp: exp stays finite in float32
@@ -146,26 +145,6 @@ DPO_LOSSES: dict[str, Callable[[Pairs, PreferenceSettings], mx.array]] = {
     "sft": lambda p, s: mx.broadcast_to(p.sft * p.rows / p.chosen.size, p.chosen.shape),
     "sigmoid_norm": lambda p, s: -log_sigmoid(s.beta * p.mean_delta(s)),
 }
-
-
-def check_dpo(settings: PreferenceSettings) -> None:
-    """Raise ConfigError where a loss is undefined for these settings."""
-    for name in settings.loss_type:
-        if name not in DPO_LOSSES:
-            raise ConfigError(
-                f"objective.loss_type: dpo has no loss {name!r}; it has {', '.join(DPO_LOSSES)}"
-            )
-    smoothing = settings.label_smoothing
-    if "exo_pair" in settings.loss_type and not 0 < smoothing < 1:
-        raise ConfigError(
-            f"objective.label_smoothing = {smoothing}: exo_pair takes its logarithm and is "
-            "infinite there; set it above 0 and below 1, for example 0.001"
-        )
-    if "robust" in settings.loss_type and not 0 <= smoothing < 0.5:
-        raise ConfigError(
-            f"objective.label_smoothing = {smoothing}: robust divides by 1 - 2 label_smoothing; "
-            "set it to at least 0 and below 0.5"
-        )
 
 
 def dpo_terms(pairs: Pairs, settings: PreferenceSettings) -> mx.array:

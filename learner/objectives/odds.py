@@ -4,9 +4,9 @@ import mlx.core as mx
 
 from learner.objectives.dpo import EXPONENT_LIMIT, smoothed
 from protocol.errors import ConfigError
+from protocol.preference_checks import CPO_LOSSES
 from protocol.settings import PreferenceSettings
 
-CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 NEAREST = -1e-12  # mean log-probs closer to 0 have odds that are infinite in float32
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from learner.objectives.dpo import Pairs, check_dpo, dpo_terms, truncated_tail
+from learner.objectives.dpo import Pairs, dpo_terms, truncated_tail
 from learner.objectives.metrics import Metrics, mean
 from learner.objectives.odds import (
     cpo_loss_type,
@@ -19,31 +19,10 @@ from learner.objectives.odds import (
     log_sigmoid_odds,
 )
 from protocol.errors import ConfigError
+from protocol.preference_checks import KTO_LOSSES
 from protocol.settings import PreferenceSettings
 
 Normalisers = Mapping[str, mx.array]
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
-
-
-def check_preference(settings: PreferenceSettings) -> None:
-    """Raise ConfigError for losses that do not exist or are undefined with these settings."""
-    if settings.beta <= 0:
-        raise ConfigError(f"objective.beta = {settings.beta}: {settings.method} needs beta > 0")
-    if settings.loss_weights and len(settings.loss_weights) != len(settings.loss_type):
-        raise ConfigError(
-            f"objective.loss_weights has {len(settings.loss_weights)} values for "
-            f"{len(settings.loss_type)} of objective.loss_type; give as many"
-        )
-    match settings.method:
-        case "dpo":
-            check_dpo(settings)
-        case "cpo" | "simpo":
-            cpo_loss_type(settings)
-        case "kto":
-            kto_loss_type(settings)
-        case "orpo":
-            if settings.loss_type != ["sigmoid"]:
-                raise ConfigError("objective.loss_type: orpo has one loss; leave it out")
 
 
 def needs_reference(settings: PreferenceSettings) -> bool:

@@ -228,9 +228,9 @@ def test_a_cache_that_cannot_be_written_is_reported_and_training_goes_on(bench, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--data.streaming=true", "--train.max_steps=2"], "needs a dataset of known rows"),
-        (["--objective.reference_free=true"], "losses with a reference"),
-        (["--objective.method=orpo"], "losses with a reference"),
+        (["--data.streaming=true", "--train.max_steps=2"], "must be false with data.streaming"),
+        (["--objective.reference_free=true"], "there is no reference"),
+        (["--objective.method=orpo"], "is for objective.method = 'dpo' or 'kto' only"),
         (["--objective.method=kto"], 'data.order = "sequential"'),
     ],
 )

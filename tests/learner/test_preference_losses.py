@@ -10,14 +10,13 @@ from learner.objectives.dpo import DPO_LOSSES
 from learner.objectives.metrics import finish_metrics, merge_metrics, number
 from learner.objectives.odds import log_sigmoid_odds
 from learner.objectives.preference import (
-    check_preference,
     kto_kl,
     kto_loss,
     needs_whole_batch,
     pair_normalisers,
     preference_loss,
 )
-from protocol.errors import ConfigError
+from protocol.preference_checks import DPO_LOSSES as NAMED_LOSSES
 from protocol.settings import PreferenceSettings
 
 CPO = [("cpo", [name], alpha) for name in ("sigmoid", "hinge", "ipo") for alpha in (0.0, 0.25)]
@@ -186,17 +185,5 @@ def test_kto_by_hand_and_split():
     assert merged["rewards/chosen"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (PreferenceSettings(loss_type=["exo_pair"]), "label_smoothing"),
-        (PreferenceSettings(loss_type=["robust"], label_smoothing=0.5), "label_smoothing"),
-        (PreferenceSettings(loss_type=["nonsense"]), "nonsense"),
-        (PreferenceSettings(loss_type=["sigmoid"], loss_weights=[1.0, 2.0]), "loss_weights"),
-        (PreferenceSettings(method="kto", loss_type=["hinge"]), "apo_zero_unpaired"),
-        (PreferenceSettings(beta=0.0), "beta"),
-    ],
-)
-def test_undefined_settings_are_refused(settings, said):
-    with pytest.raises(ConfigError, match=said):
-        check_preference(settings)
+def test_every_named_loss_is_there():
+    assert tuple(DPO_LOSSES) == NAMED_LOSSES
