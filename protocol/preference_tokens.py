@@ -6,6 +6,8 @@ to the completion. TRL's experimental ORPO and CPO step one token back there, ap
 after a chat template's end of turn, and cut the answer before the prompt.
 """
 
+import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -156,10 +158,7 @@ def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:
         messages = check_messages(row["messages"], "messages")
         return render_chat(tokenizer, messages, template_options(row))
     if row.get("text") is None:
-        raise RowError(
-            "missing_column",
-            f"no text, messages, or prompt and completion; the row has {_present(row)}",
-        )
+        raise _missing(row, "text", "no text, messages, or prompt and completion")
     text = _content(row, "text")
     if not isinstance(text, str):
         raise RowError("mixed_types", "text must be a string; name conversations messages")
@@ -215,7 +214,7 @@ def _kept(max_length: int | None, mode: TruncationMode) -> slice:
 def _content(row: Row, column: str) -> Content:
     value: Json = row.get(column)
     if value is None:
-        raise RowError("missing_column", f"no {column}; the row has {_present(row)}")
+        raise _missing(row, column, f"no {column}")
     if isinstance(value, str):
         return check_text(value, column)
     if isinstance(value, list):
@@ -224,6 +223,23 @@ def _content(row: Row, column: str) -> Content:
         "mixed_types",
         f"{column} must be a string or a list of messages, not {type(value).__name__}",
     )
+
+
+def _missing(row: Row, column: str, fault: str) -> RowError:
+    """Make the error for a missing column, with what is likely to have been meant."""
+    present = _present(row)
+    wanted = ("text", "messages") if column == "text" else (column,)
+    near = [(name, *difflib.get_close_matches(name, present, n=1)) for name in wanted]
+    near = [names for names in near if len(names) > 1]
+    hint = ""
+    if column in ("chosen", "rejected") and {"completion", "label"} <= set(present):
+        hint = '; judged answers are trained with objective.method = "kto"'
+    elif column in ("text", "completion") and {"chosen", "rejected"} <= set(present):
+        hint = "; pairs are trained by launch/preference.py"
+    elif near:
+        ours, theirs = near[0]
+        hint = f"; data.columns = {{{ours} = {json.dumps(theirs)}}} would read that column"
+    return RowError("missing_column", f"{fault}; the row has {present}{hint}")
 
 
 def _present(row: Row) -> list[str]:

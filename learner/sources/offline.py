@@ -11,7 +11,7 @@ import msgspec
 from learner.sources.dataset import Rows, open_rows
 from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample
 from learner.sources.feed import Feed, FeedState, ListFeed, StreamFeed
-from learner.sources.prepare import preparation
+from learner.sources.prepare import column_notes, preparation
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
 from learner.sources.unpaired import UnpairedFeed, in_blocks, in_file_blocks
 from protocol.errors import ConfigError
@@ -173,6 +173,8 @@ def open_offline(
     and kept in the sources' `report`. Raises DataError, as `open_prompts` does.
     """
     rows = open_rows(settings)
+    for note in column_notes(settings, rows):
+        log.info(note)
     sieve = _sieve(settings, rows, build)
     evaluation = _evaluation(settings, build)
     own = evaluation is not None

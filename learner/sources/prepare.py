@@ -12,6 +12,18 @@ from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError
 
 PrepareFunction = Callable[[RawRow], RawRow | None]
+OFFLINE_COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "label",
+    "messages",
+    "text",
+    "tools",
+    "chat_template_kwargs",
+    "preference_score",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,26 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
         else None
     )
     return Preparation(dict(settings.columns), function, settings.system_prompt)
+
+
+def column_notes(settings: DataSettings, rows: Rows) -> list[str]:
+    """Say which columns offline training leaves unread, and that a prompt is implicit.
+
+    A function of the user's may read any column; nothing is said then.
+    """
+    if settings.prepare:
+        return []
+    renamed = set(settings.columns.values())
+    columns = (set(rows.columns) - renamed) | set(settings.columns)
+    notes: list[str] = []
+    unread = sorted(columns - set(OFFLINE_COLUMNS))
+    if unread:
+        notes.append(f"{rows.name}: nothing reads the columns {unread}; data.columns renames them")
+    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
+        notes.append(
+            f"{rows.name}: no column prompt: it is what chosen and rejected begin with alike"
+        )
+    return notes
 
 
 def _call(function: PrepareFunction, row: RawRow) -> RawRow | None:

@@ -15,6 +15,7 @@ from protocol.tokens import RowError
 T = TypeVar("T")
 
 _LISTED = 1000  # rows named in a report; beyond, they are counted only
+_LISTED_IN_ERROR = 5  # of each reason, where no row is left
 _HELD_OUT_SEED = 0  # fixed, so that runs with different seeds are evaluated on the same rows
 
 
@@ -51,15 +52,16 @@ class Report:
         if len(self.truncated_rows) < _LISTED:
             self.truncated_rows.append(row)
 
-    def lines(self) -> list[str]:
-        """Describe the rows for a log: a summary, then a line for each row by reason."""
+    def lines(self, listed: int = _LISTED) -> list[str]:
+        """Describe the rows for a log: a summary, then lines for `listed` rows of each reason."""
         total = sum(self.dropped.values())
         lines = [f"{self.name}: {self.kept} rows kept, {total} dropped, {self.truncated} truncated"]
         if self.left_out:
             lines.append(f"  {self.left_out} left out by data.prepare")
         for kind, count in sorted(self.dropped.items()):
             lines.append(f"  dropped for {kind}: {count}")
-            lines += [f"    row {b.row}: {b.reason}" for b in self.dropped_rows if b.kind == kind]
+            rows = [b for b in self.dropped_rows if b.kind == kind][:listed]
+            lines += [f"    row {b.row}: {b.reason}" for b in rows]
         if self.truncated:
             numbers = ", ".join(map(str, self.truncated_rows))
             lines.append(
@@ -108,7 +110,8 @@ def require_some(report: Report) -> None:
         return
     seen = sum(report.dropped.values()) + report.left_out
     found = "it has no rows" if not seen else f"none of {seen} rows can be used"
-    raise DataError("\n".join([f"{report.name}: {found}; nothing to train on", *report.lines()]))
+    lines = report.lines(listed=_LISTED_IN_ERROR)
+    raise DataError("\n".join([f"{report.name}: {found}; nothing to train on", *lines]))
 
 
 @dataclass(frozen=True)

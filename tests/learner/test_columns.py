@@ -1,0 +1,69 @@
+"""What offline runs say of columns: misspelt, of another method, read by nothing."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.sources.examples import pairs, sequences
+from learner.sources.offline import open_offline
+from protocol.errors import DataError
+from protocol.settings import DataSettings
+from tests.parity import tiny_tokenizer
+
+
+def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **data: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(path=str(path), **data)
+    open_offline(settings, build(settings, tiny_tokenizer.build()), seed=0, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("row", "build", "hint"),
+    [
+        ({"prompt": "a", "chosn": "b", "rejected": "c"}, pairs,
+         'no chosen; the row has [\'chosn\', \'prompt\', \'rejected\']; data.columns = '
+         '{chosen = "chosn"} would read that column'),
+        ({"prompt": "a", "completion": "b", "label": True}, pairs,
+         '; judged answers are trained with objective.method = "kto"'),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, sequences,
+         "no completion; the row has ['chosen', 'prompt', 'rejected']; pairs are trained by "
+         "launch/preference.py"),
+        ({"message": [{"role": "user", "content": "a"}]}, sequences,
+         'data.columns = {messages = "message"} would read that column'),
+        ({"prompt": "a", "good": "b", "bad": "c"}, pairs,
+         "no chosen; the row has ['bad', 'good', 'prompt']"),
+    ],
+)  # fmt: skip
+def test_a_missing_column_says_what_may_have_been_meant(
+    tmp_path: Path, row: dict[str, Any], build: Any, hint: str
+):
+    with pytest.raises(DataError) as error:
+        opened(tmp_path, [row] * 7, build)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("none of 7 rows can be used; nothing to train on")
+    assert len(lines) == 3 + 5  # a summary, the reason, and five of the rows
+    assert lines[3].startswith("    row 0: ")
+    assert lines[3].endswith(hint)
+
+
+def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "pippin.data")
+    row = {"instruction": "Say b.", "chosen": "a b", "rejected": "a c", "id": 1}
+    opened(tmp_path, [row])
+    name = tmp_path / "rows.jsonl"
+    assert caplog.messages[:2] == [
+        f"{name}: nothing reads the columns ['id', 'instruction']; data.columns renames them",
+        f"{name}: no column prompt: it is what chosen and rejected begin with alike",
+    ]
+    caplog.clear()
+    opened(tmp_path, [row], columns={"prompt": "instruction"})
+    assert caplog.messages == [
+        f"{name}: nothing reads the columns ['id']; data.columns renames them",
+        f"{name}: 1 rows kept, 0 dropped, 0 truncated",
+    ]
