@@ -5,7 +5,6 @@ the whole batch's normalisers taken. A pair's two rows are always in one micro-b
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
 from learner.objectives.preference import (
+    finish_kto,
     kto_kl,
     kto_loss,
     kto_loss_type,
@@ -132,15 +132,8 @@ class PreferenceObjective:
         return merge_metrics(first, second)
 
     def finish(self, metrics: Arrays) -> dict[str, float]:
-        """Turn merged metrics into TRL's; KTO's margin is the difference of its two means."""
-        finished = finish_metrics(metrics)
-        if self._unpaired:
-            # A batch may hold no good or no bad answers; as in TRL, their metrics are then absent.
-            finished = {name: value for name, value in finished.items() if not math.isnan(value)}
-            if {"rewards/chosen", "rewards/rejected"} <= finished.keys():
-                margin = finished["rewards/chosen"] - finished["rewards/rejected"]
-                finished["rewards/margins"] = margin
-        return finished
+        """Turn merged metrics into TRL's."""
+        return finish_kto(metrics) if self._unpaired else finish_metrics(metrics)
 
     @property
     def _unpaired(self) -> bool:

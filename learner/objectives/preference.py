@@ -4,13 +4,14 @@ Pure functions of arrays. Normalisers come from the whole batch, so micro-batche
 under any split that keeps pairs together, except where `needs_whole_batch` says otherwise.
 """
 
+import math
 from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
 
 from learner.objectives.dpo import Pairs, dpo_terms, truncated_tail
-from learner.objectives.metrics import Metrics, mean
+from learner.objectives.metrics import Metrics, finish_metrics, mean
 from learner.objectives.odds import (
     cpo_loss_type,
     cpo_rewards,
@@ -258,3 +259,12 @@ def kto_loss(
         metrics |= mean(f"logps/{side}", (policy * chosen).sum(), chosen.sum())
     loss = (weight * terms).sum() / normalisers["rows"]
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
+
+
+def finish_kto(metrics: Metrics) -> dict[str, float]:
+    """Turn merged metrics into TRL's: a margin of means, and nothing of a side without answers."""
+    finished = {k: value for k, value in finish_metrics(metrics).items() if not math.isnan(value)}
+    if {"rewards/chosen", "rewards/rejected"} <= finished.keys():
+        margin = finished["rewards/chosen"] - finished["rewards/rejected"]
+        finished["rewards/margins"] = margin
+    return finished

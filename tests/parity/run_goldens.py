@@ -2,7 +2,8 @@
 
 DIR holds grpo.json and/or preference.json. Prints passed/total and each failure with both values;
 exits 1 on a failure, an unknown key, or a folder without cases. Bar: 1e-6 relative, 1e-7 absolute.
-Preference gradients are compared where the completion mask is 1, for TRL's labels mask the rest.
+preference.json has sections dpo, orpo, cpo and kto (a batch of judged answers with its cases, or a
+list of batches). Preference gradients are compared where the completion mask is 1, for TRL's labels mask the rest.
 """
 
 import json
@@ -18,7 +19,14 @@ import numpy as np
 from learner.objectives.grpo import entropy_quantile, grpo_loss, grpo_normalisers
 from learner.objectives.metrics import finish_metrics
 from learner.objectives.odds import cpo_terms, log_sigmoid_odds
-from learner.objectives.preference import pair_normalisers, preference_loss
+from learner.objectives.preference import (
+    finish_kto,
+    kto_kl,
+    kto_loss,
+    kto_loss_type,
+    pair_normalisers,
+    preference_loss,
+)
 from protocol.settings import GrpoSettings, PreferenceSettings
 
 RELATIVE, ABSOLUTE = 1e-6, 1e-7
@@ -33,6 +41,7 @@ DPO_KEYS = {
     "fa": "f_alpha_divergence_coef", "w": "loss_weights", "wpo": "use_weighting",
     "tau": "discopop_tau",
 }  # fmt: skip
+KTO_KEYS = {"beta": "beta", "dw": "desirable_weight", "uw": "undesirable_weight"}
 STUBBED = {"logits/chosen", "logits/rejected", "mean_token_accuracy"}  # of TRL's stand-in model
 Found = Iterator[tuple[str, str, Any, Any]]
 
@@ -138,6 +147,37 @@ def dpo_case(data: dict[str, Any], case: dict[str, Any], where: str) -> Found:
             yield where, name, ours.get(name), value
 
 
+def kto_case(data: dict[str, Any], case: dict[str, Any], where: str) -> Found:
+    """Yield the comparisons of one KTO case over N answers; `kl_*` are of mismatched ones."""
+    known(case, {"loss_type", "kw", "loss", "grad", "metrics"}, where)
+    settings = settings_of(PreferenceSettings, case["kw"], KTO_KEYS, where)
+    settings = msgspec.structs.replace(settings, method="kto", loss_type=[case["loss_type"]])
+    whole = np.asarray(data["completion_mask"], np.float32)
+    mask, kl = whole[:, 1:], 0.0
+    if kto_loss_type(settings) == "kto":
+        kl_mask = np.asarray(data["kl_completion_mask"])[:, 1:]
+        sums = [(np.asarray(data[name]) * kl_mask).sum(1) for name in ("kl_logps", "kl_ref")]
+        kl = kto_kl(*sums)
+
+    def loss_of(logps: mx.array) -> Any:
+        return kto_loss(
+            logps,
+            ref_logps=floats(data["ref"]),
+            mask=floats(mask),
+            labels=floats(data["labels"]),
+            kl=mx.array(kl, dtype=mx.float32),
+            normalisers=scalars({"rows": float(len(mask))}),
+            settings=settings,
+        )
+
+    (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
+    ours = finish_kto(metrics) | {"num_tokens": float(whole.size), "entropy": 1.0}
+    yield where, "loss", loss.item(), case["loss"]
+    yield where, "grad", np.array(grad) * mask, np.asarray(case["grad"]) * mask
+    for name in sorted((case["metrics"].keys() | ours.keys()) - STUBBED):
+        yield where, name, ours.get(name), case["metrics"].get(name)
+
+
 def pair_cases(data: dict[str, Any]) -> Iterator[tuple[str, Found]]:
     """Yield the ORPO and CPO cases, whose losses are a pair's."""
     sides = data.get("orpo")
@@ -159,6 +199,18 @@ def pair_cases(data: dict[str, Any]) -> Iterator[tuple[str, Found]]:
         yield where, iter([(where, "losses", np.array(terms), case["losses"])])
 
 
+def kto_cases(data: dict[str, Any]) -> Iterator[tuple[str, Found]]:
+    """Yield the KTO cases: of one batch of answers, or of several."""
+    batches = data.get("kto", [])
+    for index, batch in enumerate([batches] if isinstance(batches, dict) else batches):
+        at = f"preference.json kto[{index}]"
+        mismatched = {"kl_logps", "kl_ref", "kl_completion_mask"}
+        known(batch, {"logps", "ref", "completion_mask", "labels", "cases"} | mismatched, at)
+        for number, case in enumerate(batch["cases"]):
+            where = f"{at}[{number}] {case.get('loss_type')}"
+            yield where, kto_case(batch, case, where)
+
+
 def cases(folder: Path) -> Iterator[tuple[str, Found]]:
     """Yield every case of a folder, with its comparisons."""
     if (path := folder / "grpo.json").is_file():
@@ -171,7 +223,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Found]]:
             yield where, grpo_case(data["inputs"], case, where)
     if (path := folder / "preference.json").is_file():
         data = json.loads(path.read_text())
-        known(data, {"trl", "dpo", "orpo", "cpo"}, "preference.json")
+        known(data, {"trl", "dpo", "orpo", "cpo", "kto"}, "preference.json")
         dpo = data.get("dpo", {"cases": []})
         inputs = {"logps", "ref", "completion_mask", "log_sum_sq_probs", "cases"}
         known(dpo, inputs, "preference.json dpo")
@@ -179,6 +231,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Found]]:
             where = f"preference.json dpo[{index}] {case.get('loss_type')}"
             yield where, dpo_case(dpo, case, where)
         yield from pair_cases(data)
+        yield from kto_cases(data)
 
 
 def difference(ours: Any, theirs: Any) -> str | None:

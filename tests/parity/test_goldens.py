@@ -20,7 +20,8 @@ def test_losses_equal_trl(capsys):
 
 
 def preference_cases(data):
-    return len(data["dpo"]["cases"]) + 1 + len(data["cpo"])
+    judged = sum(len(batch["cases"]) for batch in data["kto"])
+    return len(data["dpo"]["cases"]) + 1 + len(data["cpo"]) + judged
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,11 @@ def preference_cases(data):
     [
         (lambda data: data["dpo"]["cases"][0].update(loss=0.5), "FAIL preference.json dpo[0]"),
         (lambda data: data["dpo"]["cases"][0]["kw"].update(gamma=1), "unknown keys ['gamma']"),
-        (lambda data: data.update(kto=[]), "unknown keys ['kto']"),
+        (lambda data: data.update(bco=[]), "unknown keys ['bco']"),
+        (lambda data: data["kto"][1]["cases"][0].update(loss=0.5), "FAIL preference.json kto[1]"),
+        (lambda data: data["kto"][0]["cases"][1]["metrics"].pop("kl"), "kl: ours"),
+        (lambda data: data["kto"][0].update(weights=[]), "unknown keys ['weights']"),
+        (lambda data: data["kto"][0]["cases"][0]["kw"].update(ls=0.1), "unknown keys ['ls']"),
     ],
 )
 def test_a_wrong_value_or_key_fails(tmp_path, capsys, change, said):
