@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import aligned, token_batch
+from learner.batches import token_batch
 from learner.forward import choose_head, completion_logprobs
 from learner.grpo import GrpoObjective, to_device
 from learner.objectives.grpo import grpo_normalisers
@@ -22,6 +22,7 @@ from learner.trainer import Arrays
 from protocol.settings import GrpoSettings, PreferenceSettings, TrainSettings
 
 Objective = SftObjective | PreferenceObjective | GrpoObjective
+OldLogps = dict[int, mx.array]
 METHODS = {"DPOTrainer": "dpo", "ORPOTrainer": "orpo", "CPOTrainer": "cpo", "KTOTrainer": "kto"}
 
 
@@ -81,11 +82,16 @@ def objective_of(
     return PreferenceObjective(settings, train, head, model, reference)
 
 
-def micro_batches(recording: Recording, step: dict[str, Any], objective: Objective) -> list[Arrays]:
-    """Return a step's micro-batches, prepared as training prepares them."""
+def micro_batches(
+    recording: Recording, step: dict[str, Any], objective: Objective, old: OldLogps
+) -> list[Arrays]:
+    """Return a step's micro-batches, prepared as training prepares them.
+
+    `old` is kept from step to step: GRPO's log-probs of the rollouts in use.
+    """
     inputs = [micro["inputs"] for micro in step["micro"]]
     if isinstance(objective, GrpoObjective):
-        return _grpo(recording, step["micro"], objective)
+        return _grpo(recording, step, objective, old)
     if isinstance(objective, SftObjective):
         return objective.prepare([e for part in inputs for e in _sft(part)]).micro
     if recording.trainer == "DPOTrainer":
@@ -152,32 +158,58 @@ def advantages_of(
 
 
 def _grpo(
-    recording: Recording, micro: list[dict[str, Any]], objective: GrpoObjective
+    recording: Recording, step: dict[str, Any], objective: GrpoObjective, old: OldLogps
 ) -> list[Arrays]:
     given = recording.arguments
-    inputs = [part["inputs"] for part in micro]
     accumulation = given["gradient_accumulation_steps"]
-    per_generation = given["steps_per_generation"] or accumulation
+    inputs = [part["inputs"] for part in step["micro"]]
     sums = np.array([sum(row) for part in inputs for row in part["completion_mask"]])
     values = grpo_normalisers(
         mask_sums=sums,
         max_completion_length=objective.max_completion_length,
-        generation_tokens=inputs[0]["num_items_in_batch"] * accumulation / per_generation,
+        generation_tokens=inputs[0]["num_items_in_batch"]
+        * accumulation
+        / generation_slices(recording),
     )
     shared = {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
-    found = advantages_of(micro, given["scale_rewards"])
-    return [
-        _grpo_part(recording, part, values, objective) | shared
-        for part, values in zip(inputs, found, strict=True)
-    ]
+    found = advantages_of(step["micro"], given["scale_rewards"])
+    micro: list[Arrays] = []
+    for number, (part, row_advantages) in enumerate(zip(inputs, found, strict=True)):
+        arrays = _tokens(part, objective) | shared
+        arrays["advantages"] = mx.array(row_advantages.astype(np.float32))
+        first = (step["step"] - 1) * accumulation
+        arrays["sampling_logps"] = _old_logps(recording, first + number, objective, old)
+        if objective.reference is not None:
+            arrays["ref_logps"] = frozen_logps(objective, objective.reference, arrays)
+        mx.eval(arrays)
+        micro.append(arrays)
+    return micro
 
 
-def _grpo_part(
-    recording: Recording,
-    part: dict[str, Any],
-    row_advantages: np.ndarray,
-    objective: GrpoObjective,
-) -> Arrays:
+def generation_slices(recording: Recording) -> int:
+    """Return into how many micro-batches TRL cuts a generation batch."""
+    given = recording.arguments
+    return given["steps_per_generation"] or given["gradient_accumulation_steps"]
+
+
+def _old_logps(
+    recording: Recording, index: int, objective: GrpoObjective, old: OldLogps
+) -> mx.array:
+    """Return (B, C) log-probs of the run's micro-batch `index` when its rollouts came.
+
+    As in TRL, they are the policy's own then: TRL's recorded ones would make the ratio differ from
+    1 by the rounding of both programs where it is 1 in each.
+    """
+    slices = generation_slices(recording)
+    if index % (slices * recording.arguments["num_iterations"]) == 0:
+        parts = [micro["inputs"] for step in recording.data["steps"] for micro in step["micro"]]
+        for number, part in enumerate(parts[index : index + slices]):
+            old[number] = frozen_logps(objective, objective.model, _tokens(part, objective))
+        mx.eval(old)
+    return old[index % slices]
+
+
+def _tokens(part: dict[str, Any], objective: GrpoObjective) -> Arrays:
     prompts = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
@@ -185,18 +217,7 @@ def _grpo_part(
     lengths = [sum(mask) for mask in part["completion_mask"]]
     completions = [ids[:n] for ids, n in zip(part["completion_ids"], lengths, strict=True)]
     tokens = token_batch(prompts, completions, length_bucket=objective.train.length_bucket)
-    arrays = to_device(tokens)
-    arrays["advantages"] = mx.array(row_advantages.astype(np.float32))
-    if "old_per_token_logps" in part:
-        old = np.array(recording.arrays[part["old_per_token_logps"]["tensor"]])
-        rows = [row[:n] for row, n in zip(old, lengths, strict=True)]
-        arrays["sampling_logps"] = mx.array(aligned(rows, tokens))
-    else:
-        arrays["sampling_logps"] = frozen_logps(objective, objective.model, arrays)
-    if objective.reference is not None:
-        arrays["ref_logps"] = frozen_logps(objective, objective.reference, arrays)
-    mx.eval(arrays)
-    return arrays
+    return to_device(tokens)
 
 
 def frozen_logps(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:

@@ -27,7 +27,7 @@ from learner.reference import make_reference
 from learner.step import Step
 from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
 from protocol.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
-from tests.parity.curves import Recording, micro_batches, objective_of, read
+from tests.parity.curves import OldLogps, Recording, micro_batches, objective_of, read
 
 LOSS_BAR, NORM_BAR, FINAL_BAR = 1e-5, 3e-4, 5e-4
 IPO_LOSS_BAR = 3e-5  # the loss itself is near 25
@@ -127,8 +127,9 @@ def replay(path: Path, model: Path, changes: Mapping[str, Any] | None = None) ->
     before = trainable(policy.model)
     losses: list[float] = []
     norms: list[float] = []
+    old: OldLogps = {}
     for step in steps:
-        micro = micro_batches(recording, step, objective)
+        micro = micro_batches(recording, step, objective, old)
         losses.append(sum(float(np.array(updater.accumulate(a, objective.loss)[0])) for a in micro))
         norms.append(updater.apply().grad_norm)
     theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]

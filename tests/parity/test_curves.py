@@ -99,7 +99,7 @@ def test_the_first_loss_of_dpo_on_an_untrained_adapter_is_ln_2():
     reference = make_reference(policy, settings).model
     train = TrainSettings(batch_size=4, micro_batch_size=4)
     objective = objective_of(recording, policy.model, reference, train)
-    (arrays,) = micro_batches(recording, recording.data["steps"][0], objective)
+    (arrays,) = micro_batches(recording, recording.data["steps"][0], objective, {})
     loss, _ = objective.loss(policy.model, arrays)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7)
 
