@@ -43,7 +43,10 @@ def help_text(cls: type[settings.Section], usage: str) -> str:
     values = defaults(cls)
     lines = [usage, "", "The recipe is TOML; flags override it. Keys, types, defaults:"]
     heading = ""
-    for field in leaf_fields(cls):
+    fields = leaf_fields(cls)
+    sections = list(dict.fromkeys(field.path.rpartition(".")[0] for field in fields))
+    # A section's own keys stand together, before those of the sections in it.
+    for field in sorted(fields, key=lambda field: sections.index(field.path.rpartition(".")[0])):
         section = field.path.rpartition(".")[0]
         if section != heading:
             heading = section

@@ -63,13 +63,15 @@ class DataSettings(Section, frozen=True, kw_only=True):
     shuffle_buffer: int = 10_000  # rows, for streaming datasets
     columns: dict[str, str] = {}  # our name = the dataset's name
     prepare: str = ""  # "file.py:function" or "package.module:function"; row to row or None
-    system_prompt: str = ""
+    system_prompt: str = ""  # put before every conversation that has none
     max_prompt_length: int | None = None  # tokens
     overlong_prompts: Literal["drop", "error"] = "drop"
     max_length: int | None = 1024  # tokens of prompt and completion (offline)
-    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    order: Literal["shuffled", "sequential", "length_grouped", "torch_randperm"] = "shuffled"
-    on_bad_row: Literal["drop", "error"] = "drop"
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # of rows over max_length
+    order: Literal[  # torch_randperm: as TRL with the same seed
+        "shuffled", "sequential", "length_grouped", "torch_randperm"
+    ] = "shuffled"
+    on_bad_row: Literal["drop", "error"] = "drop"  # error: stop at the first
     max_rows: int | None = None
 
 
@@ -164,7 +166,7 @@ class SftSettings(Section, frozen=True, kw_only=True):
 class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6  # for full fine-tuning; adapters take 10 to 100 times as much
     lr_scheduler_type: Literal["linear", "constant", "cosine"] = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0

@@ -146,6 +146,8 @@ def test_toml_round_trips_with_none_lists_tables_and_odd_strings(tmp_path: Path)
 @pytest.mark.parametrize("cls", [GrpoRun, PreferenceRun, SftRun])
 def test_help_lists_every_key_with_type_default_and_comment(cls: type):
     text = help_text(cls, "launch/x.py")
+    headings = [line for line in text.splitlines() if line.startswith("[")]
+    assert len(headings) == len(set(headings))
     for field in leaf_fields(cls):
         assert f"--{field.path} " in text
     assert "--model.lora.scale float = 2.0" in text
