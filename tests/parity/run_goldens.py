@@ -3,7 +3,8 @@
 DIR holds grpo.json and/or preference.json. Prints passed/total and each failure with both values;
 exits 1 on a failure, an unknown key, or a folder without cases. Bar: 1e-6 relative, 1e-7 absolute.
 preference.json has sections dpo, orpo, cpo and kto (a batch of judged answers with its cases, or a
-list of batches). Preference gradients are compared where the completion mask is 1, for TRL's labels mask the rest.
+list of batches). Preference gradients are compared where the completion mask is 1, for TRL's labels
+mask the rest.
 """
 
 import json
