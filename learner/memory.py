@@ -1,6 +1,7 @@
 """What a step will take of the machine's memory, estimated before the first one.
 
-A guide, not a bound: activations are counted from the shapes of a transformer layer.
+A guide, not a bound: activations are counted from the shapes of a transformer layer, and come
+within a third of what tests/benchmarks/memory_estimate.py measures.
 """
 
 import logging
@@ -18,13 +19,23 @@ from protocol.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
-# Arrays of a token that a layer keeps for its backward pass: norms, projections, residuals in
-# units of the hidden size; gate, up, their product and its activation in units of the MLP's.
-_HIDDEN_ARRAYS = 10
-_MLP_ARRAYS = 4
+# Arrays of a token that a layer keeps for its backward pass. In units of the hidden size: its
+# input, two norms and the residual between; of the queries': projected, normed, rotated; of the
+# keys': the same, and values; of the MLP's: gate, its sigmoid and product, up, and what goes down.
+_HIDDEN_ARRAYS = 4
+_QUERY_ARRAYS = 3
+_KEY_ARRAYS = 4
+_MLP_ARRAYS = 5
+# Attention's probabilities, and its mask.
+_SCORE_ARRAYS = 1.25
+# In units of what one layer keeps, what is alive beside it while its gradients are made; with
+# gradient checkpointing, its second forward pass too.
+_BACKWARD = 1.0
+_BACKWARD_CHECKPOINTED = 2.0
 # Of (chunk, V): logits, float32 logits, log-probs, probabilities, slope; and those of the next
-# chunk that are queued already.
+# chunk that are queued already. All logits at once are let go one after the other.
 _HEAD_ARRAYS = 8
+_FULL_HEAD_ARRAYS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +47,21 @@ class MemoryEstimate:
     optimizer: int  # gradients, moments and float32 masters
     activations: int
     head: int
+    update: int  # new weights, moments and masters beside the old
     machine: int  # what the device may use; 0: unknown
 
     @property
+    def parts(self) -> dict[str, int]:
+        """What exists at once at the peak: that of the gradients, or that of the update."""
+        gradients = {"activations": self.activations, "head": self.head}
+        update = {"update": self.update}
+        held = {"weights": self.weights, "reference": self.reference, "optimizer": self.optimizer}
+        return held | max(gradients, update, key=lambda parts: sum(parts.values()))
+
+    @property
     def total(self) -> int:
-        """Everything at once."""
-        return self.weights + self.reference + self.optimizer + self.activations + self.head
+        """The peak."""
+        return sum(self.parts.values())
 
 
 def estimate_memory(
@@ -63,41 +83,50 @@ def estimate_memory(
     arrays = _arrays(model)
     trained = trainable(model)
     compute = _compute_itemsize(arrays)
-    # Gradient, its clipped copy, two moments, and a master of what is below float32.
-    optimizer = sum(
-        array.size * (16 + (4 if array.dtype != mx.float32 else 0)) for array in trained.values()
-    )
+    numbers = sum(array.size for array in trained.values())
+    lower = sum(array.size for array in trained.values() if array.dtype != mx.float32)
     hidden = int(text.get("hidden_size", 0))
-    mlp = int(text.get("intermediate_size") or 4 * hidden)
     layers = int(text.get("num_hidden_layers", 0))
-    heads = int(text.get("num_attention_heads") or 1)
-    tokens = rows * length
-    layer = tokens * (_HIDDEN_ARRAYS * hidden + _MLP_ARRAYS * mlp) * compute
-    # Attention's backward pass holds scores and probabilities.
-    layer += 2 * rows * heads * length * length * compute
-    kept = tokens * hidden * compute
-    activations = layer + layers * kept if gradient_checkpointing else layers * layer
+    layer = _layer(text, rows, length) * compute
+    activations = (layers + _BACKWARD) * layer
+    if gradient_checkpointing:
+        activations = layers * rows * length * hidden * compute + _BACKWARD_CHECKPOINTED * layer
     vocabulary = int(text.get("vocab_size", 0))
-    at_once = tokens if head == "full" else min(CHUNK, rows * completion_length)
-    head_bytes = at_once * vocabulary * 4 * _HEAD_ARRAYS
-    if head == "chunked":
-        head_bytes += rows * completion_length * hidden * compute * 2
+    if head == "full":
+        head_bytes = rows * length * vocabulary * 4 * _FULL_HEAD_ARRAYS
+    else:
+        tokens = rows * completion_length
+        head_bytes = min(CHUNK, tokens) * vocabulary * 4 * _HEAD_ARRAYS
+        head_bytes += tokens * hidden * compute * 2
     return MemoryEstimate(
         weights=sum(array.nbytes for array in arrays.values()),
         reference=_reference_bytes(arrays, trained, reference),
-        optimizer=optimizer,
-        activations=activations,
+        optimizer=12 * numbers + 4 * lower,
+        activations=int(activations),
         head=head_bytes,
+        update=12 * numbers + 2 * lower,
         machine=machine_memory(),
     )
 
 
+def _layer(config: dict[str, Any], rows: int, length: int) -> float:
+    """Count the numbers that one layer keeps for its backward pass."""
+    hidden = int(config.get("hidden_size", 0))
+    heads = int(config.get("num_attention_heads") or 1)
+    size = int(config.get("head_dim") or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    mlp = int(config.get("intermediate_size") or 4 * hidden)
+    if config.get("moe_intermediate_size"):
+        experts = int(config.get("num_experts_per_tok") or 1)
+        mlp = int(config["moe_intermediate_size"]) * experts
+    token = _HIDDEN_ARRAYS * hidden + _MLP_ARRAYS * mlp
+    token += (_QUERY_ARRAYS * heads + _KEY_ARRAYS * kv_heads) * size
+    return rows * length * (token + _SCORE_ARRAYS * heads * length)
+
+
 def warn_if_too_large(estimate: MemoryEstimate) -> bool:
     """Log the estimate; return True, with a warning and what to change, where it is too much."""
-    parts = ", ".join(
-        f"{name} {getattr(estimate, name) / 2**30:.2f}"
-        for name in ("weights", "reference", "optimizer", "activations", "head")
-    )
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.parts.items())
     if not estimate.machine or estimate.total <= estimate.machine:
         log.info("Estimated memory of a step: %.2f GiB (%s)", estimate.total / 2**30, parts)
         return False
@@ -117,9 +146,9 @@ def machine_memory() -> int:
     """Bytes that the default device may use: a GPU's working set, else the physical memory."""
     if mx.default_device().type == mx.DeviceType.gpu:
         info = mx.device_info()
-        size = info.get("max_recommended_working_set_size") or info.get("memory_size") or 0
-        if int(size):
-            return int(size)
+        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+            if info.get(key):
+                return int(info[key])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,0 +1,144 @@
+"""The memory estimate of a step beside the measured peak, for LoRA, DoRA and full fine-tuning.
+
+    python tests/benchmarks/memory_estimate.py [--hidden 1024 --layers 28 --vocab 151936
+        --rows 16 --length 512 --dtype bfloat16]
+
+Random weights of Qwen3's architecture (the MLP three times as wide, heads of 32 or from hidden 1024
+on of 128, twice as many for queries as for keys); every token is a completion's. The second of two
+steps is measured: gradients, then update. Prints a line a case: peak, estimate, their ratio.
+"""
+
+import argparse
+import gc
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from protocol.blas import HINT, load_openblas
+
+if TYPE_CHECKING:
+    from learner.memory import MemoryEstimate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a step on it."""
+
+    hidden: int = 256
+    layers: int = 4
+    vocab: int = 4096
+    rows: int = 4
+    length: int = 256
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kind: Literal["lora", "dora", "full"] = "lora"
+    head: Literal["chunked", "full"] = "chunked"
+    checkpointing: bool = False
+    reference: bool = False
+    bits: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json, as far as it is not of tests/tiny.py."""
+        size = 128 if self.hidden >= 1024 else 32
+        heads = max(2, 2 * self.hidden // size if self.hidden >= 1024 else self.hidden // size)
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "intermediate_size": 3 * self.hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": size,
+            "vocab_size": self.vocab,
+        }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora, all logits": {"head": "full"},
+    "lora, checkpointing": {"checkpointing": True},
+    "lora, 4 bits": {"bits": 4},
+    "dora": {"kind": "dora"},
+    "full": {"kind": "full"},
+    "full, all logits": {"kind": "full", "head": "full"},
+    "full, checkpointing": {"kind": "full", "checkpointing": True},
+    "full, reference": {"kind": "full", "reference": True},
+}
+
+
+def measure(case: Case) -> "tuple[int, MemoryEstimate]":
+    """Return the peak bytes of a step, beyond what others hold, and the estimate."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from learner.forward import completion_logprobs
+    from learner.memory import estimate_memory
+    from learner.reference import view
+    from learner.step import Step, should_compile
+    from protocol.adapters import attach_adapters
+    from protocol.settings import ModelSettings, OptimizerSettings
+    from tests.tiny import CONFIG, tiny_model
+
+    gc.collect()
+    others = mx.get_active_memory()
+    model = tiny_model(**case.config)
+    model.set_dtype(getattr(mx, case.dtype))
+    if case.bits:
+        nn.quantize(model, 32, case.bits)
+    attach_adapters(model, ModelSettings(fine_tune_type=case.kind))
+    reference = view(model, bypass_adapters=case.kind != "full") if case.reference else None
+    ids = mx.random.randint(0, case.vocab, (case.rows, case.length))
+    positions = mx.broadcast_to(mx.arange(case.length)[None], ids.shape)
+    mx.eval(model.parameters(), ids)
+
+    def loss(model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        ids, positions = arrays["ids"], arrays["positions"]
+        logps, _ = completion_logprobs(model, ids, positions, ids, head=case.head)
+        return -logps.mean(), {}
+
+    step = Step(
+        model,
+        OptimizerSettings(),
+        total_steps=2,
+        compiled=should_compile("auto"),
+        gradient_checkpointing=case.checkpointing,
+        reads=[reference] if reference is not None else [],
+    )
+    for _ in range(2):
+        mx.reset_peak_memory()
+        step.accumulate({"ids": ids, "positions": positions}, loss)
+        step.apply()
+    estimate = estimate_memory(
+        model,
+        {**CONFIG, **case.config},
+        rows=case.rows,
+        length=case.length,
+        completion_length=case.length,
+        head=case.head,
+        gradient_checkpointing=case.checkpointing,
+        reference=reference,
+    )
+    return mx.get_peak_memory() - others, estimate
+
+
+def main() -> None:
+    """Measure every variant of the shape that the options give."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("hidden", "layers", "vocab", "rows", "length"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Case, name))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Case.dtype)
+    shape = Case(**vars(parser.parse_args()))
+    if not load_openblas():
+        print(HINT)
+    for name, changes in VARIANTS.items():
+        peak, estimate = measure(replace(shape, **changes))
+        print(
+            f"{name:20} peak {peak / 1e6:9.1f} MB  estimate {estimate.total / 1e6:9.1f} MB  "
+            f"ratio {estimate.total / peak:.2f}  "
+            + " ".join(f"{part} {size / 1e6:.1f}" for part, size in estimate.parts.items()),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
