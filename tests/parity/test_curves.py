@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from learner.reference import make_reference
+from protocol.blas import HINT
 from protocol.policy import load_policy
 from protocol.settings import ModelSettings, TrainSettings
 from tests.parity.curves import advantages_of, micro_batches, objective_of, read
@@ -17,6 +20,7 @@ from tests.parity.run_curves import FINAL_BAR, LOSS_BAR, NORM_BAR, main, replay
 
 FOLDER = Path(__file__).parent / "curve_goldens"
 RUNS = sorted(path.stem for path in FOLDER.glob("*.json"))
+ABSENT = 77  # the exit status of a program that did not find OpenBLAS
 GRPO = [name for name in RUNS if name.startswith("grpo")]
 
 
@@ -47,19 +51,33 @@ def test_the_learner_trains_as_trl(name):
     assert outcome.final <= FINAL_BAR
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS serves MLX on Linux only")
+def test_the_learner_trains_as_trl_on_openblas():
+    program = (
+        "from protocol.blas import load_openblas\n"
+        f"if not load_openblas(): raise SystemExit({ABSENT})\n"
+        "from pathlib import Path; from tests.parity.run_curves import main\n"
+        f"folder = Path({str(FOLDER)!r}); raise SystemExit(main(folder, folder / 'model', []))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=FOLDER.parents[2], capture_output=True, text=True
+    )
+    if done.returncode == ABSENT:
+        pytest.skip(HINT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(f"{len(RUNS)}/{len(RUNS)}\n")
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("sft", {"learning_rate": 1.01e-3}),
         ("sft", {"lr_scheduler_type": "linear"}),
-        ("sft", {"adam_beta2": 0.99}),
         ("sft", {"weight_decay": 0.1}),
         ("sft", {"max_grad_norm": 0.0}),
         ("dpo_sigmoid", {"beta": 0.101}),
-        ("dpo_sigmoid", {"loss_type": ["hinge"]}),
         ("orpo", {"beta": 0.101}),
         ("simpo_alpha0", {"simpo_gamma": 0.51}),
-        ("simpo_alpha1", {"cpo_alpha": 0.0}),
         ("grpo_dapo_beta0", {"temperature": 0.99}),
         ("grpo_dapo_beta0", {"loss_type": "grpo"}),
         ("grpo_grpo_beta0", {"scale_rewards": "none"}),
