@@ -156,6 +156,7 @@ def _make_trainable(model: nn.Module, config: AdapterConfig) -> None:
             f"model.fine_tune_type = {config.fine_tune_type!r} does not fit this model: {error}. "
             'Choose the layers with model.lora.keys, or set model.fine_tune_type = "lora".'
         ) from error
+    _match_dtypes(model)
 
 
 def _unfreeze(model: nn.Module) -> None:
@@ -200,3 +201,21 @@ def _load(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
             f"model.adapter_path: the adapter in {folder} does not fit the model: {error} "
             "Give the model that it was trained on."
         ) from error
+    _match_dtypes(model)
+
+
+def _match_dtypes(model: nn.Module) -> None:
+    """Put LoRA tensors in the dtype of what they adapt, where mlx-lm makes them float32.
+
+    With float32 factors MLX copies every layer's bfloat16 input and output to float32: more than
+    half of a step's activations. The optimiser keeps float32 masters of whatever is lower. DoRA
+    keeps float32, for its magnitude over the norm of the weights must be 1 before the first step.
+    """
+    for module in model.modules():
+        if "lora_a" not in module or "m" in module:
+            continue
+        wrapped = cast(nn.Module, module["linear" if "linear" in module else "embedding"])
+        scales = cast(mx.array, wrapped["scales"] if "scales" in wrapped else wrapped["weight"])
+        if mx.issubdtype(scales.dtype, mx.floating):
+            for name in ("lora_a", "lora_b"):
+                module[name] = cast(mx.array, module[name]).astype(scales.dtype)

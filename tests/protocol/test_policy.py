@@ -135,7 +135,22 @@ def test_a_dtype_can_be_asked_for(folder):
     assert {array.dtype for array in trainable(policy.model).values()} == {mx.bfloat16}
     stored = load_policy(settings_of(folder, dtype="bfloat16", quantize_bits=4), seed=1)
     dtypes = {array.dtype for array in tensors(stored.model).values()}
-    assert dtypes == {mx.bfloat16, mx.uint32, mx.float32}  # adapters are float32
+    assert dtypes == {mx.bfloat16, mx.uint32}
+
+
+def test_lora_takes_the_dtype_of_what_it_adapts_and_dora_stays_exact(folder, tmp_path):
+    lora = load_policy(settings_of(folder, dtype="bfloat16"), seed=1)
+    assert {array.dtype for array in trainable(lora.model).values()} == {mx.bfloat16}
+    plain = load_policy(settings_of(folder, fine_tune_type="full", dtype="bfloat16"), seed=1)
+    dora = load_policy(settings_of(folder, fine_tune_type="dora", dtype="bfloat16"), seed=1)
+    assert {array.dtype for array in trainable(dora.model).values()} == {mx.float32}
+    ids = mx.array([[1, 2, 3]])
+    assert mx.array_equal(dora.model(ids), plain.model(ids))
+    # An adapter of mlx-lm's own is float32.
+    save_adapters(tmp_path, load_policy(settings_of(folder), seed=1).model, lora.adapter_config, "")
+    loaded = settings_of(folder, dtype="bfloat16", adapter_path=str(tmp_path))
+    values = trainable(load_policy(loaded, seed=1).model).values()
+    assert {array.dtype for array in values} == {mx.bfloat16}
 
 
 @pytest.mark.parametrize(
