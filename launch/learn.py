@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol.blas import HINT, load_openblas
+from protocol.blas import HINT, bound_lookahead, load_openblas
 from protocol.errors import PippinError, RewardError
 from protocol.lifeline import Lifeline
 
@@ -47,6 +47,7 @@ def main() -> int:
         logging.getLogger(ours).setLevel(logging.INFO)
     lifeline = Lifeline(child=args.child)
     signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+    bound_lookahead()
     if not load_openblas():
         log.info(HINT)
     try:

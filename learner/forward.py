@@ -8,12 +8,13 @@ logits processor sees too.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from learner.head import chunked_logprobs, split_head
 from protocol.errors import ModelError
@@ -44,8 +45,7 @@ def completion_logprobs(
     if head == "full":
         return _plain(model, input_ids, positions, targets, temperature, entropy, entropy_gradient)
     split = split_head(model)
-    hidden = split.trunk(input_ids)
-    hidden = mx.take_along_axis(hidden, positions[..., None], axis=1)
+    hidden = states_at(split.trunk(input_ids), positions)
     logps, entropies = chunked_logprobs(
         split,
         hidden.reshape(-1, hidden.shape[-1]),
@@ -56,6 +56,31 @@ def completion_logprobs(
         gradient=gradient,
     )
     return logps.reshape(targets.shape), entropies.reshape(targets.shape)
+
+
+def states_at(states: mx.array, positions: mx.array) -> mx.array:
+    """Return the hidden states (B, C, D) of `states` (B, T, D) at `positions` (B, C) int32.
+
+    Completions are contiguous, so the gradient is a gather too, and exact: MLX would scatter it
+    with atomic additions. Padding (a position that does not go on from the first) sends none back.
+    """
+
+    @mx.custom_function
+    def pick(states: mx.array, positions: mx.array) -> mx.array:
+        return mx.take_along_axis(states, positions[..., None], axis=1)
+
+    @pick.vjp
+    def put(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        states, positions = primals
+        here = mx.arange(states.shape[1])[None]
+        token = here - positions[:, :1]
+        inside = (token >= 0) & (token < positions.shape[1])
+        token = mx.where(inside, token, 0)
+        read = inside & (mx.take_along_axis(positions, token, axis=1) == here)
+        slope = mx.take_along_axis(cotangent, token[..., None], axis=1)
+        return mx.where(read[..., None], slope, 0), mx.zeros_like(positions)
+
+    return cast(mx.array, pick(states, positions))
 
 
 def choose_head(model: nn.Module, wanted: Head) -> Head:
@@ -97,21 +122,29 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
 
 
 @contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Compute each layer's activations again in the backward pass, for steps taken inside.
+def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[None]:
+    """Order the backward pass of steps taken inside by layers, so that each frees its activations.
 
-    Only these layer objects change, and they change back. Raises ModelError where adapters have
-    dropout, which would draw another mask the second time.
+    MLX evaluates breadth-first: left to itself it computes the gradients of all parameters last,
+    and keeps every layer's activations and their gradients till then. With `recompute`, a layer's
+    activations are not even kept from the forward pass (gradient checkpointing, Chen et al., 2016).
+    Only these layer objects change, and they change back. Raises ModelError where activations are
+    to be recomputed and adapters have dropout, which would draw another mask the second time.
     """
-    if _drops(model):
+    if recompute and _drops(model):
         raise ModelError(
             "train.gradient_checkpointing needs model.lora.dropout = 0: the second forward pass "
             "would drop other values. Turn one of the two off."
         )
-    layers = [layer for layer in cast(Any, model).layers if isinstance(layer, nn.Module)]
+    layers = [x for x in getattr(model, "layers", ()) if isinstance(x, nn.Module)]
+    if recompute and not layers:
+        raise ModelError(
+            f"train.gradient_checkpointing: {type(model).__module__} has no list of layers that "
+            "could be recomputed one by one. Turn it off."
+        )
     kinds = [type(layer) for layer in layers]
     for layer, kind in zip(layers, kinds, strict=True):
-        object.__setattr__(layer, "__class__", _checkpointed_kind(kind))
+        object.__setattr__(layer, "__class__", _ordered_kind(kind, recompute))
     try:
         yield
     finally:
@@ -145,34 +178,95 @@ def _drops(model: nn.Module) -> bool:
     )
 
 
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
+_KINDS: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def _checkpointed_kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of a layer's class whose call is checkpointed; the class is untouched."""
-    if kind in _KINDS:
-        return _KINDS[kind]
+def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
+    """Return a subclass of a layer's class with an ordered call; the class itself is untouched."""
+    if (kind, recompute) in _KINDS:
+        return _KINDS[kind, recompute]
 
     def call(layer: nn.Module, *args: object, **kwargs: object) -> object:
-        outer = layer.trainable_parameters()
-        # mx.checkpoint sends no gradient to what it does not take as an input, and takes no
-        # integers: real arrays go in, all else (masks, caches that are None) is closed over.
+        held = layer.trainable_parameters()
+        names, tensors = _flat(held)
+        # Real arrays are inputs, for they may need a gradient; all else is closed over.
         real = [
             index
             for index, value in enumerate(args)
             if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
         ]
 
-        def inner(parameters: dict[str, Any], values: list[mx.array]) -> object:
+        def inner(inputs: list[mx.array], parameters: list[mx.array]) -> object:
             full = list(args)
-            for index, value in zip(real, values, strict=True):
+            for index, value in zip(real, inputs, strict=True):
                 full[index] = value
-            layer.update(parameters)
-            return kind.__call__(cast(Any, layer), *full, **kwargs)
+            layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+            out = kind.__call__(cast(Any, layer), *full, **kwargs)
+            layer.update(held)
+            return out
 
-        out = mx.checkpoint(inner)(outer, cast(list[mx.array], [args[index] for index in real]))
-        layer.update(outer)
-        return out
+        inputs = [cast(mx.array, args[index]) for index in real]
+        if recompute:
+            return _recomputed(inner)(inputs, tensors)
+        tied = cast(tuple[list[mx.array], list[mx.array]], _tied(inputs, tensors))
+        return inner(*tied)
 
-    _KINDS[kind] = type(kind.__name__, (kind,), {"__call__": call})
-    return _KINDS[kind]
+    _KINDS[kind, recompute] = type(kind.__name__, (kind,), {"__call__": call})
+    return _KINDS[kind, recompute]
+
+
+@mx.custom_function
+def _tied(
+    inputs: list[mx.array], parameters: list[mx.array]
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Return both as they are; gradients of `parameters` are ready before those of `inputs`."""
+    return inputs, parameters
+
+
+@_tied.vjp
+def _parameters_first(
+    _: object, cotangents: tuple[list[mx.array], list[mx.array]], __: object
+) -> tuple[list[mx.array], list[mx.array]]:
+    return _after(*cotangents), cotangents[1]
+
+
+def _recomputed(
+    function: Callable[[list[mx.array], list[mx.array]], object],
+) -> Callable[[list[mx.array], list[mx.array]], object]:
+    """Return `function(inputs, parameters)` with its inside computed again for the gradient.
+
+    As `mx.checkpoint`, but the second pass waits for the gradient of the output to arrive: else
+    that of every layer would run at once, and the memory saved be taken after all.
+    """
+
+    @mx.custom_function
+    def run(inputs: list[mx.array], parameters: list[mx.array]) -> object:
+        return function(inputs, parameters)
+
+    @run.vjp
+    def again(
+        primals: tuple[list[mx.array], list[mx.array]], cotangents: object, _: object
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        inputs, parameters = primals
+        _, slopes = _flat(cotangents)
+
+        def outputs(*arrays: mx.array) -> list[mx.array]:
+            split = len(inputs)
+            return _flat(function(list(arrays[:split]), list(arrays[split:])))[1]
+
+        _, gradients = mx.vjp(outputs, [*_after(inputs, slopes), *parameters], slopes)
+        to_inputs, to_parameters = gradients[: len(inputs)], gradients[len(inputs) :]
+        return _after(to_inputs, to_parameters), to_parameters
+
+    return cast(Any, run)
+
+
+def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+    if not (arrays and others):
+        return arrays
+    return cast(list[mx.array], mx.depends(arrays, others))
+
+
+def _flat(tree: object) -> tuple[list[str], list[mx.array]]:
+    pairs = cast(list[tuple[str, mx.array]], tree_flatten(tree))
+    return [name for name, _ in pairs], [array for _, array in pairs]

@@ -35,22 +35,22 @@ class MasterAdamW:
         )
         self._adam.init({**parameters, **self._masters})
         self._state: dict[str, Any] = self._adam.state
-        self._update = mx.compile(self._apply) if compiled else self._apply
-        self._clip = mx.compile(self._clipped) if compiled else self._clipped
+        self._apply = mx.compile(self._stepped) if compiled else self._stepped
 
-    def clip(self, gradients: Tensors) -> tuple[Tensors, mx.array]:
-        """Return gradients of at most `max_grad_norm` (0: any) and the norm before clipping."""
-        return self._clip(gradients)
+    def step(
+        self, gradients: Tensors, parameters: Tensors, rate: float
+    ) -> tuple[Tensors, mx.array]:
+        """Clip `gradients` to `max_grad_norm` (0: any) and take one step.
 
-    def update(self, gradients: Tensors, parameters: Tensors, rate: float) -> Tensors:
-        """Take one step; returns the new parameters in the dtypes of the old, evaluated."""
+        Returns the new parameters in the dtypes of the old, and the norm before clipping; all of
+        it is being evaluated. If the norm is not finite, everything stays as it was.
+        """
         self._state["learning_rate"] = mx.array(rate, mx.float32)
         full = {**parameters, **self._masters}
-        new, self._state = self._update(gradients, full, self._state)
+        new, rounded, self._state, norm = self._apply(gradients, full, self._state)
         self._masters = {name: new[name] for name in self._masters}
-        rounded = {name: array.astype(self._dtypes[name]) for name, array in new.items()}
-        mx.eval(rounded, self._masters, self._state)
-        return rounded
+        mx.async_eval(norm, rounded, self._masters, self._state)
+        return rounded, norm
 
     @property
     def steps(self) -> int:
@@ -83,17 +83,26 @@ class MasterAdamW:
             self._state[name] = {"m": arrays[f"m.{name}"], "v": arrays[f"v.{name}"]}
         self._masters = {name: arrays[f"master.{name}"] for name in self._masters}
 
+    def _stepped(
+        self, gradients: Tensors, parameters: Tensors, state: dict[str, Any]
+    ) -> tuple[Tensors, Tensors, dict[str, Any], mx.array]:
+        gradients, norm = self._clipped(gradients)
+        finite = mx.isfinite(norm)  # decided on the device: the host need not wait to go on
+
+        def keep(new: Any, old: Any) -> Any:  # noqa: ANN401
+            if isinstance(new, dict):
+                return {name: keep(value, old[name]) for name, value in new.items()}
+            return mx.where(finite, new, old)
+
+        self._adam.state = {
+            name: dict(value) if isinstance(value, dict) else value for name, value in state.items()
+        }
+        new = keep(self._adam.apply_gradients(gradients, parameters), parameters)
+        rounded = {name: array.astype(self._dtypes[name]) for name, array in new.items()}
+        return new, rounded, keep(self._adam.state, state), norm
+
     def _clipped(self, gradients: Tensors) -> tuple[Tensors, mx.array]:
         if self._max_norm > 0:
             return optim.clip_grad_norm(gradients, self._max_norm)
         squares = [gradient.square().sum() for gradient in gradients.values()]
         return gradients, mx.sqrt(sum(squares, mx.array(0.0)))
-
-    def _apply(
-        self, gradients: Tensors, parameters: Tensors, state: dict[str, Any]
-    ) -> tuple[Tensors, dict[str, Any]]:
-        self._adam.state = {
-            name: dict(value) if isinstance(value, dict) else value for name, value in state.items()
-        }
-        new = self._adam.apply_gradients(gradients, parameters)
-        return new, self._adam.state

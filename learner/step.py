@@ -7,7 +7,6 @@ and any split of a batch gives the same step up to rounding.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from learner.forward import checkpointed
+from learner.forward import layer_by_layer
 from learner.optimizer import MasterAdamW, Tensors
 from learner.schedule import learning_rate
 from protocol.settings import OptimizerSettings
@@ -64,20 +63,25 @@ class Step:
         self._optimizer = MasterAdamW(settings, trainable(model), compiled=compiled)
         self._micro: dict[LossFn, Callable[..., tuple[mx.array, Metrics, Tensors]]] = {}
         self._gradients: Tensors = {}
+        self._running: list[mx.array] = []
         self._scheduled = 0
         self.skipped_updates = 0  # because the gradient was not finite
 
     def accumulate(self, arrays: Arrays, loss_fn: LossFn) -> tuple[mx.array, Metrics]:
-        """Add the gradient of one micro-batch, in float32; returns its loss and metrics, evaluated.
+        """Add the gradient of one micro-batch, in float32; returns its loss and metrics.
 
-        Pass the same `loss_fn` object every time: it is compiled once.
+        They are being evaluated: the host prepares the next micro-batch meanwhile, but only the
+        one, so that activations of two never exist at once. Pass the same `loss_fn` object every
+        time: it is compiled once.
         """
         micro = self._micro.get(loss_fn)
         if micro is None:
             micro = self._micro[loss_fn] = self._make_micro(loss_fn)
-        with checkpointed(self._model) if self._checkpointing else nullcontext():
+        with layer_by_layer(self._model, recompute=self._checkpointing):
             loss, metrics, self._gradients = micro(trainable(self._model), arrays, self._gradients)
-            mx.eval(loss, metrics, self._gradients)
+            mx.eval(self._running)
+            mx.async_eval(loss, metrics, self._gradients)
+        self._running = list(self._gradients.values())
         return loss, metrics
 
     def apply(self) -> Update:
@@ -88,8 +92,9 @@ class Step:
         if not self._gradients:
             raise ValueError("Step.apply needs at least one accumulate since the last update")
         rate = self._next_rate()
-        gradients, norm = self._optimizer.clip(self._gradients)
-        self._gradients = {}
+        new, norm = self._optimizer.step(self._gradients, trainable(self._model), rate)
+        self._gradients, self._running = {}, []
+        self._model.update(tree_unflatten(list(new.items())))
         grad_norm = float(cast(float, norm.item()))
         if not math.isfinite(grad_norm):
             self.skipped_updates += 1
@@ -100,13 +105,11 @@ class Step:
                 self.skipped_updates,
             )
             return Update(grad_norm=grad_norm, learning_rate=rate, applied=False)
-        new = self._optimizer.update(gradients, trainable(self._model), rate)
-        self._model.update(tree_unflatten(list(new.items())))
         return Update(grad_norm=grad_norm, learning_rate=rate, applied=True)
 
     def skip(self) -> Update:
         """Drop what was accumulated; the schedule moves on, weights and moments do not."""
-        self._gradients = {}
+        self._gradients, self._running = {}, []
         return Update(grad_norm=0.0, learning_rate=self._next_rate(), applied=False)
 
     def gradients(self) -> Tensors:

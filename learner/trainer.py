@@ -8,7 +8,9 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
@@ -199,28 +201,29 @@ class Trainer(Generic[BatchT]):
     def _update(self, prepared: Prepared) -> dict[str, float]:
         """Take the batch's optimiser steps; with `num_iterations`, metrics are their mean."""
         count = self.objective.num_iterations
-        update, loss, merged = Update(grad_norm=0.0, learning_rate=0.0, applied=False), 0.0, None
+        update = Update(grad_norm=0.0, learning_rate=0.0, applied=False)
         if not prepared.step:
             for _ in range(count):
                 update = self.updater.skip()
             return {"learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0}
         self.model.train()  # dropout; and mlx-lm's kernels without a gradient are only for eval
         try:
+            passes: list[dict[str, float]] = []
             for _ in range(count):
-                for arrays in prepared.micro:
-                    value, parts = self.updater.accumulate(arrays, self.objective.loss)
-                    loss += number(value)
-                    merged = parts if merged is None else self.objective.merge(merged, parts)
+                # Numbers are read after the last micro-batch: reading waits for the device.
+                parts = [
+                    self.updater.accumulate(arrays, self.objective.loss)
+                    for arrays in prepared.micro
+                ]
                 update = self.updater.apply()
+                metrics = self.objective.finish(
+                    reduce(self.objective.merge, (metrics for _, metrics in parts))
+                )
+                passes.append({"loss": sum(number(loss) for loss, _ in parts), **metrics})
         finally:
             self.model.eval()
-        metrics = self.objective.finish(merged or {})
-        return {
-            "loss": loss / count,
-            "grad_norm": update.grad_norm,
-            "learning_rate": update.learning_rate,
-            **metrics,
-        }
+        means = {name: fmean(each[name] for each in passes) for name in passes[0]}
+        return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, **means}
 
     def _intervals(self) -> None:
         every = self.schedule.eval_steps

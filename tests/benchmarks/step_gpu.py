@@ -4,8 +4,8 @@
 
 Random weights in bfloat16 (speed does not depend on them), rank 16 on every linear layer, one
 micro-batch of full sequences, compiled. "naive" is cross-entropy over all logits with mlx-lm's
-layers and MLX's AdamW. Each way runs in a
-process of its own and prints one JSON line; the ratios follow.
+layers (their adapters are float32) and MLX's AdamW; `--bounded 1` gives it our look-ahead. Each way runs in a process of its own and
+prints one JSON line; the ratios follow.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.blas import load_openblas
+from protocol.blas import bound_lookahead, load_openblas
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-WAYS = ("naive", "full", "chunked", "chunked, checkpointing")
+WAYS = ("naive", "naive, bfloat16 adapters", "full", "chunked", "chunked, checkpointing")
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=0, help="tokens; 0: the learner's own")
+    parser.add_argument("--bounded", type=int, default=0, help="1: naive with our look-ahead too")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--way", choices=WAYS)
     options = parser.parse_args()
@@ -55,8 +56,18 @@ def main() -> None:
 def run_child(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Measure one way in a fresh interpreter."""
     command = [sys.executable, str(Path(__file__)), "--way", way]
-    for name in ("rows", "length", "layers", "hidden", "vocab", "chunk", "repeats"):
-        command += [f"--{name}", str(getattr(options, name))]
+    for name in (
+        "rows",
+        "length",
+        "layers",
+        "hidden",
+        "vocab",
+        "chunk",
+        "limit_gb",
+        "bounded",
+        "repeats",
+    ):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,6 +76,7 @@ def build_model(options: argparse.Namespace) -> "nn.Module":
     """Make the model with fresh adapters."""
     import mlx.core as mx
     from mlx_lm.models.qwen3 import Model, ModelArgs
+    from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from protocol.adapters import attach_adapters
     from protocol.settings import ModelSettings
@@ -87,7 +99,11 @@ def build_model(options: argparse.Namespace) -> "nn.Module":
         )
     )
     model.set_dtype(mx.bfloat16)
-    attach_adapters(model, ModelSettings())
+    if options.way == "naive":
+        model.freeze()
+        linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
+    else:
+        attach_adapters(model, ModelSettings())
     mx.eval(model.parameters())
     return model
 
@@ -148,6 +164,7 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
     def run() -> None:
         step.accumulate(arrays, loss)
         step.apply()
+        mx.synchronize()
 
     return run
 
@@ -155,11 +172,13 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
 def measure(options: argparse.Namespace) -> dict[str, float | str]:
     """Take the median time of a step and the peak memory, after one warm-up."""
     load_openblas()
+    if not options.way.startswith("naive") or options.bounded:
+        bound_lookahead()
     import mlx.core as mx
 
     from learner import head
 
-    head.CHUNK = options.chunk
+    head.CHUNK = options.chunk or head.CHUNK
     model = build_model(options)
     shape = (options.rows, options.length)
     arrays = {
@@ -168,7 +187,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
         "positions": mx.broadcast_to(mx.arange(options.length)[None], shape),
     }
     mx.eval(arrays)
-    naive = options.way == "naive"
+    naive = options.way.startswith("naive")
     run = naive_step(model, arrays) if naive else our_step(model, arrays, options.way)
     run()
     mx.clear_cache()

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner import head as head_module
-from learner.forward import Head, checkpointed, choose_head, completion_logprobs
+from learner.forward import Head, choose_head, completion_logprobs, layer_by_layer
 from protocol.adapters import attach_adapters
 from protocol.errors import ModelError
 from protocol.settings import LoraSettings, ModelSettings
@@ -224,9 +224,13 @@ def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
     assert float(difference.sum() / arrays["mask"].sum()) < 0.01
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_gradient_checkpointing_is_exact_and_leaves_no_trace(kind):
-    model, arrays = trained(kind), on_device(ragged_batch())
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full", "last"])
+def test_the_ordered_backward_pass_is_exact_and_leaves_no_trace(kind, recompute):
+    model, arrays = trained("lora" if kind == "last" else kind), on_device(ragged_batch())
+    if kind == "last":  # layers with nothing to train
+        for layer in layers_of(model)[:-1]:
+            layer.freeze()
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
 
     def forward(model):
@@ -235,7 +239,7 @@ def test_gradient_checkpointing_is_exact_and_leaves_no_trace(kind):
     classes = [type(layer) for layer in layers_of(model)]
     before = trainable(model)
     _, wanted = gradients(model, arrays, forward)
-    with checkpointed(model):
+    with layer_by_layer(model, recompute=recompute):
         assert [type(layer) for layer in layers_of(model)] != classes
         _, grads = gradients(model, arrays, forward)
     assert_close(grads, wanted, 1e-6)
@@ -248,7 +252,8 @@ def test_checkpointing_with_dropout_is_refused():
     model = tiny_model()
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": 4, "scale": 2.0, "dropout": 0.1})
-    with pytest.raises(ModelError, match=r"needs model\.lora\.dropout = 0"), checkpointed(model):
+    ordered = layer_by_layer(model, recompute=True)
+    with pytest.raises(ModelError, match=r"needs model\.lora\.dropout = 0"), ordered:
         pass
 
 

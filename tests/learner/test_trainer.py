@@ -137,7 +137,7 @@ def test_iterations_step_more_than_once_on_a_batch(tmp_path):
     moved = before - np.array(made.model.parameters()["bias"])
     np.testing.assert_allclose(moved, 0.1 * 57 / 20, atol=1e-5)
     assert made.step == 1
-    assert made.last_metrics["seen"] == 3
+    assert made.last_metrics["seen"] == 1  # the mean over iterations
 
 
 def test_the_model_trains_in_training_mode_and_is_left_in_eval_mode(tmp_path):
