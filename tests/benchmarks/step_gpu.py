@@ -4,8 +4,8 @@
 
 Random weights in bfloat16 (speed does not depend on them), rank 16 on every linear layer, one
 micro-batch of full sequences, compiled. "naive" is cross-entropy over all logits with mlx-lm's
-layers (their adapters are float32) and MLX's AdamW; `--bounded 1` gives it our look-ahead. Each way runs in a process of its own and
-prints one JSON line; the ratios follow.
+layers (their adapters are float32) and MLX's AdamW; `--bounded 1` gives it our look-ahead. Each way
+runs in a process of its own and prints one JSON line; the ratios follow.
 """
 
 import argparse
