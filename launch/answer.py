@@ -6,6 +6,7 @@ from typing import Any
 from msgspec import structs
 
 from launch.assemble_offline import open_examples
+from launch.records import number, parse_lines
 from learner.sources.generated import DEFAULT_LENGTH, Answers
 from protocol.config import load, read_toml
 from protocol.errors import ConfigError
@@ -16,7 +17,8 @@ from protocol.settings import PreferenceRun, SftRun
 def answer_held_out(folder: Path) -> list[dict[str, Any]]:
     """Return a line, as in rollouts.jsonl, for each held-out prompt of the run in `folder`.
 
-    Raises ConfigError for a run that is not offline, or that left no weights.
+    The answers are the finished policy's, and count as those of the run's last step. Raises
+    ConfigError for a run that is not offline, or that left no weights.
     """
     objective = read_toml(folder / "config.toml").get("objective", {})
     if "num_iterations" in objective:
@@ -36,4 +38,9 @@ def answer_held_out(folder: Path) -> list[dict[str, Any]]:
     examples = open_examples(settings, policy).evaluation
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
     answers = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
-    return answers(examples, 0)[1]
+    return answers(examples, _last_step(folder))[1]
+
+
+def _last_step(folder: Path) -> int:
+    lines = parse_lines((folder / "metrics.jsonl").read_bytes())
+    return round(max((number(line, "step") or 0.0 for line in lines), default=0.0))

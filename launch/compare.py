@@ -3,8 +3,9 @@
 Writes one HTML file without network references: held-out figures before and after training, win
 rates by a reward function on the answers to held-out prompts, curves, samples, and the settings
 that differ. The answers are those in rollouts.jsonl (`eval.generate` in offline runs); with
---generate, runs that lack them answer their held-out prompts now. Answers compete with those of
-the other runs, with the same run's first ones, and with the dataset's chosen ones.
+--generate, runs that lack them answer their held-out prompts now, and keep the answers there.
+Answers compete with those of the other runs, with the same run's first ones, and with the
+dataset's chosen ones.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from launch.compare_page import Answers, Compared, Rival, render
 from launch.judge import TIMEOUT_S, Judge
@@ -65,7 +69,21 @@ def _answered(run: Compared) -> Answers:
 
     sys.stderr.write(f"{run.name}: answering its held-out prompts\n")
     sys.stderr.flush()
-    return latest_answers(answer_held_out(run.folder))
+    lines = answer_held_out(run.folder)
+    _keep(run.folder / "rollouts.jsonl", lines)
+    return latest_answers(lines)
+
+
+def _keep(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Add lines to a run's record, so that the next comparison has them."""
+    before = path.read_bytes() if path.is_file() else b""
+    torn = before != b"" and not before.endswith(b"\n")
+    data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    try:
+        with path.open("ab") as file:
+            file.write(b"\n" * torn + data)
+    except OSError as error:
+        sys.stderr.write(f"the answers are not kept, and take as long next time: {error}\n")
 
 
 def _named_apart(runs: list[Compared]) -> list[Compared]:
@@ -112,7 +130,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seconds for the answers to one prompt (%(default)g)",
     )
     parser.add_argument("--keys", default="", metavar="DIR", help="for zmq:// on other machines")
-    parser.add_argument("--generate", action="store_true", help="answer held-out prompts now")
+    parser.add_argument(
+        "--generate", action="store_true", help="answer held-out prompts now where a run has not"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("comparison.html"), help="(%(default)s)", metavar="FILE"
     )

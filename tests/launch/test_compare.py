@@ -216,13 +216,16 @@ def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     # Without its records of answers, the run answers anew, and as it did.
     recorded_lines = dpo.with_name("rollouts.jsonl").read_text().splitlines()
     answers = latest_answers([json.loads(line) for line in recorded_lines])
-    dpo.with_name("rollouts.jsonl").unlink()
+    dpo.with_name("rollouts.jsonl").write_text('{"torn')
     assert main([str(dpo.parent), "--generate", "--out", str(tmp_path / "again.html")]) == 0
     assert "answering its held-out prompts" in capfd.readouterr().err
     again = (tmp_path / "again.html").read_text()
     shown = [f"{k}</td><td>{line['completions'][0]}</td>" in again for k, line in answers.items()]
     assert sum(shown) == 6
     assert len(shown) == 8
+    kept = [json.loads(x) for x in dpo.with_name("rollouts.jsonl").read_text().splitlines()[1:]]
+    assert {line["trained_at"] for line in kept} == {4}
+    assert compare([dpo.parent]) == again
 
 
 def test_mlx_is_not_loaded_before_openblas():
