@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from launch.assemble import Run, new_step, resume_point, run_digests, started_at
 from learner.forward import Head, choose_head
+from learner.objectives.preference import kto_weight_advice
 from learner.records import Records
 from learner.reference import Reference, make_reference
 from learner.reference_logps import Scorer, cache_folder, precompute
@@ -39,6 +40,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
     total = sets.train.total_steps
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    _advise(settings, sets)
     head = choose_head(policy.model, settings.train.head)
     digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
@@ -84,6 +86,18 @@ def _reference(settings: OfflineRun, policy: LoadedPolicy) -> Reference | None:
     if objective.reference_free or objective.method in ("cpo", "simpo", "orpo"):
         return None
     return make_reference(policy, settings.model)
+
+
+def _advise(settings: OfflineRun, sets: OfflineSets[Any]) -> None:
+    """Say where KTO's weights do not suit the answers that the run will see."""
+    if isinstance(settings, SftRun) or settings.objective.method != "kto":
+        return
+    if settings.data.streaming:
+        return
+    labels = [answer.label for batch in sets.train.first_batches() for answer in batch]
+    good = sum(labels)
+    if advice := kto_weight_advice(good, len(labels) - good, settings.objective):
+        log.warning(advice)
 
 
 def _precompute(

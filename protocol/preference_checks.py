@@ -73,7 +73,11 @@ def check_preference(settings: PreferenceSettings) -> None:
 
 
 def check_preference_run(run: PreferenceRun) -> None:
-    """Refuse what clashes with the rest of a run; raises ConfigError."""
+    """Refuse what clashes with the rest of a run; raises ConfigError.
+
+    TRL wants kto's rows in sequential order, for it mismatches answers once, before training. Here
+    each batch mismatches its own, so any order will do.
+    """
     check_preference(run.objective)
     if run.objective.precompute_ref_log_probs:
         _check_precompute(run)

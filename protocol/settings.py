@@ -154,7 +154,7 @@ class PreferenceSettings(Section, frozen=True, kw_only=True):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     reference_free: bool = False
-    precompute_ref_log_probs: bool = False  # before training; kept in the datasets cache
+    precompute_ref_log_probs: bool = False  # before training; kept beside the datasets cache
 
 
 class SftSettings(Section, frozen=True, kw_only=True):

@@ -268,3 +268,23 @@ def finish_kto(metrics: Metrics) -> dict[str, float]:
         margin = finished["rewards/chosen"] - finished["rewards/rejected"]
         finished["rewards/margins"] = margin
     return finished
+
+
+def kto_weight_advice(good: int, bad: int, settings: PreferenceSettings) -> str:
+    """Return what TRL warns of where the weights do not balance good and bad answers, or "".
+
+    Equation 8 of the KTO paper: (desirable_weight x good) / (undesirable_weight x bad) should be
+    in [1, 4/3].
+    """
+    counts = f"{good} good and {bad} bad answers"
+    good, bad = max(good, 1), max(bad, 1)  # as TRL counts
+    desirable, undesirable = settings.desirable_weight, settings.undesirable_weight
+    low, high = (round(bad * undesirable / good * factor, 2) for factor in (1.0, 1.33))
+    under, over = (round(good * desirable / bad / factor, 2) for factor in (1.33, 1.0))
+    if good == bad or low <= desirable <= high or under <= undesirable <= over:
+        return ""
+    return (
+        f"{counts} are not balanced by their weights: set "
+        f"objective.desirable_weight in [{low}, {high}] or objective.undesirable_weight in "
+        f"[{under}, {over}], not both"
+    )

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from learner.sources import offline
 from learner.sources.dataset import Rows
 from learner.sources.examples import answers, pairs, sequences
 from learner.sources.offline import open_offline
-from protocol.errors import DataError
+from protocol.errors import ConfigError, DataError
 from protocol.settings import DataSettings
 
 
@@ -120,6 +121,23 @@ def test_max_steps_goes_on_over_epochs(tmp_path):
     batches = _numbers(source)
     assert source.total_steps == len(batches) == 7
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(8))
+
+
+def test_the_first_batches_are_known_beforehand_and_can_be_replaced(tmp_path):
+    settings = _data(tmp_path, [_pair(number) for number in range(10)])
+    source = _open(settings, epochs=2).train
+    batches = source.first_batches()
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    source.replace_first([[replace(e, score=float(e.row)) for e in batch] for batch in batches])
+    trained = list(iter(source.next_batch, None))
+    assert [[e.row for e in batch] for batch in trained[:3]] == [
+        [e.row for e in batch] for batch in batches
+    ]
+    assert all(e.score == e.row for batch in trained for e in batch)
+    assert len(_open(settings, max_steps=2).train.first_batches()) == 2
+    streamed = _open(_data(tmp_path, [_pair(0)], streaming=True), max_steps=1).train
+    with pytest.raises(ConfigError, match=r"data\.streaming"):
+        streamed.first_batches()
 
 
 def test_examples_hold_the_tokens_and_their_context(tmp_path):

@@ -12,6 +12,7 @@ from learner.objectives.odds import log_sigmoid_odds
 from learner.objectives.preference import (
     kto_kl,
     kto_loss,
+    kto_weight_advice,
     needs_whole_batch,
     pair_normalisers,
     preference_loss,
@@ -187,3 +188,16 @@ def test_kto_by_hand_and_split():
 
 def test_every_named_loss_is_there():
     assert tuple(DPO_LOSSES) == NAMED_LOSSES
+
+
+def test_kto_weights_that_do_not_balance_the_answers_are_named():
+    plain = PreferenceSettings(method="kto")
+    # 30 good, 10 bad: 10/30 and 1.33 x 10/30; 30/10/1.33 and 30/10
+    advice = kto_weight_advice(30, 10, plain)
+    assert "30 good and 10 bad" in advice
+    assert "desirable_weight in [0.33, 0.44]" in advice
+    assert "undesirable_weight in [2.26, 3.0]" in advice
+    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", undesirable_weight=3)) == ""
+    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", desirable_weight=0.4)) == ""
+    assert kto_weight_advice(10, 10, PreferenceSettings(method="kto", desirable_weight=9)) == ""
+    assert "7 good and 0 bad" in kto_weight_advice(7, 0, plain)
