@@ -97,6 +97,48 @@ def test_gradients_equal_finite_differences(loss_type, level):
     assert float((grad * direction).sum()) == pytest.approx(slope, rel=5e-3, abs=2e-3)
 
 
+def frozen_weight(data, settings):
+    """CISPO's min(r, cap) or VESPO's phi, per token or sequence, in float64 by the formulas."""
+    gap, mask = (data["logps"] - data["old"]).astype(np.float64), data["mask"]
+    if settings.loss_type == "cispo":
+        if settings.importance_sampling_level == "sequence":
+            gap = (gap * mask).sum(1, keepdims=True) / mask.sum(1, keepdims=True)
+        return np.minimum(np.exp(gap), settings.epsilon_high)
+    positive = data["adv"][:, None] >= 0
+    k, scale = np.where(positive, 2.0, 3.0), np.where(positive, 3.0, 2.0)
+    omega = (gap * mask).sum(1, keepdims=True)
+    return np.exp(scale + k * omega - scale * np.exp(omega))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", DETACHED)
+def test_gradients_with_a_detached_weight_equal_differences_at_that_weight(loss_type, level):
+    settings = GrpoSettings(
+        loss_type=loss_type, importance_sampling_level=level, epsilon_high=1.0, beta=0.04
+    )
+    data = batch(rows=4, width=3, seed=3)
+    mask, weight = data["mask"], frozen_weight(data, settings)
+    if loss_type == "cispo":
+        assert 0 < (weight == settings.epsilon_high).sum() < weight.size  # the cap binds, somewhere
+
+    def loss(logps):
+        gap, ahead = logps - data["old"], data["ref"] - logps
+        if level == "sequence":
+            gap = (gap * mask).sum(1, keepdims=True) / mask.sum(1, keepdims=True)
+        kl = (np.exp(ahead) - ahead - 1) * np.exp(gap)  # the bias-corrected k3
+        each = -weight * data["adv"][:, None] * logps + settings.beta * kl
+        return (each * mask).sum() / mask.sum()
+
+    logps, step = data["logps"].astype(np.float64), 1e-6
+    wanted = np.zeros_like(logps)
+    for index in np.ndindex(*logps.shape):
+        up, down = logps.copy(), logps.copy()
+        up[index] += step
+        down[index] -= step
+        wanted[index] = (loss(up) - loss(down)) / (2 * step)
+    np.testing.assert_allclose(run(data, settings)[1], wanted, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("zero", [False, True])
