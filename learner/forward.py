@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from learner.head import chunked_logprobs, split_head
 from protocol.errors import ModelError
@@ -190,25 +190,22 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
         held = layer.trainable_parameters()
         names, tensors = _flat(held)
         # Real arrays are inputs, for they may need a gradient; all else is closed over.
-        real = [
-            index
-            for index, value in enumerate(args)
-            if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-        ]
+        given: list[mx.array] = []
+        tree_map(lambda value: given.append(value) if _is_real(value) else None, (args, kwargs))
 
         def inner(inputs: list[mx.array], parameters: list[mx.array]) -> object:
-            full = list(args)
-            for index, value in zip(real, inputs, strict=True):
-                full[index] = value
+            rest = iter(inputs)
+            new_args, new_kwargs = tree_map(
+                lambda value: next(rest) if _is_real(value) else value, (args, kwargs)
+            )
             layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-            out = kind.__call__(cast(Any, layer), *full, **kwargs)
+            out = kind.__call__(cast(Any, layer), *new_args, **new_kwargs)
             layer.update(held)
             return out
 
-        inputs = [cast(mx.array, args[index]) for index in real]
         if recompute:
-            return _recomputed(inner)(inputs, tensors)
-        tied = cast(tuple[list[mx.array], list[mx.array]], _tied(inputs, tensors))
+            return _recomputed(inner)(given, tensors)
+        tied = cast(tuple[list[mx.array], list[mx.array]], _tied(given, tensors))
         return inner(*tied)
 
     _KINDS[kind, recompute] = type(kind.__name__, (kind,), {"__call__": call})
@@ -265,6 +262,10 @@ def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
     if not (arrays and others):
         return arrays
     return cast(list[mx.array], mx.depends(arrays, others))
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
 
 
 def _flat(tree: object) -> tuple[list[str], list[mx.array]]:

@@ -248,6 +248,50 @@ def test_the_ordered_backward_pass_is_exact_and_leaves_no_trace(kind, recompute)
     assert all(mx.array_equal(array, before[name]) for name, array in trainable(model).items())
 
 
+class Mixed(nn.Module):
+    """A layer that reads arrays from a tuple and from a keyword, and returns two."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.array([[0.5, -1.0], [2.0, 0.25]])
+
+    def __call__(self, x, pair, *, extra):
+        ids, scale = pair
+        return mx.tanh(x @ self.weight) * scale[ids], x * extra
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Mixed(), Mixed()]
+
+    def __call__(self, x):
+        ids, scale = mx.array([1, 0]), x.sum(axis=-1, keepdims=True)
+        for layer in self.layers:
+            left, right = layer(x, (ids, scale), extra=x * x)
+            x = left + right
+        return x
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_pass_through_every_array_that_a_layer_is_given(recompute):
+    model, x = Stack(), mx.array([[0.3, -0.2], [0.1, 0.7]])
+
+    def grads():
+        def loss(parameters, x):
+            model.update(parameters)
+            return (model(x) * mx.array([[1.0, -2.0], [0.5, 3.0]])).sum()
+
+        return tree_flatten(mx.grad(loss, argnums=(0, 1))(model.trainable_parameters(), x))
+
+    wanted = grads()
+    with layer_by_layer(model, recompute=recompute):
+        got = grads()
+    assert [name for name, _ in got] == [name for name, _ in wanted]
+    for (_, left), (_, right) in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6)
+
+
 def test_checkpointing_with_dropout_is_refused():
     model = tiny_model()
     model.freeze()
