@@ -22,7 +22,7 @@ from launch.progress import Progress
 from launch.report import write_report
 from launch.supervisor import INTERRUPTED, Supervisor, awake
 from protocol.blas import HINT, load_openblas
-from protocol.config import load, split_flags, to_toml
+from protocol.config import load, read_toml, split_flags, to_toml
 from protocol.errors import ConfigError, PippinError
 from protocol.help import help_text
 from protocol.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
@@ -64,6 +64,7 @@ def read_command_line(
     if resumed is not None:
         if recipe is not None:
             raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
+        _require_program(cls, resumed)
         flags.append(f"--run.resume={resumed}")
         run = resolve_paths(load(cls, resumed / "config.toml", flags), Path.cwd())
         fresh = resumed / f".config-{os.getpid()}.toml"
@@ -77,6 +78,19 @@ def read_command_line(
     for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
         _require_file(f"data.{name}", path)
     return run, make_run_folder(run, recipe.stem if recipe else "run")
+
+
+def _require_program(cls: type[RunT], folder: Path) -> None:
+    """Refuse to resume a run of another program."""
+    tree = read_toml(folder / "config.toml")
+    made: type[AnyRun] = SftRun
+    if "rewards" in tree:
+        made = GrpoRun
+    elif "method" in tree.get("objective", {}):
+        made = PreferenceRun
+    if made is not cls:
+        name = {GrpoRun: "grpo", PreferenceRun: "preference", SftRun: "sft"}[made]
+        raise ConfigError(f"--run.resume {folder}: a run of launch/{name}.py; resume it with that")
 
 
 def _resume_folder(flags: Sequence[str]) -> Path | None:
@@ -209,11 +223,16 @@ def supervise(
     if not load_openblas():
         sys.stderr.write(f"{HINT}\n")
     progress = Progress(folder, max_steps=run.train.max_steps)
+
+    def say(text: str) -> None:
+        progress.update()  # what came before it
+        progress.say(text)
+
     supervisor = Supervisor(
         learner,
         helpers,
         folder / "logs",
-        say=progress.say,
+        say=say,
         required=required,
         companions=[progress.follow],
     )

@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     except PippinError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 1
-    print(f"Model: {result.folder} (mlx_lm.chat --model {result.folder})")
+    print(f"Model: {result.folder} (uv run mlx_lm.chat --model {result.folder})")
     for path in (result.gguf, result.modelfile):
         if path is not None:
             print(f"Also: {path}")

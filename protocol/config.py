@@ -68,7 +68,9 @@ def split_flags(flags: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"{word!r} is not a flag: flags are --section.key value")
+            raise ConfigError(
+                f"{word!r} is not a flag: flags are --section.key value; a recipe comes first"
+            )
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):

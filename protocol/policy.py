@@ -148,6 +148,11 @@ def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[st
     try:
         config = load_config(folder)
     except (OSError, ValueError) as error:
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model.path: {folder} holds an adapter; give it as model.adapter_path, and its "
+                "base model as model.path"
+            ) from error
         raise ModelError(
             f"model.path: {folder} has no readable config.json ({_first_line(error)}). "
             "Give a folder in mlx-lm's format; `mlx_lm.convert` makes one."

@@ -105,6 +105,8 @@ def pairs(settings: DataSettings, tokenizer: Tokenizer) -> Build[PreferenceExamp
             report.truncate(number)
         chosen_prompt, chosen_ids = _with_context(chosen)
         rejected_prompt, rejected_ids = _with_context(rejected)
+        if (chosen_prompt, chosen_ids) == (rejected_prompt, rejected_ids):
+            report.same(number)
         return PreferenceExample(
             number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
         )

@@ -39,6 +39,8 @@ class Report:
     dropped_rows: list[BadRow] = field(default_factory=list)
     truncated: int = 0
     truncated_rows: list[int] = field(default_factory=list)
+    alike: int = 0
+    alike_rows: list[int] = field(default_factory=list)
 
     def drop(self, row: int, error: RowError) -> None:
         """Note a row that cannot be used."""
@@ -52,6 +54,12 @@ class Report:
         if len(self.truncated_rows) < _LISTED:
             self.truncated_rows.append(row)
 
+    def same(self, row: int) -> None:
+        """Note a kept pair whose answers have the same tokens."""
+        self.alike += 1
+        if len(self.alike_rows) < _LISTED:
+            self.alike_rows.append(row)
+
     def lines(self, listed: int = _LISTED) -> list[str]:
         """Describe the rows for a log: a summary, then lines for `listed` rows of each reason."""
         total = sum(self.dropped.values())
@@ -62,11 +70,13 @@ class Report:
             lines.append(f"  dropped for {kind}: {count}")
             rows = [b for b in self.dropped_rows if b.kind == kind][:listed]
             lines += [f"    row {b.row}: {b.reason}" for b in rows]
-        if self.truncated:
-            numbers = ", ".join(map(str, self.truncated_rows))
-            lines.append(
-                f"  truncated: rows {numbers}" + (" …" if self.truncated > _LISTED else "")
-            )
+        for words, count, numbers in (
+            ("truncated", self.truncated, self.truncated_rows),
+            ("nothing to prefer, chosen and rejected are alike", self.alike, self.alike_rows),
+        ):
+            if count:
+                more = " …" if count > _LISTED else ""
+                lines.append(f"  {words}: rows {', '.join(map(str, numbers))}{more}")
         return lines
 
 

@@ -18,7 +18,7 @@ from launch.cli import (
 from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
 from protocol.config import load
 from protocol.errors import ConfigError
-from protocol.settings import GrpoRun, SftRun
+from protocol.settings import GrpoRun, PreferenceRun, SftRun
 
 OFFLINE = ["--model.path=m", "--data.path=org/set"]
 
@@ -134,6 +134,8 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
     assert same == folder
     assert again.train.max_steps == 9
     assert again.optimizer == run.optimizer
+    with pytest.raises(ConfigError, match=r"a run of launch/sft\.py; resume it with that"):
+        read_command_line(PreferenceRun, ["--run.resume", str(folder)], "")
     with pytest.raises(ConfigError, match="required a run folder"):
         read_command_line(SftRun, [f"--run.resume={tmp_path / 'no'}"], "")
 

@@ -50,6 +50,23 @@ def test_a_missing_column_says_what_may_have_been_meant(
     assert lines[3].endswith(hint)
 
 
+def test_answers_that_are_alike_are_kept_as_in_trl_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "pippin.data")
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "bbbbc", "rejected": "bbbbd"},
+    ]
+    opened(tmp_path, rows, max_length=3)
+    assert caplog.messages == [
+        f"{tmp_path / 'rows.jsonl'}: 3 rows kept, 0 dropped, 1 truncated",
+        "  truncated: rows 2",
+        "  nothing to prefer, chosen and rejected are alike: rows 0, 2",
+    ]
+
+
 def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

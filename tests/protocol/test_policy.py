@@ -182,3 +182,6 @@ def test_models_that_cannot_be_used_are_refused(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         load_policy(settings_of(folder), seed=1)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter; give it as model\.adapter_path"):
+        load_policy(settings_of(folder), seed=1)
