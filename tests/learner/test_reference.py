@@ -132,6 +132,25 @@ def test_an_adapter_or_a_model_can_be_the_reference(folder, tmp_path):
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("theirs", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_an_adapter_of_any_kind_is_the_reference_of_a_policy_of_any_kind(
+    folder, tmp_path, kind, theirs
+):
+    other = adapter_folder(folder, tmp_path, fine_tune_type=theirs)
+    adapted = load_policy(
+        settings_of(folder, fine_tune_type=theirs, adapter_path=str(other)), seed=1
+    )
+    settings = settings_of(folder, fine_tune_type=kind, reference=str(other))
+    policy = load_policy(settings, seed=1)
+    begun = logps_of(policy.model)
+    reference = make_reference(policy, settings)
+    assert mx.array_equal(logps_of(policy.model), begun)  # the adapter is not on the policy
+    train(policy, 2)
+    assert mx.array_equal(logps_of(reference.model), logps_of(adapted.model))
+    assert not mx.array_equal(logps_of(adapted.model), begun)
+
+
 def test_impossible_references_are_refused(folder, tmp_path):
     settings = settings_of(folder, reference="/no/such/reference")
     policy = load_policy(settings, seed=1)
