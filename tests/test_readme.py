@@ -1,0 +1,48 @@
+"""README holds: its rows can be trained on, its flags exist, its file tree names every file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from learner.sources.examples import pairs
+from learner.sources.sieve import Report
+from protocol.fields import leaf_fields
+from protocol.settings import DataSettings, GrpoRun, PairsRun, PreferenceRun, SftRun
+from tests.parity import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = [json.loads(line) for line in README.splitlines() if line.startswith("{")]
+FLAGS = sorted(set(re.findall(r"--([a-z_]+\.[a-z_.]+[a-z_])", README)) - {"section.key"})
+
+
+def test_its_three_shapes_of_a_pair_become_examples():
+    tokenizer = tiny_tokenizer.build()
+    build = pairs(DataSettings(), tokenizer)
+    first, second, third = (build(0, row, Report("README")) for row in ROWS)
+    assert first == second
+    chosen = tokenizer.decode(first.chosen_ids)
+    assert chosen.startswith("Ahoy!")
+    assert tokenizer.decode(third.prompt_ids + third.rejected_ids[:-1]) == "The sky is blue."
+    assert third.rejected_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_its_flags_exist(flag: str):
+    keys = {field.path for cls in (GrpoRun, PreferenceRun, SftRun, PairsRun)
+            for field in leaf_fields(cls)}  # fmt: skip
+    assert flag in keys
+
+
+def test_its_file_tree_is_complete():
+    tree = README[README.index("## Files") :]
+    for folder in ("protocol", "actors", "learner", "learner/objectives", "learner/sources",
+                   "launch", "launch/recipes"):  # fmt: skip
+        start = tree.index(f"\n{folder}/")
+        named = re.match(r"(?:\n  \S+ .*)*", tree[tree.index("\n", start + 1) :])
+        assert named is not None
+        listed = {line.split()[0] for line in named[0].splitlines() if line}
+        there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert {name for name in listed if name.endswith(".py")} == there, folder
