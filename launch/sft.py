@@ -5,7 +5,12 @@ import sys
 from launch.cli import main, run_offline
 from protocol.settings import SftRun
 
-USAGE = "usage: launch/sft.py [recipe.toml] [--section.key value …]"
+USAGE = """usage: launch/sft.py [recipe.toml] [--section.key value …]
+
+Rows hold messages, a list of {"role": …, "content": …} around which the chat template is put, or
+text; every token of them counts. Or prompt and completion, strings or lists of messages: only the
+completion counts, unless objective.completion_only_loss is false. data.columns renames columns.
+The default learning rate suits full fine-tuning; adapters take some 1e-4 to 1e-3."""
 
 
 def body() -> int:
