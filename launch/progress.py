@@ -35,6 +35,7 @@ BRIEF = (
     "completions/mean_length",
     "step_time",
 )
+PREFERENCES = ("rewards/accuracies", "rewards/margins")
 UNITS = {"step_time": " s"}
 HELD_OUT = ("eval/reward", "eval/rewards/accuracies", "eval/loss")  # the first that is there
 
@@ -78,6 +79,7 @@ class Progress:
         self._latest: dict[str, Any] = {}
         self._rewards: list[float] = []
         self._evals: list[float] = []
+        self._eval_name = "eval"
         self._times: list[tuple[float, float]] = []
 
     def __enter__(self) -> "Progress":
@@ -131,8 +133,9 @@ class Progress:
         reward = number(line, "reward")
         curve = number(line, "loss") if reward is None else reward
         self._rewards += [] if curve is None else [curve]
-        held_out = [value for key in HELD_OUT if (value := number(line, key)) is not None]
-        self._evals += held_out[:1]
+        held_out = [(key, value) for key in HELD_OUT if (value := number(line, key)) is not None]
+        for self._eval_name, value in held_out[:1]:
+            self._evals.append(value)
         step, seconds = number(line, "step"), number(line, "time_s")
         if step is not None and seconds is not None:
             self._times.append((step, seconds))
@@ -161,8 +164,8 @@ class Progress:
         total = self._max_steps if self._max_steps > 0 else "?"
         table.add_row("step", f"{self._latest.get('step', '-')} of {total}")
         table.add_row("reward" if "reward" in self._latest else "loss", self._curve(self._rewards))
-        table.add_row("eval", self._curve(self._evals))
-        shown = ("tokens_per_s", "staleness/mean", "staleness/max")
+        table.add_row(self._eval_name, self._curve(self._evals))
+        shown = ("tokens_per_s", "staleness/mean", "staleness/max", *PREFERENCES)
         for name, value in sorted(self._latest.items()):
             if name.endswith(shown) or name.startswith("queue/"):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))

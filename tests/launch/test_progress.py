@@ -3,6 +3,8 @@
 import io
 from pathlib import Path
 
+import pytest
+
 from launch.progress import Progress, duration, sparkline
 
 
@@ -71,3 +73,31 @@ def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp
         "step 1  loss 1.5",
         "step 2/4  loss 1.25  left 0:06",
     ]
+
+
+class Terminal(io.StringIO):
+    """A terminal for rich."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_panel_of_a_preference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "90")
+    out = Terminal()
+    with Progress(tmp_path, out=out) as progress:
+        (tmp_path / "total_steps").write_text("8\n")
+        (tmp_path / "metrics.jsonl").write_text(
+            '{"step": 0, "time_s": 1.0, "eval/loss": 0.69, "eval/rewards/accuracies": 0.0}\n'
+            '{"step": 1, "time_s": 2.0, "loss": 0.75, "rewards/margins": 0.5}\n'
+            '{"step": 2, "time_s": 4.0, "loss": 0.25, "rewards/margins": 1.5}\n'
+        )
+        progress.update()
+    last = out.getvalue()[out.getvalue().rindex("step") :]
+    rows = [line.strip("│ ").split() for line in last.splitlines()]
+    assert ["step", "2", "of", "8"] in rows
+    assert ["loss", "█▁", "0.25"] in rows
+    assert ["eval/rewards/accuracies", "▁", "0"] in rows
+    assert ["rewards/margins", "1.5"] in rows
+    assert ["time", "left", "0:09"] in rows
