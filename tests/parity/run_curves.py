@@ -1,16 +1,17 @@
-"""Replay TRL's recorded runs through the learner: `run_curves.py DIR [--model FOLDER] [RUN ...]`.
+"""Replay TRL's recorded runs through the learner: `run_curves.py DIR [RUN ...]`.
 
 DIR holds the runs (JSON and safetensors, `init_lora.safetensors`); `make_curves.py` writes such a
-folder. The model is by default DIR/model, else DIR/../../models/NAME, of DIR's name. Prints, a run,
-the root-mean-square difference of the curves of loss and gradient norm, and of the final tensors
-relative to the update; then passed/total. Exits 1 on any failure or where nothing ran.
+folder. `--model`: by default DIR/model, else DIR/../../models/NAME, of DIR's name. `--head`: by
+default "full", for TRL computes all logits too. Prints, a run, the root-mean-square difference of
+the curves of loss and gradient norm, and of the final tensors relative to the update; then
+passed/total. Exits 1 on any failure or where nothing ran.
 
 What is left is rounding: in AdamW's first steps an entry whose gradient is below it moves by up to
 the learning rate either way. Of IPO's difference in the final tensors one number in 58,368 makes
 99%, whose first gradient is 2e-8 of a norm of 52. In full fine-tuning TRL's own float32 curves are
 up to 2.7e-5 from the same run in float64, and its two attention kernels up to 1.8e-5 from each
-other, so there the bar of the loss is relative to the curve. OpenBLAS sums in another order; with
-it other single entries turn, and a run whose bar TRL itself reaches half of may miss it.
+other, so there the bar of the loss is relative to the curve. Sums in another order (OpenBLAS, the
+chunked head) turn such entries differently: `dpo_ipo` and `fullft_sft_completion` may then miss.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import msgspec
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from learner.forward import Head
 from learner.reference import make_reference
 from learner.step import Step
 from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
@@ -112,7 +114,9 @@ def final_difference(
     return (error / size) ** 0.5
 
 
-def replay(path: Path, model: Path, changes: Mapping[str, Any] | None = None) -> Outcome:
+def replay(
+    path: Path, model: Path, *, head: Head, changes: Mapping[str, Any] | None = None
+) -> Outcome:
     """Train one recorded run again and compare; `changes` are arguments to set otherwise."""
     recording = read(path, changes or {})
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +128,9 @@ def replay(path: Path, model: Path, changes: Mapping[str, Any] | None = None) ->
             reference = make_reference(policy, settings).model
     steps = recording.data["steps"]
     rows = recording.arguments["per_device_train_batch_size"]
-    train = TrainSettings(batch_size=rows * len(steps[0]["micro"]), micro_batch_size=rows)
+    train = TrainSettings(
+        batch_size=rows * len(steps[0]["micro"]), micro_batch_size=rows, head=head
+    )
     objective = objective_of(recording, policy.model, reference, train)
     updater = Step(policy.model, optimizer_of(recording), total_steps=len(steps), compiled=False)
     before = trainable(policy.model)
@@ -174,7 +180,7 @@ def model_of(folder: Path) -> Path:
     return inside if inside.is_dir() else beside
 
 
-def main(folder: Path, model: Path, wanted: list[str]) -> int:
+def main(folder: Path, model: Path, wanted: list[str], head: Head) -> int:
     """Replay the runs of a folder; return the exit status."""
     paths = [
         path
@@ -184,7 +190,7 @@ def main(folder: Path, model: Path, wanted: list[str]) -> int:
     outcomes: list[Outcome] = []
     print(f"{'run':44} loss      grad_norm final")
     for path in paths:
-        outcome = replay(path, model)
+        outcome = replay(path, model, head=head)
         outcomes.append(outcome)
         figures = f"{outcome.loss:.2e}  {outcome.norm:.2e}  {outcome.final:.2e}"
         print(f"{path.stem:44} {figures}{'' if outcome.passed else '  FAIL'}", flush=True)
@@ -197,6 +203,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--head", choices=["full", "chunked"], default="full")
     parser.add_argument("runs", nargs="*")
     args = parser.parse_args()
-    sys.exit(main(args.folder, args.model or model_of(args.folder), args.runs))
+    sys.exit(main(args.folder, args.model or model_of(args.folder), args.runs, args.head))

@@ -25,7 +25,7 @@ GRPO = [name for name in RUNS if name.startswith("grpo")]
 
 
 def run(name, **changes):
-    return replay(FOLDER / f"{name}.json", FOLDER / "model", changes)
+    return replay(FOLDER / f"{name}.json", FOLDER / "model", head="chunked", changes=changes)
 
 
 def recorded(name):
@@ -52,12 +52,13 @@ def test_the_learner_trains_as_trl(name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS serves MLX on Linux only")
-def test_the_learner_trains_as_trl_on_openblas():
+def test_the_learner_trains_as_trl_on_openblas_with_the_plain_head():
     program = (
         "from protocol.blas import load_openblas\n"
         f"if not load_openblas(): raise SystemExit({ABSENT})\n"
         "from pathlib import Path; from tests.parity.run_curves import main\n"
-        f"folder = Path({str(FOLDER)!r}); raise SystemExit(main(folder, folder / 'model', []))"
+        f"folder = Path({str(FOLDER)!r})\n"
+        "raise SystemExit(main(folder, folder / 'model', [], 'full'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=FOLDER.parents[2], capture_output=True, text=True
@@ -131,6 +132,6 @@ def test_advantages_of_the_recorded_rewards(name):
 
 
 def test_the_program_counts_and_fails(capsys):
-    assert main(FOLDER, FOLDER / "model", ["orpo"]) == 0
+    assert main(FOLDER, FOLDER / "model", ["orpo"], "full") == 0
     assert capsys.readouterr().out.endswith("1/1\n")
-    assert main(FOLDER, FOLDER / "model", ["no_such_run"]) == 1
+    assert main(FOLDER, FOLDER / "model", ["no_such_run"], "full") == 1
