@@ -236,8 +236,11 @@ def supervise(
         required=required,
         companions=[progress.follow],
     )
-    with awake(), progress:
-        status = anyio.run(supervisor.run)
+    try:
+        with awake(), progress:
+            status = anyio.run(supervisor.run)
+    except KeyboardInterrupt:  # before the supervisor listened for it
+        status = INTERRUPTED
     checkpoints = folder / "checkpoints"
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
     if status != 0 and not saved and not (folder / "metrics.jsonl").exists():

@@ -1,0 +1,99 @@
+"""launch/preference.py as a newcomer meets it: a mistake, the same name again, Ctrl-C, the end."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch.cli
+from launch import preference
+from launch.cli import NOT_BEGUN, learner_spec, read_command_line, supervise
+from launch.supervisor import INTERRUPTED
+from protocol.settings import PreferenceRun
+from tests.tiny import write_model_folder
+
+
+def launched(folder: Path, *flags: str) -> tuple[int, list[str]]:
+    """Run the program in `folder`; return its status and the lines of its output."""
+    command = [sys.executable, preference.__file__, *flags]
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    return done.returncode, done.stdout.decode().splitlines()
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
+    write_model_folder(tmp_path / "model")
+    flags = ["--model.path=model", "--data.path=rows.jsonl", "--run.name=a", "--train.batch_size=2"]
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "w2 ", "chosn": "w3", "rejected": "w4"}] * 9)
+    status, lines = launched(tmp_path, *flags)
+    assert status == 1
+    assert (tmp_path / "runs" / "a" / NOT_BEGUN).exists()
+    assert lines[-1] == "logs:    runs/a/logs"
+    assert 'data.columns = {chosen = "chosn"} would read that column' in lines[-2]
+    assert not any("go on" in line for line in lines)
+
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [
+            {"prompt": "w2 ", "chosen": f"w{row}", "rejected": "w4", "id": "x"}
+            for row in range(5, 9)
+        ],
+    )
+    status, lines = launched(tmp_path, *flags)
+    assert status == 0
+    rows = tmp_path / "rows.jsonl"
+    kept = f"{rows}: 4 rows kept, 0 dropped, 0 truncated"
+    unread = f"{rows}: nothing reads the columns ['id']; data.columns renames them"
+    assert lines.index(unread) < lines.index(kept)
+    assert [line[:8] for line in lines if line.startswith("step")] == ["step 1/2", "step 2/2"]
+    assert lines[-4:] == [
+        "weights: runs/a/adapters",
+        "chat:    uv run mlx_lm.chat --model model --adapter-path runs/a/adapters",
+        'ask:     uv run mlx_lm.generate --model model --adapter-path runs/a/adapters --prompt "…"',
+        "export:  uv run launch/export.py runs/a OUT",
+    ]
+    assert launched(tmp_path, *flags)[0] == 2
+
+    status, lines = launched(tmp_path, "--run.resume=runs/a")
+    assert status == 0
+    assert any(line.startswith("the run is finished: step 2 of 2") for line in lines)
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path):
+    write_model_folder(tmp_path / "model")
+    write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "w2 ", "chosen": "w5", "rejected": "w4 w7"}] * 4
+    )
+    command = [sys.executable, preference.__file__, "--model.path=model", "--run.name=a"]
+    command += ["--data.path=rows.jsonl", "--train.max_steps=100000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGINT)
+                break
+        last = process.stdout.read().splitlines()[-1]
+        assert process.wait() == 0
+    assert last == f"go on:   uv run {preference.__file__} --run.resume runs/a"
+    assert list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))
+
+
+def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.cli.anyio, "run", interrupted)
+    flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
+    run, folder = read_command_line(PreferenceRun, flags, "")
+    assert supervise(folder, run, learner_spec(folder, "preference")) == INTERRUPTED
+    assert (folder / NOT_BEGUN).exists()
