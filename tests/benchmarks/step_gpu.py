@@ -56,18 +56,8 @@ def main() -> None:
 def run_child(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Measure one way in a fresh interpreter."""
     command = [sys.executable, str(Path(__file__)), "--way", way]
-    for name in (
-        "rows",
-        "length",
-        "layers",
-        "hidden",
-        "vocab",
-        "chunk",
-        "limit_gb",
-        "bounded",
-        "repeats",
-    ):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name in ("rows", "length", "layers", "hidden", "vocab", "chunk", "bounded", "repeats"):
+        command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
