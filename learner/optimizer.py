@@ -42,15 +42,19 @@ class MasterAdamW:
     ) -> tuple[Tensors, mx.array]:
         """Clip `gradients` to `max_grad_norm` (0: any) and take one step.
 
-        Returns the new parameters in the dtypes of the old, and the norm before clipping; all of
-        it is being evaluated. If the norm is not finite, everything stays as it was.
+        Returns the new parameters in the dtypes of the old, and the norm before clipping; nothing
+        is evaluated yet: let go of the old arrays first, then `mx.eval` these and `arrays()`. If
+        the norm is not finite, everything stays as it was.
         """
         self._state["learning_rate"] = mx.array(rate, mx.float32)
         full = {**parameters, **self._masters}
         new, rounded, self._state, norm = self._apply(gradients, full, self._state)
         self._masters = {name: new[name] for name in self._masters}
-        mx.async_eval(norm, rounded, self._masters, self._state)
         return rounded, norm
+
+    def arrays(self) -> list[Any]:
+        """Return what a step changes here: moments, masters and the count of steps."""
+        return [self._masters, self._state]
 
     @property
     def steps(self) -> int:
@@ -99,7 +103,9 @@ class MasterAdamW:
         }
         new = keep(self._adam.apply_gradients(gradients, parameters), parameters)
         rounded = {name: array.astype(self._dtypes[name]) for name, array in new.items()}
-        return new, rounded, keep(self._adam.state, state), norm
+        kept = keep(self._adam.state, state)
+        self._adam.state = {}  # else the moments before `keep` stay alive beside those after it
+        return new, rounded, kept, norm
 
     def _clipped(self, gradients: Tensors) -> tuple[Tensors, mx.array]:
         if self._max_norm > 0:

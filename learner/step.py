@@ -93,8 +93,10 @@ class Step:
             raise ValueError("Step.apply needs at least one accumulate since the last update")
         rate = self._next_rate()
         new, norm = self._optimizer.step(self._gradients, trainable(self._model), rate)
+        # Nobody holds gradients, old weights and moments now: the new ones may take their place.
         self._gradients, self._running = {}, []
         self._model.update(tree_unflatten(list(new.items())))
+        mx.async_eval(norm, new, *self._optimizer.arrays())
         grad_norm = float(cast(float, norm.item()))
         if not math.isfinite(grad_norm):
             self.skipped_updates += 1
