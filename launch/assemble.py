@@ -135,11 +135,11 @@ def resume_point(
     found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     checkpoint = load_checkpoint(found)
     for name, ours in run_digests(policy, reference).items():
-        theirs = checkpoint.state.get(name, ours)
+        theirs = checkpoint.state.get(name, "none")
         if theirs != ours:
             raise CheckpointError(
                 f"The checkpoint in {found} was made with {name} {theirs}, this run has {ours}. "
-                "Resume with the model, adapter and reference that the run began with."
+                "Resume with the model, its dtype, adapter and reference that the run began with."
             )
     load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
     log.info("resuming from step %d of %s", checkpoint.step, found)

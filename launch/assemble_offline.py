@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from launch.assemble import Run, new_step, resume_point, run_digests, started_at
 from learner.forward import Head, choose_head
-from learner.objectives.preference import kto_weight_advice
+from learner.memory import estimate_memory, warn_if_too_large
+from learner.objectives.preference import kto_weight_advice, needs_whole_batch
 from learner.records import Records
 from learner.reference import Reference, make_reference
 from learner.reference_logps import Scorer, cache_folder, precompute
@@ -27,6 +28,7 @@ from protocol.settings import PreferenceRun, SftRun
 log = logging.getLogger("pippin.learner")
 
 OfflineRun = SftRun | PreferenceRun
+DEFAULT_LIMIT = 1024  # tokens a row of a stream without data.max_length, for the memory estimate
 
 
 def assemble_offline(folder: Path, kind: str) -> Run:
@@ -42,6 +44,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     _advise(settings, sets)
     head = choose_head(policy.model, settings.train.head)
+    _estimate_memory(settings, policy, reference, head, sets)
     digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
     if reference is not None and _precompute(settings, reference, head, sets):
@@ -86,6 +89,36 @@ def _reference(settings: OfflineRun, policy: LoadedPolicy) -> Reference | None:
     if objective.reference_free or objective.method in ("cpo", "simpo", "orpo"):
         return None
     return make_reference(policy, settings.model)
+
+
+def _estimate_memory(
+    settings: OfflineRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    head: Head,
+    sets: OfflineSets[Any],
+) -> None:
+    """Log what a step over the longest examples takes; a stream's are as long as they may be."""
+    rows, longest = settings.train.micro_batch_size, settings.data.max_length or DEFAULT_LIMIT
+    if not settings.data.streaming:
+        longest = max(example.length for batch in sets.train.first_batches() for example in batch)
+    if isinstance(settings, PreferenceRun):
+        if needs_whole_batch(settings.objective):
+            rows = settings.train.batch_size
+        if settings.objective.method != "kto":
+            rows *= 2  # chosen and rejected
+    warn_if_too_large(
+        estimate_memory(
+            policy.model,
+            policy.config,
+            rows=rows,
+            length=longest,
+            completion_length=longest,
+            head=head,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            reference=reference.model if reference is not None else None,
+        )
+    )
 
 
 def _advise(settings: OfflineRun, sets: OfflineSets[Any]) -> None:

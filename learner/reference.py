@@ -7,6 +7,7 @@ so nothing has to be restored and nothing leaks.
 """
 
 import copy
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A frozen policy in eval mode. `digest` is of its source, so a resumed run can check it."""
+    """A frozen policy in eval mode.
+
+    `digest` is of its source and of its arrays' shapes and dtypes, so a resumed run can check it.
+    """
 
     model: nn.Module
     digest: str
@@ -168,4 +172,14 @@ def _frozen(model: nn.Module, digest: str, source: str) -> Reference:
     model.eval()
     mx.eval(model.parameters())
     log.info("Reference policy: %s", source)
-    return Reference(model=model, digest=digest, source=source)
+    return Reference(model=model, digest=f"{digest}+{_layout(model)}", source=source)
+
+
+def _layout(model: nn.Module) -> str:
+    """Digest of names, shapes and dtypes: of another dtype or quantisation, it is another."""
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    lines = "".join(
+        f"{name} {array.shape} {array.dtype}\n"
+        for name, array in sorted(flat, key=lambda item: item[0])
+    )
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -157,10 +157,29 @@ def test_a_resume_is_refused_where_the_adapter_file_was_swapped(bench):
             bench.resume(run.folder)
     finally:
         file.write_bytes(original)
-    assert "Resume with the model, adapter and reference that the run began with" in str(
+    assert "Resume with the model, its dtype, adapter and reference that the run began with" in str(
         refused.value
     )
     assert bench.resume(run.folder).trainer.step == 1  # its own file again
+
+
+def test_the_memory_of_a_step_is_estimated_before_the_first(bench, caplog, monkeypatch):
+    monkeypatch.setattr("learner.memory.machine_memory", lambda: 1024)
+    bench.dpo("--train.max_steps=1")
+    assert "A step needs about" in caplog.text
+
+
+@pytest.mark.parametrize("change", ['dtype = "bfloat16"', "quantize_bits = 4"])
+def test_a_resume_in_another_precision_is_refused(bench, change):
+    run = bench.dpo("--train.max_steps=1", "--model.quantize_group_size=32")
+    finish(run)
+    config = run.folder / "config.toml"
+    key = change.split()[0]
+    lines = [change if x.startswith(f"{key} =") else x for x in config.read_text().splitlines()]
+    assert change in lines
+    config.write_text("\n".join(lines))
+    with pytest.raises(CheckpointError, match="made with (model|reference)_digest"):
+        bench.resume(run.folder)
 
 
 def test_a_resume_with_another_reference_is_refused(bench):
