@@ -52,7 +52,7 @@ def open_rows(settings: DataSettings, *, path: str = "", split: str = "") -> Row
         raise DataError("data.path is empty; set it to a hub id, a file or a folder")
     if ".py:" in path:
         _require_train(path, split)
-        return _generated(path)
+        return _generated(path, streaming=settings.streaming)
     local = Path(path).expanduser()
     if local.suffix.lower() in _JSON and local.is_file():
         _require_train(path, split)
@@ -77,14 +77,23 @@ def _require_train(path: str, split: str) -> None:
         )
 
 
-def _generated(path: str) -> Rows:
-    """Rows that a function makes: it takes nothing and returns or yields mappings."""
-    made = load_function(path, "data.path")()
-    rows: list[RawRow] = []
-    for number, row in enumerate(made):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number} must be a dict, not {type(row).__name__}")
-        rows.append(row)
+def _generated(path: str, *, streaming: bool) -> Rows:
+    """Rows that a function makes: it takes nothing and returns or yields mappings.
+
+    For a stream, each pass calls it anew and takes rows as they are needed.
+    """
+    make = load_function(path, "data.path")
+
+    def scan(start: int) -> Iterator[RawRow]:
+        for number, row in enumerate(make()):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: row {number} must be a dict, not {type(row).__name__}")
+            if number >= start:
+                yield row
+
+    if streaming:
+        return Rows(path, _columns_of(islice(scan(0), _SAMPLED_ROWS)), scan)
+    rows = list(scan(0))
     return Rows(
         path, _columns_of(iter(rows)), lambda start: iter(rows[start:]), rows.__getitem__, len(rows)
     )

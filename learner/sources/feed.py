@@ -9,7 +9,7 @@ import msgspec
 from learner.sources.dataset import RawRow, Rows
 from learner.sources.order import IndexArray, epoch_order
 from learner.sources.sieve import Sieve, require_some, stream_epoch
-from protocol.errors import CheckpointError
+from protocol.errors import CheckpointError, DataError
 from protocol.settings import DataSettings
 
 T = TypeVar("T")
@@ -130,6 +130,11 @@ class StreamFeed(Generic[T]):
             if example is not None:
                 return example
         require_some(self._sieve.report)
+        if self._taken == 0:
+            raise DataError(
+                f"{self._rows.name}: the stream gave no row in pass {self._epoch + 1}, though it "
+                "did before; make it one that can be read again, or lower train.max_steps"
+            )
         self._epoch, self._taken, self._source = self._epoch + 1, 0, None
         return None
 
