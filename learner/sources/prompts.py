@@ -16,7 +16,7 @@ from learner.sources.feed import FeedState, ListFeed, StreamFeed
 from learner.sources.prepare import Preparation, preparation
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
 from protocol.settings import DataSettings
-from protocol.tokens import Json, RowError, Tokenizer, render_prompt
+from protocol.tokens import Json, RowError, Tokenizer, check_text, render_prompt
 
 log = logging.getLogger("pippin.data")
 
@@ -199,19 +199,23 @@ def _sieve(
 def json_row(row: RawRow) -> dict[str, Any]:
     """Return the row as JSON-able values: dates as ISO text, numpy values as Python's.
 
-    Raises RowError naming the column that has no such form.
+    Raises RowError naming the column that has no such form, or holds a lone surrogate.
     """
     return {str(column): _jsonable(value, str(column)) for column, value in row.items()}
 
 
 def _jsonable(value: Json, where: str) -> Json:
     match value:
-        case None | bool() | int() | str():
+        case None | bool() | int():
             return value
+        case str():
+            return check_text(value, where)
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {str(k): _jsonable(v, f"{where}.{k}") for k, v in value.items()}
+            return {
+                check_text(str(k), where): _jsonable(v, f"{where}.{k}") for k, v in value.items()
+            }
         case list() | tuple():
             return [_jsonable(item, f"{where}[{i}]") for i, item in enumerate(value)]
         case np.ndarray() | np.generic():

@@ -136,3 +136,5 @@ def test_rows_travel_as_json():
     }
     with pytest.raises(RowError, match=r"column nested\.raw holds bytes"):
         json_row({"nested": {"raw": b"x"}})
+    with pytest.raises(RowError, match=r"nested\.raw holds the lone surrogate '\\ud800' at char"):
+        json_row({"nested": {"raw": "x\ud800"}})
