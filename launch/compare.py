@@ -101,10 +101,10 @@ def _named_apart(runs: list[Compared]) -> list[Compared]:
 def _chosen(runs: Sequence[Compared]) -> Rival:
     """Return the dataset's chosen answers to the prompts that the runs answered."""
     answers: Answers = {
-        key: {**line, "completions": [line["chosen"]]}
+        key: {**line, "completions": [chosen]}
         for run in runs
         for key, line in run.newest.answers.items()
-        if "chosen" in line
+        if (chosen := {**line.get("columns", {}), **line}.get("chosen"))
     }
     return Rival(CHOSEN, answers)
 
@@ -119,8 +119,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reward",
         default="",
         metavar="FUNCTION",
-        help="file.py:function, package.module:function or zmq://host:port; it is given prompts, "
-        "completions and, of preference data, chosen and rejected, all as text",
+        help="file.py:function, package.module:function or zmq://host:port; it is given what GRPO "
+        "would give it: prompts, completions and every column of the held-out rows",
     )
     parser.add_argument(
         "--reward-timeout",

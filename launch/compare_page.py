@@ -206,7 +206,10 @@ def _texts(rival: Rival) -> dict[str, str]:
 def _answer(rival: Rival, key: str) -> str:
     score = rival.scores.get(key)
     worth = "" if score is None else f"\n[score {score:.4g}]"
-    return f"{rival.answers[key]['completions'][0]}{worth}"
+    answer = rival.answers[key]["completions"][0]
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0].get("content")
+    return f"{prompt_text(answer)}{worth}"
 
 
 def _cost(runs: Sequence[Compared]) -> str:

@@ -22,7 +22,7 @@ from protocol.errors import PippinError, RewardError, only_leaf
 from protocol.messages import RewardService, floats_view
 
 TIMEOUT_S = 60.0
-COLUMNS = ("chosen", "rejected")  # beside `columns`, which hold the rest of a row
+COLUMNS = ("chosen", "rejected")  # which lines may hold beside `columns`
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Judge:
         """Return each contestant's scores by prompt, without those that are None.
 
         `contestants` maps a name to lines of rollouts.jsonl by prompt; the first completion of a
-        line counts. Raises RewardError that says what went wrong at which prompt, and ChannelError
-        for an endpoint that cannot be used.
+        line counts, as text or as messages. Raises RewardError that says what went wrong at which
+        prompt, and ChannelError for an endpoint that cannot be used.
         """
         try:
             return anyio.run(self._scores, contestants)
@@ -91,7 +91,12 @@ class Judge:
             row |= {column: line[column] for column in COLUMNS if column in line}
         row["prompt"] = lines[0]["prompt"]
         data = msgspec.json.encode(row)
-        answers = as_answers(data, [line["completions"][0] for line in lines])
+        given = [line["completions"][0] for line in lines]
+        wrapped = as_answers(data, given)
+        answers = [
+            own if isinstance(own, list) else answer
+            for own, answer in zip(given, wrapped, strict=True)
+        ]
         result = await client.score(data, answers, [[] for _ in lines], {})
         if result.faults:
             fault = result.faults[0]

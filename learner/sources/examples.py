@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from learner.sources.dataset import RawRow
+from learner.sources.prompts import json_row
 from learner.sources.sieve import Report
 from protocol.preference_tokens import (
     SideTokens,
@@ -30,6 +32,7 @@ class PreferenceExample:
     The two contexts are equal unless truncation from the start cut them differently, or the pair
     shares nothing. Each holds at least one token, as does each answer. `score` is the row's
     `preference_score`. `ref_logps`: the reference's of chosen and rejected, if precomputed.
+    `row_json`: see `with_rows`.
     """
 
     row: int
@@ -39,6 +42,7 @@ class PreferenceExample:
     rejected_ids: list[int]
     score: float | None = None
     ref_logps: tuple[Logps, Logps] | None = field(default=None, compare=False, repr=False)
+    row_json: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -54,7 +58,7 @@ class UnpairedExample:
     """An answer judged good (`label`) or bad; context and answer hold at least one token.
 
     `ref_logps`: the reference's of the answer, if precomputed, and `kl_ref_logps` those of the
-    answer before it in its batch, to this prompt.
+    answer before it in its batch, to this prompt. `row_json`: see `with_rows`.
     """
 
     row: int
@@ -63,6 +67,7 @@ class UnpairedExample:
     label: bool
     ref_logps: Logps | None = field(default=None, compare=False, repr=False)
     kl_ref_logps: Logps | None = field(default=None, compare=False, repr=False)
+    row_json: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -73,11 +78,12 @@ class UnpairedExample:
 @dataclass(frozen=True)
 class SftExample:
     """A sequence (T,), T >= 2; `completion_mask` (T,) is 1 where a token counts, at least once
-    after token 0."""
+    after token 0. `row_json`: see `with_rows`."""
 
     row: int
     input_ids: list[int]
     completion_mask: list[int]
+    row_json: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -199,6 +205,36 @@ def sequences(
         return SftExample(number, tokens.input_ids, tokens.completion_mask)
 
     return build
+
+
+def with_rows(build: Build[Any] | AnswerBuild) -> Build[Any]:
+    """Make `build` put each row into its examples: the columns that a reward function is given.
+
+    For held-out rows only: the rows of a large training set would fill the memory. A pair's
+    implicit prompt is made explicit; columns that JSON cannot hold are left out.
+    """
+
+    def built(number: int, row: RawRow, report: Report) -> Any:  # noqa: ANN401 - as `build`
+        made = build(number, row, report)
+        sequence = isinstance(made, SftExample)
+        if not sequence and row.get("prompt") is None:
+            row = dict(with_explicit_prompt(row))
+        data = msgspec.json.encode(_json_columns(row))
+        if isinstance(made, tuple):
+            return tuple(example and replace(example, row_json=data) for example in made)
+        return replace(made, row_json=data)
+
+    return built
+
+
+def _json_columns(row: RawRow) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column, value in row.items():
+        try:
+            found |= json_row({column: value})
+        except RowError:  # an image, say: no reward function of GRPO would be given it either
+            continue
+    return found
 
 
 def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+import msgspec
 
 from learner.sources.examples import E, SftExample
 
@@ -17,6 +18,7 @@ class Answers:
 
     `tokenizer` is mlx-lm's TokenizerWrapper. An answer ends at a stop token, which is not part of
     it, or after `max_tokens`. Equal prompts are answered once, examples without a prompt never.
+    Examples hold their rows (`with_rows`), so that lines hold what a reward function is given.
     """
 
     model: nn.Module
@@ -36,8 +38,8 @@ class Answers:
         for start in range(0, len(items), self.batch_size):
             part = items[start : start + self.batch_size]
             texts, counts = self._generate([list(prompt) for prompt, _ in part])
-            for (prompt, example), text, count in zip(part, texts, counts, strict=True):
-                lines.append(self._line(list(prompt), example, text, count, version))
+            for (_, example), text, count in zip(part, texts, counts, strict=True):
+                lines.append(self._line(example, text, count, version))
         self.model.train(training)
         if not lines:
             return {}, []
@@ -59,25 +61,23 @@ class Answers:
             return_token_ids=True,
             completion_batch_size=self.batch_size,
         )
-        return response.texts, [len(ids) for ids in response.token_ids]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response.token_ids]
+        return texts, [len(ids) for ids in response.token_ids]
 
-    def _line(
-        self, prompt: list[int], example: E, text: str, count: int, version: int
-    ) -> dict[str, Any]:
-        line: dict[str, Any] = {
+    def _line(self, example: E, text: str, count: int, version: int) -> dict[str, Any]:
+        if example.row_json is None:
+            raise TypeError(f"the example of row {example.row} was not built by `with_rows`")
+        columns: dict[str, Any] = msgspec.json.decode(example.row_json)
+        return {
             "kind": "eval",
             "trained_at": version,
             "row": example.row,
-            "prompt": self.tokenizer.decode(prompt),
+            "prompt": columns.pop("prompt"),
             "completions": [text],
             "lengths": [count],
             "finish_reasons": ["length" if count >= self.max_tokens else "stop"],
+            "columns": columns,
         }
-        for name in ("chosen", "rejected"):
-            ids: list[int] | None = getattr(example, f"{name}_ids", None)
-            if ids is not None:
-                line[name] = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return line
 
 
 def prompt_of(example: Any) -> list[int]:  # noqa: ANN401 - any example

@@ -1,5 +1,6 @@
 """Batches of examples from datasets: pairs, judged answers, or plain sequences."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any, Generic, overload
 import msgspec
 
 from learner.sources.dataset import Rows, open_rows
-from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample
+from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample, with_rows
 from learner.sources.feed import Feed, FeedState, ListFeed, StreamFeed
 from learner.sources.prepare import column_notes, preparation
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
@@ -169,8 +170,9 @@ def open_offline(
     """Open the examples that `settings` name and `build` makes: `pairs`, `answers` or
     `sequences` of `learner/sources/examples.py`.
 
-    Streams are tokenised as they are read. What was dropped or truncated is logged at the start
-    and kept in the sources' `report`. Raises DataError, as `open_prompts` does.
+    Held-out examples hold their rows; streams are tokenised as they are read. What was dropped or
+    truncated is logged at the start and kept in the sources' `report`. Raises DataError, as
+    `open_prompts` does.
     """
     rows = open_rows(settings)
     for note in column_notes(settings, rows):
@@ -183,6 +185,7 @@ def open_offline(
         sieve,
         msgspec.structs.replace(settings, eval_rows=0) if own else settings,
         seed=seed,
+        keeping=dataclasses.replace(sieve, build=with_rows(build)),
     )
     judged = isinstance(build, AnswerBuild)  # several examples a row
     feed: Any
@@ -216,7 +219,7 @@ def _evaluation(settings: DataSettings, build: Build[Any] | AnswerBuild) -> list
         return None
     split = settings.eval_split or "train"
     rows = open_rows(settings, path=settings.eval_path, split=split)
-    sieve = _sieve(settings, rows, build)
+    sieve = _sieve(settings, rows, with_rows(build))
     examples: list[Any] = []
     for example in kept(sieve, enumerate(rows.scan(0))):
         examples.append(example)

@@ -134,20 +134,29 @@ class Split(Generic[T]):
     skip: int = 0
 
 
-def read_split(rows: Rows, sieve: Sieve[T], settings: DataSettings, *, seed: int) -> Split[T]:
+def read_split(
+    rows: Rows,
+    sieve: Sieve[T],
+    settings: DataSettings,
+    *,
+    seed: int,
+    keeping: Sieve[T] | None = None,
+) -> Split[T]:
     """Read all rows of a set that has a length: held-out rows first, then the capped rest.
 
-    Held-out rows do not depend on `seed`. A cap under a shuffled order takes random rows.
+    Held-out rows do not depend on `seed`; `keeping`, if given, builds their examples in place of
+    `sieve`, whose report it shares. A cap under a shuffled order takes random rows.
     """
+    keeping = keeping or sieve
     if rows.length is None:
-        held_out, skip = _first(sieve, enumerate(rows.scan(0)), settings.eval_rows)
+        held_out, skip = _first(keeping, enumerate(rows.scan(0)), settings.eval_rows)
         sieve.report.kept = 0  # of the training rows
         return Split([], held_out, skip)
     rest = range(rows.length)
     held_out: list[T] = []
     if settings.eval_rows:
         order = epoch_order("shuffled", rows.length, seed=_HELD_OUT_SEED, epoch=0).tolist()
-        held_out, used = _first(sieve, picked(rows, order), settings.eval_rows)
+        held_out, used = _first(keeping, picked(rows, order), settings.eval_rows)
         rest = sorted(order[used:])
     if settings.max_rows is not None and settings.max_rows < len(rest):
         kind = "sequential" if settings.order == "sequential" else "shuffled"

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.assemble_offline import assemble_offline
+from launch.cli import read_command_line
 from launch.compare import compare, main
 from launch.judge import Judge
+from launch.records import parse_lines
 from launch.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
 from protocol.errors import ConfigError
+from protocol.settings import PreferenceRun
 from tests.tiny import write_model_folder
 
 REWARD = """
@@ -226,6 +230,51 @@ def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     kept = [json.loads(x) for x in dpo.with_name("rollouts.jsonl").read_text().splitlines()[1:]]
     assert {line["trained_at"] for line in kept} == {4}
     assert compare([dpo.parent]) == again
+
+
+CHAT = (
+    "{% for m in messages %}{{ 'w2 ' + m.content + ' w3 ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+GRADES = """
+def grade(prompts, completions, answer, chosen, **kwargs):
+    assert prompts[0] == [{"role": "user", "content": "w7 " + answer[0]}]
+    assert chosen[0] == [{"role": "assistant", "content": answer[0]}]
+    return [float(c[0]["content"].startswith(a)) for c, a in zip(completions, answer)]
+"""
+
+
+def test_rewards_of_grpo_score_the_answers_of_a_preference_run(tmp_path):
+    model = write_model_folder(tmp_path / "m")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHAT}))
+
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": said("user", f"w7 w{i}"), "chosen": said("assistant", f"w{i}"),
+         "rejected": said("assistant", "w63"), "answer": f"w{i}"}
+        for i in range(9, 15)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text(GRADES)
+    flags = [f"--model.path={model}", f"--data.path={tmp_path / 'rows.jsonl'}"]
+    flags += ["--model.dtype=float32", "--data.eval_rows=3", "--train.max_steps=1"]
+    flags += ["--eval.generate=true", "--eval.max_completion_length=4"]
+    _, folder = read_command_line(PreferenceRun, [*flags, f"--run.dir={tmp_path / 'runs'}"], "")
+    run = assemble_offline(folder, "preference")
+    while not run.trainer.done:
+        run.trainer.advance()
+    page = compare([folder], judge=Judge(f"{tmp_path}/r.py:grade"))
+    right = [
+        line["completions"][0].startswith(line["columns"]["answer"])
+        for line in latest_answers(parse_lines((folder / "rollouts.jsonl").read_bytes())).values()
+    ]
+    assert f"<td>{sum(right) / 3:.4g} over 3</td>" in page
+    # The dataset's chosen answers are right, so that the run's wrong ones lose against them.
+    assert f"(0 won, {sum(right)} tied, {3 - sum(right)} lost)" in page
+    assert re.search(r"<td>user: w7 (w\d+)</td>.*?<td>\1\n\[score 1\]</td></tr>", page, re.DOTALL)
 
 
 def test_mlx_is_not_loaded_before_openblas():

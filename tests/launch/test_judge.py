@@ -78,6 +78,11 @@ def test_columns_come_along_and_conversations_are_messages(rewards):
     assert Judge(f"{rewards}:exact").scores(contestants) == {"a": {"p": 1.0}, "b": {"p": 0.0}}
     chat = line([{"role": "user", "content": "p"}], "four")
     assert Judge(f"{rewards}:said").scores({"a": {"p": chat}}) == {"a": {"p": 4.0}}
+    chosen = {**chat, "completions": [[{"role": "assistant", "content": "eleven"}]]}
+    assert Judge(f"{rewards}:said").scores({"a": {"p": chat}, "b": {"p": chosen}}) == {
+        "a": {"p": 4.0},
+        "b": {"p": 6.0},
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Answers to held-out prompts against a greedy loop over the model's own logits."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx_lm.utils import load
 
 from learner.sources.examples import PreferenceExample, SftExample
@@ -43,7 +46,12 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
     model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
     prompts = [[5, 9, 2], [7], [5, 9, 2], [40, 3, 8, 11, 6]]
-    examples = [PreferenceExample(i, p, [4, 1], p, [6, 1]) for i, p in enumerate(prompts)]
+    examples = [
+        PreferenceExample(
+            i, p, [4, 1], p, [6, 1], row_json=json.dumps({"prompt": str(p), "id": i}).encode()
+        )
+        for i, p in enumerate(prompts)
+    ]
     answers = Answers(model, tokenizer, batch_size=2, max_tokens=5)
     evaluator = StoredEvaluator(model, Rows(), examples, 2, answers)
     evaluator.start(3)
@@ -58,11 +66,16 @@ def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
         assert line["completions"] == [tokenizer.decode(expected)]
         assert line["lengths"] == [len(expected)]
         assert line["finish_reasons"] == ["length" if len(expected) == 5 else "stop"]
-        assert line["prompt"] == " ".join(f"w{i}" for i in prompt)
+        assert (line["prompt"], line["columns"]) == (str(prompt), {"id": line["row"]})
         assert (line["kind"], line["trained_at"]) == ("eval", 3)
-        assert (line["chosen"], line["rejected"]) == ("w4", "w6")
     mean = sum(line["lengths"][0] for line in lines) / 3
     assert metrics["eval/completions/mean_length"] == mean
+
+
+def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
+    model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
+    with pytest.raises(TypeError, match="row 7 was not built by `with_rows`"):
+        Answers(model, tokenizer, 1, 1)([PreferenceExample(7, [5], [4, 1], [5], [6, 1])], 0)
 
 
 def test_the_prompt_of_a_sequence_ends_where_tokens_count():

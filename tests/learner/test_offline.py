@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from learner.sources import offline
@@ -199,3 +200,57 @@ def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
     assert (len(batches), next(read)) == (100, 1400)  # the buffer and what was trained on
     assert seconds < 5
     assert peak < 10_000_000
+
+
+ASKED = [{"role": "user", "content": "Hi"}]
+
+
+def _said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+class Chat(Bytes):
+    """Bytes of messages one after another, each ended by a newline."""
+
+    chat_template = "made below"
+
+    def apply_chat_template(self, messages, *, add_generation_prompt=False, **options):
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return {"input_ids": self.encode(text + "assistant:" * add_generation_prompt)}
+
+
+@pytest.mark.parametrize(
+    ("build", "row", "kept"),
+    [
+        (pairs, {"prompt": "a", "chosen": "b", "rejected": "c", "answer": 7},
+         {"prompt": "a", "chosen": "b", "rejected": "c", "answer": 7}),
+        (pairs, {"chosen": ASKED + _said("b"), "rejected": ASKED + _said("c"), "raw": "\ud800"},
+         {"prompt": ASKED, "chosen": _said("b"), "rejected": _said("c")}),
+        (answers, {"chosen": "ab", "rejected": "ac"},
+         {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        (answers, {"prompt": ASKED, "completion": _said("b"), "label": True},
+         {"prompt": ASKED, "completion": _said("b"), "label": True}),
+        (sequences, {"prompt": "a", "completion": "b", "data": {"k": [1.5]}},
+         {"prompt": "a", "completion": "b", "data": {"k": [1.5]}}),
+        (sequences, {"text": "ab", "chosen": "b", "rejected": "c"},
+         {"text": "ab", "chosen": "b", "rejected": "c"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("own_file", [False, True])
+def test_held_out_examples_alone_hold_their_rows(tmp_path, build, row, kept, own_file):
+    settings = _data(tmp_path, [row] * 4, eval_rows=2)
+    settings = msgspec.structs.replace(settings, eval_path=settings.path if own_file else "")
+    sets = open_offline(settings, build(settings, Chat()), seed=0, batch_size=9)
+    assert all(example.row_json is None for example in _first(sets.train))
+    several = build is answers and "chosen" in row
+    rows = [json.loads(example.row_json or b"") for example in sets.evaluation]
+    assert rows == [kept] * (4 if several else 2)
+
+
+def test_a_system_prompt_is_part_of_the_row(tmp_path):
+    settings = _data(tmp_path, [_pair(0)] * 2, eval_rows=1, system_prompt="Be.")
+    example = open_offline(settings, pairs(settings, Chat()), seed=0, batch_size=1).evaluation[0]
+    assert json.loads(example.row_json or b"")["prompt"] == [
+        {"role": "system", "content": "Be."},
+        {"role": "user", "content": "0: "},
+    ]
