@@ -1,6 +1,7 @@
 """What is done to a row before it is tokenised: renaming, the user's function, system prompt."""
 
 import difflib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -24,6 +25,7 @@ OFFLINE_COLUMNS = (
     "chat_template_kwargs",
     "preference_score",
 )
+_PROMPTS = ("instruction", "question", "query", "input")  # what datasets call a prompt
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
 
 
 def column_notes(settings: DataSettings, rows: Rows) -> list[str]:
-    """Say which columns offline training leaves unread, and that a prompt is implicit.
+    """Say which columns offline training leaves unread, that a prompt is implicit, what to set.
 
     A function of the user's may read any column; nothing is said then.
     """
@@ -85,11 +87,19 @@ def column_notes(settings: DataSettings, rows: Rows) -> list[str]:
     notes: list[str] = []
     unread = sorted(columns - set(OFFLINE_COLUMNS))
     if unread:
-        notes.append(f"{rows.name}: nothing reads the columns {unread}; data.columns renames them")
-    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
         notes.append(
-            f"{rows.name}: no column prompt: it is what chosen and rejected begin with alike"
+            f"{rows.name}: nothing reads the columns {unread}; data.columns renames them, "
+            "data.prepare makes rows of them"
         )
+    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
+        note = f"{rows.name}: no column prompt: it is what chosen and rejected begin with alike"
+        if unread:
+            likely = next((name for name in _PROMPTS if name in unread), unread[0])
+            note += (
+                f"; if it stands in {likely}, set data.columns = {{prompt = {json.dumps(likely)}}}"
+                "; if in several columns, join them in data.prepare"
+            )
+        notes.append(note)
     return notes
 
 

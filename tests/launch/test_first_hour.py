@@ -51,7 +51,8 @@ def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
     assert status == 0
     rows = tmp_path / "rows.jsonl"
     kept = f"{rows}: 4 rows kept, 0 dropped, 0 truncated"
-    unread = f"{rows}: nothing reads the columns ['id']; data.columns renames them"
+    unread = f"{rows}: nothing reads the columns ['id']; data.columns renames them, "
+    unread += "data.prepare makes rows of them"
     assert lines.index(unread) < lines.index(kept)
     assert [line[:8] for line in lines if line.startswith("step")] == ["step 1/2", "step 2/2"]
     assert lines[-4:] == [

@@ -13,6 +13,8 @@ from protocol.errors import DataError
 from protocol.settings import DataSettings
 from tests.parity import tiny_tokenizer
 
+SET = "data.columns renames them, data.prepare makes rows of them"
+
 
 def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **data: Any) -> None:
     path = tmp_path / "rows.jsonl"
@@ -75,12 +77,20 @@ def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
     opened(tmp_path, [row])
     name = tmp_path / "rows.jsonl"
     assert caplog.messages[:2] == [
-        f"{name}: nothing reads the columns ['id', 'instruction']; data.columns renames them",
+        f"{name}: nothing reads the columns ['id', 'instruction']; {SET}",
+        f"{name}: no column prompt: it is what chosen and rejected begin with alike; if it stands "
+        'in instruction, set data.columns = {prompt = "instruction"}; if in several columns, join '
+        "them in data.prepare",
+    ]
+    caplog.clear()
+    opened(tmp_path, [{"chosen": "a b", "rejected": "a c"}])
+    assert caplog.messages == [
         f"{name}: no column prompt: it is what chosen and rejected begin with alike",
+        f"{name}: 1 rows kept, 0 dropped, 0 truncated",
     ]
     caplog.clear()
     opened(tmp_path, [row], columns={"prompt": "instruction"})
     assert caplog.messages == [
-        f"{name}: nothing reads the columns ['id']; data.columns renames them",
+        f"{name}: nothing reads the columns ['id']; {SET}",
         f"{name}: 1 rows kept, 0 dropped, 0 truncated",
     ]
