@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pippin.learner")
 POLL_S = 0.2
 TOTAL = "total_steps"
+OURS = ("pippin", "protocol", "actors", "learner", "launch")  # what the names of loggers begin with
 
 
 def arguments() -> argparse.Namespace:
@@ -42,9 +43,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Build the run, advance it to its end, and report how it ended by the exit status."""
     args = arguments()
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    for ours in ("pippin", "protocol", "learner", "launch"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+    start_log()
     lifeline = Lifeline(child=args.child)
     signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
     bound_lookahead()
@@ -63,6 +62,13 @@ def main() -> int:
         log.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
+
+
+def start_log() -> None:
+    """Write our own messages to stderr from INFO on, those of libraries from WARNING on."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    for ours in OURS:
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 @contextmanager

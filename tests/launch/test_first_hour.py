@@ -54,6 +54,10 @@ def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
     unread = f"{rows}: nothing reads the columns ['id']; data.columns renames them, "
     unread += "data.prepare makes rows of them"
     assert lines.index(unread) < lines.index(kept)
+    starts = [line.split(":")[0] for line in lines]
+    for said in ("Training lora", "Reference policy", "Estimated memory of a step"):
+        assert said in starts
+        assert f" INFO {said}: " in (tmp_path / "runs/a/logs/learner.log").read_text()
     assert [line[:8] for line in lines if line.startswith("step")] == ["step 1/2", "step 2/2"]
     assert lines[-4:] == [
         "weights: runs/a/adapters",
