@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from learner.head import chunked_logprobs, split_head
 from protocol.errors import ModelError
+from protocol.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def completion_logprobs(
     if head == "full":
         return _plain(model, input_ids, positions, targets, temperature, entropy, entropy_gradient)
     split = split_head(model)
-    hidden = states_at(split.trunk(input_ids), positions)
+    hidden = states_at(split.states(input_ids), positions)
     logps, entropies = chunked_logprobs(
         split,
         hidden.reshape(-1, hidden.shape[-1]),
@@ -95,22 +96,24 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
     except ModelError as error:
         log.warning("The memory-bounded head is off: %s", error)
         return "full"
-    if split.parameters and _drops(split.owner):
-        log.warning(
-            "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
-        )
-        return "full"
     tokens = mx.array([[1, 2, 3, 4]])
     was_training = model.training
     model.eval()
     try:
-        whole, parts = model(tokens), split.head(split.trunk(tokens))
+        hidden = split.states(tokens)
+        whole, parts = model(tokens), split.head(hidden)
         same = whole.shape == parts.shape and mx.array_equal(whole, parts).item()
+        owner = split.owner(hidden[0])
     except (TypeError, ValueError, AttributeError) as error:
         log.warning("Trial of the memory-bounded head: %s", error)
-        same = False
+        same, owner = False, nn.Module()
     finally:
         model.train(was_training)
+    if trainable(owner) and _drops(owner):
+        log.warning(
+            "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
+        )
+        return "full"
     if same:
         return "chunked"
     log.warning(
