@@ -148,7 +148,8 @@ class Trainer(Generic[BatchT]):
         """Do the next piece of work; return whether there was any. Blocks `timeout_s` at most."""
         if self.done:
             return False
-        if self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0:
+        first = self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0
+        if first and not self.stopping:
             self._start_eval()
         best_now = self._take_eval()
         if self.stopping or self._complete():
@@ -239,6 +240,7 @@ class Trainer(Generic[BatchT]):
         if self.evaluator is None or self.evaluator.pending:
             return
         self._evaluated = self.step
+        log.info("evaluating step %d", self.step)
         self.evaluator.start(self.step)
 
     def _take_eval(self) -> bool:

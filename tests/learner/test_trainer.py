@@ -1,5 +1,6 @@
 """The loop with fakes: order of events, skips, stops, saves that fail, exact resume."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_a_stop_saves_without_a_further_batch_or_evaluation(tmp_path):
     run(made)
     assert log == ["prepare 1", "publish 1", "state"]
     assert load_checkpoint(tmp_path / "checkpoints").step == 1
+
+
+def test_a_stop_before_the_first_step_saves_without_an_evaluation(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pippin.learner")
+    log: list[str] = []
+    made = trainer(tmp_path / "stopped", log, [1], evaluator=Held(log))
+    made.stopping = True
+    run(made)
+    assert log == ["state"]
+    assert load_checkpoint(tmp_path / "stopped/checkpoints").step == 0
+    assert "evaluating" not in caplog.text
+    run(trainer(tmp_path / "whole", log, [1], evaluator=Held(log)))
+    said = [message for message in caplog.messages if message.startswith("evaluating")]
+    assert said == ["evaluating step 0", "evaluating step 1"]
 
 
 def test_a_save_that_fails_on_the_way_is_logged_and_the_last_one_is_an_error(tmp_path, caplog):
