@@ -17,6 +17,7 @@ from protocol.settings import GrpoSettings
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 Normalisers = Mapping[str, mx.array]
+EXPONENT_LIMIT = 80.0
 
 
 def grpo_normalisers(
@@ -102,7 +103,7 @@ def grpo_loss(
     live = mask > 0
     # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
     gap = mx.where(live, logps - old_logps, 0.0)
-    weights = _token_or_sequence(gap, mask, settings)
+    weights = saturated(_token_or_sequence(gap, mask, settings))
     coefficient = mx.exp(weights)
     loss, parts = _policy_loss(logps, gap, coefficient, advantage, mask, ratio, settings)
     if settings.off_policy_mask_threshold is not None:
@@ -120,9 +121,8 @@ def grpo_loss(
     if settings.beta != 0.0:
         if ref_logps is None:
             raise ValueError("beta is not 0: grpo_loss needs ref_logps")
-        kl = k3(mx.where(live, ref_logps - logps, 0.0))
-        if settings.use_bias_correction_kl:
-            kl = kl * coefficient
+        log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
+        kl = k3(mx.where(live, ref_logps - logps, 0.0), log_weights)
         loss = loss + settings.beta * kl
         metrics |= _average("kl", kl, mask)
     total = aggregate(loss, mask, normalisers, settings)
@@ -137,9 +137,28 @@ def grpo_loss(
     return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def k3(gap: mx.array) -> mx.array:
-    """Return Schulman's k3 estimate of KL(policy || reference), exp(gap) - gap - 1."""
-    return mx.exp(gap) - gap - 1
+def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
+    """Return exp(log_weights) times Schulman's k3 estimate of KL(policy || reference).
+
+    k3 is exp(gap) - gap - 1, for the gap from policy to reference in nats.
+    """
+    far = gap > 20.0
+    weights, near = mx.exp(log_weights), mx.where(far, 0.0, gap)
+    # Far off, exp(gap) may be inf and the weight 0, whose product is neither.
+    product = mx.exp(saturated(mx.where(far, gap + log_weights, 0.0)))
+    # Near 0, exp(gap) - 1 would have few digits left; so would its derivative, here given as slope.
+    slope = mx.stop_gradient(mx.expm1(near))
+    close = mx.stop_gradient(slope - near) + slope * (near - mx.stop_gradient(near))
+    return mx.where(far, product - weights * (gap + 1), weights * close)
+
+
+def saturated(exponent: mx.array) -> mx.array:
+    """Return `exponent`, at most 80 but with its own gradient: exp of it is finite in float32.
+
+    So a clipped ratio beyond that has the gradient 0, not 0 times inf.
+    """
+    excess = mx.maximum(exponent - EXPONENT_LIMIT, 0.0)
+    return exponent - mx.stop_gradient(excess)
 
 
 def off_policy_mask(
