@@ -50,7 +50,7 @@ def main() -> int:
     if not load_openblas():
         log.info(HINT)
     try:
-        with _assembled(args) as run:
+        with _assembled(args, lifeline) as run:
             _announce(run.trainer, args.run_dir)
             try:
                 _advance(run.trainer, lifeline)
@@ -72,7 +72,7 @@ def start_log() -> None:
 
 
 @contextmanager
-def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
+def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Iterator[Run]":
     """Build the run of the kind that `args.kind` names; MLX is loaded only here."""
     if args.kind == "grpo":
         from launch.assemble import assemble_online
@@ -82,7 +82,7 @@ def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
     else:
         from launch.assemble_offline import assemble_offline
 
-        yield assemble_offline(args.run_dir, args.kind)
+        yield assemble_offline(args.run_dir, args.kind, lambda: lifeline.stop_requested)
 
 
 def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
