@@ -47,7 +47,8 @@ def save_checkpoint(
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob(".step-*"):  # a killed writer's; nobody else would delete it
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_tensors(temporary / "weights.safetensors", checkpoint.weights, {"format": "mlx"})
         write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer, {"format": "mlx"})

@@ -1,5 +1,6 @@
 """Examples in order, epoch after epoch, from memory or from a stream, with exact resume."""
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
@@ -11,6 +12,8 @@ from learner.sources.order import IndexArray, epoch_order
 from learner.sources.sieve import Sieve, require_some, stream_epoch
 from protocol.errors import CheckpointError, DataError
 from protocol.settings import DataSettings
+
+log = logging.getLogger("pippin.data")
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -103,7 +106,7 @@ class StreamFeed(Generic[T]):
     """A feed over a stream: rows are read, shuffled in a finite buffer and tokenised as needed.
 
     Resuming reads the rows before the place again, without tokenising them. The report's counts
-    start anew.
+    start anew. Rows that are dropped are logged as they come, in the first pass.
     """
 
     size = -1
@@ -124,9 +127,14 @@ class StreamFeed(Generic[T]):
         """Return the next example, or None at the end of an epoch; refuse an empty stream."""
         if self._source is None:
             self._source = islice(self._open(), self._taken, None)
+        report = self._sieve.report
         for number, raw in self._source:
             self._taken += 1
+            said = len(report.dropped_rows)
             example = self._sieve(number, raw)
+            if self._epoch == 0:  # nothing of a stream is known at the start
+                for bad in report.dropped_rows[said:]:
+                    log.info("    row %d: %s; dropped from the stream", bad.row, bad.reason)
             if example is not None:
                 return example
         require_some(self._sieve.report)

@@ -57,6 +57,11 @@ class OfflineSource(Generic[E]):
         self._steps = 0
 
     @property
+    def streamed(self) -> bool:
+        """Whether rows are read as they are needed, so that their number is not known."""
+        return self._feed.size < 0
+
+    @property
     def total_steps(self) -> int | None:
         """Batches over the whole run; None for a stream without `max_steps`."""
         if self._max_steps > 0:

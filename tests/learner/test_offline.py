@@ -87,6 +87,13 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
     assert "row 5: no rejected; the row has ['chosen', 'prompt']" in text
 
 
+def test_a_score_that_no_float_holds_is_a_bad_row(tmp_path):
+    rows = [{**_pair(0), "preference_score": 10**400}, {**_pair(1), "preference_score": 10**300}]
+    source = _open(_data(tmp_path, rows)).train
+    assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [(0, "mixed_types")]
+    assert _first(source)[0].score == 1e300
+
+
 def test_on_bad_row_error_stops_at_the_first(tmp_path):
     rows = [_pair(0), *(row for row, _ in BAD)]
     with pytest.raises(DataError, match=r"row 1 .*no rejected.*data\.on_bad_row"):
