@@ -166,9 +166,10 @@ class GrpoObjective:
         )
         sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
-        weights = np.zeros(len(index) + empty, np.float32)
-        weights[: len(index)] = row_advantages[index]
-        arrays["advantages"] = mx.array(weights)
+        filling = np.zeros(empty, np.float32)
+        weights = np.concatenate([row_advantages[index], filling])
+        arrays["advantages"] = mx.array(weights.astype(np.float32))
+        arrays["rows"] = mx.array(np.concatenate([np.ones(len(index), np.float32), filling]))
         arrays["sampling_logps"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
@@ -222,6 +223,7 @@ class GrpoObjective:
             ref_logps=arrays.get("ref_logps"),
             sampling_logps=sampling,
             ratio=arrays.get("ratio"),
+            rows=arrays["rows"],
             normalisers={
                 key.removeprefix("normaliser/"): value
                 for key, value in arrays.items()
