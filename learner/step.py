@@ -80,6 +80,7 @@ class Step:
         with layer_by_layer(self._model, recompute=self._checkpointing):
             loss, metrics, self._gradients = micro(trainable(self._model), arrays, self._gradients)
             mx.eval(self._running)
+            self._running = []  # nobody holds the old sums: the new ones may take their place
             mx.async_eval(loss, metrics, self._gradients)
         self._running = list(self._gradients.values())
         return loss, metrics
