@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.sole import sole_learner
 from protocol.blas import HINT, bound_lookahead, load_openblas
 from protocol.errors import PippinError, RewardError
 from protocol.lifeline import Lifeline
@@ -50,7 +51,7 @@ def main() -> int:
     if not load_openblas():
         log.info(HINT)
     try:
-        with _assembled(args, lifeline) as run:
+        with sole_learner(args.run_dir), _assembled(args, lifeline) as run:
             _announce(run.trainer, args.run_dir)
             try:
                 _advance(run.trainer, lifeline)
