@@ -17,6 +17,7 @@ from typing import TypeVar
 import anyio
 from msgspec import structs
 
+from launch import resumed as resumption
 from launch.children import ChildSpec
 from launch.progress import Progress
 from launch.report import write_report
@@ -66,10 +67,13 @@ def read_command_line(
             raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
         _require_program(cls, resumed)
         flags.append(f"--run.resume={resumed}")
+        before = load(cls, resumed / "config.toml")
         run = resolve_paths(load(cls, resumed / "config.toml", flags), Path.cwd())
-        fresh = resumed / f".config-{os.getpid()}.toml"
-        fresh.write_text(to_toml(run), encoding="utf-8")
-        fresh.replace(resumed / "config.toml")
+        try:
+            resumption.put(resumed, run)
+        except OSError as error:
+            raise ConfigError(f"--run.resume {resumed}: cannot be written: {error}") from error
+        sys.stdout.write("".join(f"{line}\n" for line in resumption.changes(before, run)))
         return run, resumed
     recipe = recipe or default
     run = load(cls, recipe, flags)
@@ -223,6 +227,8 @@ def supervise(
     if not load_openblas():
         sys.stderr.write(f"{HINT}\n")
     progress = Progress(folder, max_steps=run.train.max_steps)
+    metrics = folder / "metrics.jsonl"
+    written = metrics.stat().st_size if metrics.exists() else 0
 
     def say(text: str) -> None:
         progress.update()  # what came before it
@@ -243,10 +249,16 @@ def supervise(
         status = INTERRUPTED
     checkpoints = folder / "checkpoints"
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
-    if status != 0 and not saved and not (folder / "metrics.jsonl").exists():
-        (folder / NOT_BEGUN).touch()
-    if (folder / "metrics.jsonl").exists():
-        sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
+    try:
+        resumption.settle(
+            folder, begun=status == 0 or (metrics.exists() and metrics.stat().st_size > written)
+        )
+        if status != 0 and not saved and not metrics.exists():
+            (folder / NOT_BEGUN).touch()
+        if metrics.exists():
+            sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
+    except OSError as error:  # a full disk; the run is what it is
+        sys.stdout.write(f"report:  not written: {error}\n")
     lines = what_next(folder, run, done=status == 0)
     if saved and (status != 0 or supervisor.interrupted):
         lines.append(f"go on:   uv run {sys.argv[0]} --run.resume {shown(folder)}")
