@@ -19,6 +19,7 @@ from learner.sft import SftObjective
 from learner.sources.examples import answers, pairs, sequences
 from learner.sources.generated import DEFAULT_LENGTH, Answers
 from learner.sources.offline import OfflineSets, open_offline
+from learner.sources.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.sources.stored import StoredEvaluator, StoredSource
 from learner.trainer import Objective, Schedule, Trainer
 from protocol.config import load
@@ -177,14 +178,16 @@ def _answers(settings: OfflineRun, policy: LoadedPolicy) -> Answers | None:
 def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
     """Open the examples that the run trains on and holds out."""
     build: Any
+    reads = PAIR_COLUMNS
     if isinstance(settings, SftRun):
+        reads = SEQUENCE_COLUMNS
         build = sequences(
             settings.data,
             policy.tokenizer,
             completion_only_loss=settings.objective.completion_only_loss,
         )
     elif settings.objective.method == "kto":
-        build = answers(settings.data, policy.tokenizer)
+        build, reads = answers(settings.data, policy.tokenizer), ANSWER_COLUMNS
     else:
         build = pairs(settings.data, policy.tokenizer)
     return open_offline(
@@ -194,6 +197,7 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
         batch_size=settings.train.batch_size,
         epochs=settings.train.num_train_epochs,
         max_steps=settings.train.max_steps,
+        reads=reads,
     )
 
 
