@@ -4,8 +4,9 @@ The mathematics is in `learner/objectives/grpo.py` and `learner/advantages.py`; 
 gathered, padded and skipped, reference and old log-probs are computed, and rollouts described.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -101,6 +102,8 @@ class GrpoObjective:
         prepared = Prepared([], metrics, step=step, rollouts=lines)
         if step:
             prepared.micro = self._micro(rows, masks, result.advantages, live)
+            if self.settings.top_entropy_quantile < 1:
+                prepared.again = partial(self._score_again, prepared.micro)
         return prepared
 
     def _moves_without_advantages(self) -> bool:
@@ -130,28 +133,32 @@ class GrpoObjective:
             part = set(chosen[start : start + size])
             index = [i for i in range(len(live)) if live[i] and int(rows.groups[i]) in part]
             micro.append(self._arrays(rows, masks, row_advantages, index))
-        shared = self._normalisers(masks, micro)
-        for arrays in micro:
-            arrays.update(shared)
-        return micro
-
-    def _normalisers(self, masks: list[np.ndarray], micro: list[Arrays]) -> Arrays:
-        """Return the whole batch's normalisers, each under `normaliser/...`."""
-        threshold: float | None = None
-        tokens: float | None = None
-        if self.settings.top_entropy_quantile < 1:
-            entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
-            flat = [np.array(arrays["mask"]).ravel() for arrays in micro]
-            threshold, tokens = objective.entropy_quantile(
-                np.concatenate(entropies), np.concatenate(flat), self.settings.top_entropy_quantile
-            )
         values = objective.grpo_normalisers(
             mask_sums=np.array([m.sum() for m in masks]),
             max_completion_length=self.max_completion_length,
-            entropy_threshold=threshold,
-            entropy_tokens=tokens,
         )
-        return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
+        for arrays in micro:
+            arrays.update(_normalisers(values))
+        if self.settings.top_entropy_quantile < 1:
+            self._find_threshold(micro)
+        return micro
+
+    def _find_threshold(self, micro: list[Arrays]) -> None:
+        """Put the entropy quantile over the whole batch into its micro-batches."""
+        entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
+        masks = [np.array(arrays["mask"]).ravel() for arrays in micro]
+        threshold, tokens = objective.entropy_quantile(
+            np.concatenate(entropies), np.concatenate(masks), self.settings.top_entropy_quantile
+        )
+        found = {"entropy_threshold": threshold, "entropy_tokens": max(tokens, 1.0)}
+        for arrays in micro:
+            arrays.update(_normalisers(found))
+
+    def _score_again(self, micro: list[Arrays]) -> None:
+        """Take the entropy quantile of the policy as it is now."""
+        for arrays in micro:
+            _, arrays["entropies"] = self._logprobs(self.model, arrays)
+        self._find_threshold(micro)
 
     def _arrays(
         self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
@@ -290,6 +297,10 @@ class GrpoObjective:
             for name, value in item.group.reward.log_metric.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
         return metrics
+
+
+def _normalisers(values: Mapping[str, float]) -> Arrays:
+    return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
 
 
 def padded_rows(count: int) -> int:

@@ -21,7 +21,7 @@ from protocol.messages import (
     ids_bytes,
 )
 from protocol.settings import GrpoSettings, TrainSettings
-from tests.tiny import tiny_model
+from tests.tiny import tensors, tiny_model
 
 NONE = float("nan")
 
@@ -133,6 +133,21 @@ def test_rows_that_fill_a_batch_are_in_no_metric(loss_type):
         k, scale = np.repeat([3.0, 2.0], [5, 4]), np.repeat([2.0, 3.0], [5, 4])
         phi = np.exp(scale + k * omega - scale * np.exp(omega))
         assert metrics["vespo/phi_seq_mean"] == pytest.approx(phi.mean(), rel=1e-4)
+
+
+def test_every_pass_takes_the_entropy_quantile_of_the_policy_as_it_is():
+    batch = TrainBatch([group(i, [[0.0], [1.0]], [3, 4]) for i in range(2)], 3)
+    made = objective(top_entropy_quantile=0.5, num_iterations=2)
+    prepared = made.prepare(batch)
+    before = [arrays["normaliser/entropy_threshold"].item() for arrays in prepared.micro]
+    made.model.load_weights(list(tensors(tiny_model(seed=5)).items()))
+    assert prepared.again is not None
+    prepared.again()
+    anew = made.prepare(batch).micro
+    assert len(anew) == len(before) == 2
+    for arrays, wanted, old in zip(prepared.micro, anew, before, strict=True):
+        threshold = arrays["normaliser/entropy_threshold"].item()
+        assert threshold == wanted["normaliser/entropy_threshold"].item() != old
 
 
 def test_the_third_batch_in_a_row_without_a_reward_ends_the_run_with_the_reason():
