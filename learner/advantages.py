@@ -42,7 +42,8 @@ def advantages(
             f"reward_weights has {scale.size} numbers, but {table.shape[1]} reward functions "
             f"answered: {', '.join(names)}. Give one weight a function, in their order."
         )
-    total = _weighted(table, scale)
+    scored = ~np.isnan(table).all(axis=1)
+    total = _weighted(table, scale, scored)
     deviations = _per_group(total, groups, _std)
     spread = _std(total)
     if aggregation == "sum_then_normalize":
@@ -57,7 +58,7 @@ def advantages(
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
         ]
-        summed = _weighted(np.stack(columns, axis=1) if columns else table, scale)
+        summed = _weighted(np.stack(columns, axis=1) if columns else table, scale, scored)
         spread = _std(summed)
         result = (summed - _mean(summed)) / (spread + EPSILON)
         deviations = np.full(len(total), spread)
@@ -78,10 +79,12 @@ def _metrics(
     return metrics
 
 
-def _weighted(table: Floats, scale: Floats) -> Floats:
-    """Return the weighted sum of a row's values, NaN left out; NaN where all are."""
-    empty = np.isnan(table).all(axis=1)
-    return np.where(empty, np.nan, np.nansum(table * scale, axis=1))
+def _weighted(table: Floats, scale: Floats, scored: npt.NDArray[np.bool_]) -> Floats:
+    """Return the weighted sum of a row's values, NaN left out; NaN where it is not `scored` (N,).
+
+    A scored row may have no value left: the only one of its group has no normalised reward.
+    """
+    return np.where(scored, np.nansum(table * scale, axis=1), np.nan)
 
 
 def _mean(values: Floats) -> float:
