@@ -185,17 +185,21 @@ def make_run_folder(run: AnyRun, stem: str) -> Path:
     """
     name = run.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(run.run.dir).absolute() / name
-    begun = (folder / "config.toml").exists() and not (folder / NOT_BEGUN).exists()
-    if begun:
-        raise ConfigError(
-            f"run.name: {folder} holds a run already; choose another name, or go on with it by "
-            f"--run.resume {folder}"
-        )
+    config = folder / "config.toml"
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        for stale in (NOT_BEGUN, "started_at"):
-            (folder / stale).unlink(missing_ok=True)
-        (folder / "config.toml").write_text(to_toml(run), encoding="utf-8")
+        if (folder / NOT_BEGUN).exists():
+            for stale in (config, folder / NOT_BEGUN, folder / "started_at"):
+                stale.unlink(missing_ok=True)
+        try:
+            with config.open("x", encoding="utf-8") as file:  # of two launches at once, one has it
+                file.write(to_toml(run))
+        except FileExistsError:
+            saved = any((folder / "checkpoints").glob("step-*/state.json"))
+            on = f"go on with it by --run.resume {folder}" if saved else "delete that folder"
+            raise ConfigError(
+                f"run.name: {folder} holds a run already; choose another name, or {on}"
+            ) from None
         latest = folder.parent / "latest"
         fresh = folder.parent / f".latest-{os.getpid()}"
         fresh.symlink_to(folder.name)
