@@ -232,7 +232,6 @@ def supervise(
         sys.stderr.write(f"{HINT}\n")
     progress = Progress(folder, max_steps=run.train.max_steps)
     metrics = folder / "metrics.jsonl"
-    written = metrics.stat().st_size if metrics.exists() else 0
 
     def say(text: str) -> None:
         progress.update()  # what came before it
@@ -254,9 +253,7 @@ def supervise(
     checkpoints = folder / "checkpoints"
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
     try:
-        resumption.settle(
-            folder, begun=status == 0 or (metrics.exists() and metrics.stat().st_size > written)
-        )
+        resumption.settle(folder, begun=False)
         if status != 0 and not saved and not metrics.exists():
             (folder / NOT_BEGUN).touch()
         if metrics.exists():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.resumed import settle
 from launch.sole import sole_learner
 from protocol.blas import HINT, bound_lookahead, load_openblas
 from protocol.errors import PippinError, RewardError
@@ -52,6 +53,7 @@ def main() -> int:
         log.info(HINT)
     try:
         with sole_learner(args.run_dir), _assembled(args, lifeline) as run:
+            settle(args.run_dir, begun=True)
             _announce(run.trainer, args.run_dir)
             try:
                 _advance(run.trainer, lifeline)

@@ -36,7 +36,10 @@ def put(folder: Path, run: AnyRun) -> None:
 
 
 def settle(folder: Path, *, begun: bool) -> None:
-    """Forget the settings before; put them back where the run did not go on with the new ones."""
+    """Forget the settings before, or put them back.
+
+    The learner forgets them once it accepts the new ones; the launcher puts back what is left.
+    """
     before = folder / BEFORE
     if before.exists():
         before.unlink() if begun else before.replace(folder / CONFIG)
