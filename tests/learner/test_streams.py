@@ -28,7 +28,8 @@ def _source(tmp_path, text, *, max_steps):
     path = f"{tmp_path}/made.py:rows"
     settings = DataSettings(path=path, streaming=True, shuffle_buffer=8)
     build = sequences(settings, Bytes())
-    return open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps).train
+    sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps, reads=["text"])
+    return sets.train
 
 
 def test_a_streamed_function_is_asked_for_the_rows_that_are_trained_on(tmp_path):
