@@ -230,7 +230,7 @@ class GrpoObjective:
             ref_logps=arrays.get("ref_logps"),
             sampling_logps=sampling,
             ratio=arrays.get("ratio"),
-            rows=arrays["rows"],
+            rows=arrays.get("rows"),
             normalisers={
                 key.removeprefix("normaliser/"): value
                 for key, value in arrays.items()
