@@ -1,9 +1,7 @@
 """What the front doors share: command line, run folder, the processes of a run, its ending.
 
-Relative paths of a recipe file (model, data, prepare, rewards…) are taken from the recipe's folder
-where they exist there, otherwise from the current folder, as those of flags are; the resolved
-config.toml holds them as absolute paths. Nothing heavy is imported before the configuration is
-accepted.
+The resolved config.toml holds absolute paths (`launch/recipe_paths.py`). Nothing heavy is imported
+before the configuration is accepted.
 """
 
 import os
@@ -15,33 +13,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
-from msgspec import structs
 
 from launch import resumed as resumption
 from launch.children import ChildSpec
 from launch.progress import Progress
+from launch.recipe_paths import DATA_SUFFIXES, require_file, resolve_flags, resolve_paths
 from launch.report import write_report
 from launch.supervisor import INTERRUPTED, Supervisor, awake
 from protocol.blas import HINT, load_openblas
-from protocol.config import load, read_toml, split_flags, to_toml
+from protocol.config import load, read_toml, to_toml
 from protocol.errors import ConfigError, PippinError
 from protocol.help import help_text
 from protocol.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
 
 RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
 PROGRAMS = Path(__file__).parent
-PATHS = (
-    "model.path",
-    "model.adapter_path",
-    "model.chat_template",
-    "model.reference",
-    "data.path",
-    "data.eval_path",
-    "data.prepare",
-    "rewards.functions",
-    "transport.keys",
-)
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 NOT_BEGUN = "not_begun"  # marks the folder of a run that failed before its first step
 
 
@@ -80,7 +66,7 @@ def read_command_line(
     if recipe is not None:
         run = resolve_paths(run, recipe.parent.absolute())
     for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
-        _require_file(f"data.{name}", path)
+        require_file(f"data.{name}", path)
     return run, make_run_folder(run, recipe.stem if recipe else "run")
 
 
@@ -107,75 +93,6 @@ def _resume_folder(flags: Sequence[str]) -> Path | None:
                 raise ConfigError(f"--run.resume {text}: required a run folder with config.toml")
             return folder
     return None
-
-
-def _require_file(key: str, text: str) -> None:
-    """Refuse a data file that is not there, before a model is loaded for it."""
-    file = Path(text).expanduser()
-    named = file.suffix.lower() in DATA_SUFFIXES and not any(mark in text for mark in "*[:")
-    if named and not file.exists():
-        raise ConfigError(f"{key} {text}: no such file (looked at {file.absolute()})")
-
-
-def resolve_flags(flags: Sequence[str], base: Path) -> list[str]:
-    """Return flags as `--key=value`, with the paths that exist under `base` made absolute."""
-    resolved: list[str] = []
-    for key, text in split_flags(flags):
-        value = text
-        if key == "rewards.functions" and not text.lstrip().startswith("["):
-            value = ",".join(resolve_path(part.strip(), base) for part in text.split(","))
-        elif key in PATHS and not (key == "model.reference" and text in ("initial", "base")):
-            value = resolve_path(text, base)
-        resolved.append(f"--{key}={value}")
-    return resolved
-
-
-def resolve_path(text: str, base: Path) -> str:
-    """Return `text` as an absolute path if its file part exists under `base` or the current folder.
-
-    The file part of "file.py:function" is what stands before the last colon; all else (hub ids,
-    modules, "base", URLs) comes back as it is.
-    """
-    if not text or "://" in text:
-        return text
-    head, colon, tail = text.rpartition(":")
-    if not (colon and head.endswith(".py")):
-        head, colon, tail = text, "", ""
-    for folder in (base, Path.cwd()):
-        if (folder / head).exists():
-            return f"{(folder / head).resolve()}{colon}{tail}"
-    return text
-
-
-def resolve_paths(run: RunT, base: Path) -> RunT:
-    """Return the run with the paths of its recipe made absolute."""
-    model = run.model
-    reference = model.reference
-    if reference not in ("initial", "base"):
-        reference = resolve_path(reference, base)
-    model = structs.replace(
-        model,
-        path=resolve_path(model.path, base),
-        adapter_path=resolve_path(model.adapter_path, base),
-        chat_template=resolve_path(model.chat_template, base),
-        reference=reference,
-    )
-    data = structs.replace(
-        run.data,
-        path=resolve_path(run.data.path, base),
-        eval_path=resolve_path(run.data.eval_path, base),
-        prepare=resolve_path(run.data.prepare, base),
-    )
-    run = structs.replace(run, model=model, data=data)
-    if isinstance(run, GrpoRun):
-        functions = [resolve_path(name, base) for name in run.rewards.functions]
-        keys = resolve_path(run.transport.keys, base)
-        return structs.replace(
-            run,
-            rewards=structs.replace(run.rewards, functions=functions),
-            transport=structs.replace(run.transport, keys=keys),
-        )
-    return run
 
 
 def make_run_folder(run: AnyRun, stem: str) -> Path:

@@ -11,11 +11,10 @@ from launch.cli import (
     NOT_BEGUN,
     learner_spec,
     read_command_line,
-    resolve_flags,
-    resolve_path,
     what_next,
 )
 from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
+from launch.recipe_paths import resolve_flags, resolve_path
 from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.settings import GrpoRun, PreferenceRun, SftRun
