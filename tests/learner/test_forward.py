@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from learner import head as head_module
+from learner import chunked
 from learner.forward import Head, choose_head, completion_logprobs, layer_by_layer
 from protocol.adapters import attach_adapters
 from protocol.errors import ModelError
@@ -36,7 +36,7 @@ PHI = {"model_type": "phi", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
+    monkeypatch.setattr(chunked, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
 
 
 def trained(kind, *, bits=0, keys=None, **changes):
