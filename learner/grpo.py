@@ -13,12 +13,13 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import TokenBatch, aligned, token_batch
+from learner.batches import TokenBatch, aligned, padded_rows, token_batch
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
+from learner.shared_prompt import SharedPrompt, shared_prompt
 from learner.trainer import Arrays, Prepared
 from protocol.errors import RewardError
 from protocol.messages import floats_view, ids_view
@@ -53,6 +54,7 @@ class GrpoObjective:
     """GRPO's loss family over batches of groups.
 
     `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
+    With `share_prompt`, micro-batches of one group compute its prompt once.
     """
 
     settings: GrpoSettings
@@ -65,6 +67,7 @@ class GrpoObjective:
     describe: Callable[[TrainedGroup, int], dict[str, Any]]
     reference: nn.Module | None = None
     max_none_batches: int = 3
+    share_prompt: bool = False
     _none_batches: int = 0
 
     @property
@@ -158,24 +161,32 @@ class GrpoObjective:
     ) -> Arrays:
         # Empty rows make few shapes of many: a compiled step is traced once a shape.
         empty = padded_rows(len(index)) - len(index)
+        prompts = [rows.prompts[i] for i in index]
+        prompt = None
+        if self.share_prompt and len(index) > 1 and len(set(rows.groups[index])) == 1:
+            prompt = shared_prompt(prompts[0], self.train.length_bucket)
+            prompts = [ids[-1:] for ids in prompts]
         tokens = token_batch(
-            [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
+            prompts + [np.zeros(1, np.int32)] * empty,
             [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
             masks=[masks[i] for i in index] + [np.zeros(0, np.float32)] * empty,
             length_bucket=self.train.length_bucket,
         )
         sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
+        if prompt is not None:
+            arrays |= prompt._asdict()
         weights = np.zeros(len(index) + empty, np.float32)
         weights[: len(index)] = row_advantages[index]
         arrays["advantages"] = mx.array(weights)
         arrays["sampling_logps"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
-            old, entropies = self._logprobs(self.model, arrays)
+            quantile = settings.top_entropy_quantile < 1
+            old, entropies = self._logprobs(self.model, arrays, entropy=quantile)
             if settings.old_logprobs == "recompute":
                 arrays["old_logps"] = old
-            if settings.top_entropy_quantile < 1:
+            if quantile:
                 arrays["entropies"] = entropies
         if settings.importance_sampling_correction:
             arrays["ratio"] = objective.importance_ratio(
@@ -188,29 +199,33 @@ class GrpoObjective:
         mx.eval(arrays)
         return arrays
 
-    def _logprobs(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+    def _logprobs(
+        self,
+        model: nn.Module,
+        arrays: Arrays,
+        *,
+        entropy: bool = False,
+        entropy_gradient: bool = False,
+        gradient: bool = False,
+    ) -> tuple[mx.array, mx.array]:
         return completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
             temperature=self.temperature,
             head=self.head,
-            entropy=self.settings.top_entropy_quantile < 1,
-            gradient=False,
+            entropy=entropy,
+            entropy_gradient=entropy_gradient,
+            gradient=gradient,
         )
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        logps, entropies = completion_logprobs(
-            model,
-            arrays["input_ids"],
-            arrays["positions"],
-            arrays["targets"],
-            temperature=self.temperature,
-            head=self.head,
-            entropy=True,
-            entropy_gradient=self.settings.entropy_coef != 0,
+        entropy_gradient = self.settings.entropy_coef != 0
+        logps, entropies = self._logprobs(
+            model, arrays, entropy=True, entropy_gradient=entropy_gradient, gradient=True
         )
         sampling = arrays["sampling_logps"]
         loss, metrics = objective.grpo_loss(
@@ -288,12 +303,6 @@ class GrpoObjective:
             for name, value in item.group.reward.log_metric.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
         return metrics
-
-
-def padded_rows(count: int) -> int:
-    """Return the number of rows that `count` rows are padded to: at most a quarter more."""
-    step = max(1, 1 << max(0, count.bit_length() - 3))
-    return -(-count // step) * step
 
 
 def to_device(tokens: TokenBatch) -> Arrays:
