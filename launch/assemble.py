@@ -262,6 +262,7 @@ def _trainer(
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     head = choose_head(policy.model, train.head)
+    share_prompt = _shares_prompt(train, policy, reference, head)
     estimate = estimate_memory(
         policy.model,
         policy.config,
@@ -271,6 +272,7 @@ def _trainer(
         head=head,
         gradient_checkpointing=train.gradient_checkpointing,
         reference=reference.model if reference is not None else None,
+        shared_prompt=share_prompt,
     )
     warn_if_too_large(estimate)
 
@@ -290,7 +292,7 @@ def _trainer(
         line,
         reference=reference.model if reference is not None else None,
         max_none_batches=settings.rewards.max_none_batches,
-        share_prompt=_shares_prompt(train, policy, reference, head),
+        share_prompt=share_prompt,
     )
     evaluator = OnlineEvaluator(
         source, settings.rewards.reward_weights, line, len(prompts.evaluation)
