@@ -1,6 +1,7 @@
 """Puts an offline learner together: SFT or preference losses over a dataset."""
 
 import logging
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from learner.sft import SftObjective
 from learner.sources.examples import answers, pairs, sequences
 from learner.sources.generated import DEFAULT_LENGTH, Answers
 from learner.sources.offline import OfflineSets, open_offline
+from learner.sources.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.sources.stored import StoredEvaluator, StoredSource
 from learner.trainer import Objective, Schedule, Trainer
 from protocol.config import load
@@ -31,8 +33,11 @@ OfflineRun = SftRun | PreferenceRun
 DEFAULT_LIMIT = 1024  # tokens a row of a stream without data.max_length, for the memory estimate
 
 
-def assemble_offline(folder: Path, kind: str) -> Run:
-    """Build the offline run of `folder`: "sft" or "preference"."""
+def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lambda: False) -> Run:
+    """Build the offline run of `folder`: "sft" or "preference".
+
+    Where `stopped` ends what comes before the first step, the run only saves.
+    """
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
     mx.random.seed(settings.run.seed)  # what dropout draws
@@ -47,7 +52,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
     _estimate_memory(settings, policy, reference, head, sets)
     digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    if reference is not None and _precompute(settings, reference, head, sets):
+    if reference is not None and _precompute(settings, reference, head, sets, stopped):
         reference = None  # and with it the weights that only it holds
     objective = _objective(settings, policy, reference, head)
     source: StoredSource[Any] = StoredSource(sets.train)
@@ -75,6 +80,7 @@ def assemble_offline(folder: Path, kind: str) -> Run:
         else None,
         resume_state=digests,
     )
+    trainer.stopping = stopped()
     if checkpoint is not None:
         source.restore(checkpoint.source)
         trainer.restore(checkpoint)
@@ -134,17 +140,30 @@ def _advise(settings: OfflineRun, sets: OfflineSets[Any]) -> None:
 
 
 def _precompute(
-    settings: OfflineRun, reference: Reference, head: Head, sets: OfflineSets[Any]
+    settings: OfflineRun,
+    reference: Reference,
+    head: Head,
+    sets: OfflineSets[Any],
+    stopped: Callable[[], bool],
 ) -> bool:
-    """Give the examples their reference log-probs, where the settings ask for it; say whether."""
+    """Give the examples their reference log-probs, where the settings ask for it; say whether.
+
+    Where `stopped` ended it, not all of them have theirs.
+    """
     if isinstance(settings, SftRun) or not settings.objective.precompute_ref_log_probs:
         return False
     scorer = Scorer(reference, head, settings.objective, settings.train)
-    sets.train.replace_first(precompute(sets.train.first_batches(), scorer, cache_folder()))
+    found = precompute(sets.train.first_batches(), scorer, cache_folder(), stopped)
+    if found is None:
+        return False
+    sets.train.replace_first(found)
     held_out, size = sets.evaluation, settings.eval.batch_size
     if held_out:
         batches = [held_out[start : start + size] for start in range(0, len(held_out), size)]
-        held_out[:] = chain.from_iterable(precompute(batches, scorer, cache_folder()))
+        found = precompute(batches, scorer, cache_folder(), stopped)
+        if found is None:
+            return False
+        held_out[:] = chain.from_iterable(found)
     return True
 
 
@@ -159,14 +178,16 @@ def _answers(settings: OfflineRun, policy: LoadedPolicy) -> Answers | None:
 def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
     """Open the examples that the run trains on and holds out."""
     build: Any
+    reads = PAIR_COLUMNS
     if isinstance(settings, SftRun):
+        reads = SEQUENCE_COLUMNS
         build = sequences(
             settings.data,
             policy.tokenizer,
             completion_only_loss=settings.objective.completion_only_loss,
         )
     elif settings.objective.method == "kto":
-        build = answers(settings.data, policy.tokenizer)
+        build, reads = answers(settings.data, policy.tokenizer), ANSWER_COLUMNS
     else:
         build = pairs(settings.data, policy.tokenizer)
     return open_offline(
@@ -176,6 +197,7 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
         batch_size=settings.train.batch_size,
         epochs=settings.train.num_train_epochs,
         max_steps=settings.train.max_steps,
+        reads=reads,
     )
 
 

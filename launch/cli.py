@@ -1,9 +1,7 @@
 """What the front doors share: command line, run folder, the processes of a run, its ending.
 
-Relative paths of a recipe file (model, data, prepare, rewards…) are taken from the recipe's folder
-where they exist there, otherwise from the current folder, as those of flags are; the resolved
-config.toml holds them as absolute paths. Nothing heavy is imported before the configuration is
-accepted.
+The resolved config.toml holds absolute paths (`launch/recipe_paths.py`). Nothing heavy is imported
+before the configuration is accepted.
 """
 
 import os
@@ -15,32 +13,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
-from msgspec import structs
 
+from launch import resumed as resumption
 from launch.children import ChildSpec
 from launch.progress import Progress
+from launch.recipe_paths import DATA_SUFFIXES, require_file, resolve_flags, resolve_paths
 from launch.report import write_report
 from launch.supervisor import INTERRUPTED, Supervisor, awake
 from protocol.blas import HINT, load_openblas
-from protocol.config import load, read_toml, split_flags, to_toml
+from protocol.config import load, read_toml, to_toml
 from protocol.errors import ConfigError, PippinError
 from protocol.help import help_text
 from protocol.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
 
 RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
 PROGRAMS = Path(__file__).parent
-PATHS = (
-    "model.path",
-    "model.adapter_path",
-    "model.chat_template",
-    "model.reference",
-    "data.path",
-    "data.eval_path",
-    "data.prepare",
-    "rewards.functions",
-    "transport.keys",
-)
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 NOT_BEGUN = "not_begun"  # marks the folder of a run that failed before its first step
 
 
@@ -66,17 +53,20 @@ def read_command_line(
             raise ConfigError(f"give either a recipe ({recipe}) or --run.resume, not both")
         _require_program(cls, resumed)
         flags.append(f"--run.resume={resumed}")
+        before = load(cls, resumed / "config.toml")
         run = resolve_paths(load(cls, resumed / "config.toml", flags), Path.cwd())
-        fresh = resumed / f".config-{os.getpid()}.toml"
-        fresh.write_text(to_toml(run), encoding="utf-8")
-        fresh.replace(resumed / "config.toml")
+        try:
+            resumption.put(resumed, run)
+        except OSError as error:
+            raise ConfigError(f"--run.resume {resumed}: cannot be written: {error}") from error
+        sys.stdout.write("".join(f"{line}\n" for line in resumption.changes(before, run)))
         return run, resumed
     recipe = recipe or default
     run = load(cls, recipe, flags)
     if recipe is not None:
         run = resolve_paths(run, recipe.parent.absolute())
     for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
-        _require_file(f"data.{name}", path)
+        require_file(f"data.{name}", path)
     return run, make_run_folder(run, recipe.stem if recipe else "run")
 
 
@@ -105,75 +95,6 @@ def _resume_folder(flags: Sequence[str]) -> Path | None:
     return None
 
 
-def _require_file(key: str, text: str) -> None:
-    """Refuse a data file that is not there, before a model is loaded for it."""
-    file = Path(text).expanduser()
-    named = file.suffix.lower() in DATA_SUFFIXES and not any(mark in text for mark in "*[:")
-    if named and not file.exists():
-        raise ConfigError(f"{key} {text}: no such file (looked at {file.absolute()})")
-
-
-def resolve_flags(flags: Sequence[str], base: Path) -> list[str]:
-    """Return flags as `--key=value`, with the paths that exist under `base` made absolute."""
-    resolved: list[str] = []
-    for key, text in split_flags(flags):
-        value = text
-        if key == "rewards.functions" and not text.lstrip().startswith("["):
-            value = ",".join(resolve_path(part.strip(), base) for part in text.split(","))
-        elif key in PATHS and not (key == "model.reference" and text in ("initial", "base")):
-            value = resolve_path(text, base)
-        resolved.append(f"--{key}={value}")
-    return resolved
-
-
-def resolve_path(text: str, base: Path) -> str:
-    """Return `text` as an absolute path if its file part exists under `base` or the current folder.
-
-    The file part of "file.py:function" is what stands before the last colon; all else (hub ids,
-    modules, "base", URLs) comes back as it is.
-    """
-    if not text or "://" in text:
-        return text
-    head, colon, tail = text.rpartition(":")
-    if not (colon and head.endswith(".py")):
-        head, colon, tail = text, "", ""
-    for folder in (base, Path.cwd()):
-        if (folder / head).exists():
-            return f"{(folder / head).resolve()}{colon}{tail}"
-    return text
-
-
-def resolve_paths(run: RunT, base: Path) -> RunT:
-    """Return the run with the paths of its recipe made absolute."""
-    model = run.model
-    reference = model.reference
-    if reference not in ("initial", "base"):
-        reference = resolve_path(reference, base)
-    model = structs.replace(
-        model,
-        path=resolve_path(model.path, base),
-        adapter_path=resolve_path(model.adapter_path, base),
-        chat_template=resolve_path(model.chat_template, base),
-        reference=reference,
-    )
-    data = structs.replace(
-        run.data,
-        path=resolve_path(run.data.path, base),
-        eval_path=resolve_path(run.data.eval_path, base),
-        prepare=resolve_path(run.data.prepare, base),
-    )
-    run = structs.replace(run, model=model, data=data)
-    if isinstance(run, GrpoRun):
-        functions = [resolve_path(name, base) for name in run.rewards.functions]
-        keys = resolve_path(run.transport.keys, base)
-        return structs.replace(
-            run,
-            rewards=structs.replace(run.rewards, functions=functions),
-            transport=structs.replace(run.transport, keys=keys),
-        )
-    return run
-
-
 def make_run_folder(run: AnyRun, stem: str) -> Path:
     """Make `runs/<name>/` with the resolved config.toml, and point `runs/latest` to it.
 
@@ -181,17 +102,21 @@ def make_run_folder(run: AnyRun, stem: str) -> Path:
     """
     name = run.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(run.run.dir).absolute() / name
-    begun = (folder / "config.toml").exists() and not (folder / NOT_BEGUN).exists()
-    if begun:
-        raise ConfigError(
-            f"run.name: {folder} holds a run already; choose another name, or go on with it by "
-            f"--run.resume {folder}"
-        )
+    config = folder / "config.toml"
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        for stale in (NOT_BEGUN, "started_at"):
-            (folder / stale).unlink(missing_ok=True)
-        (folder / "config.toml").write_text(to_toml(run), encoding="utf-8")
+        if (folder / NOT_BEGUN).exists():
+            for stale in (config, folder / NOT_BEGUN, folder / "started_at"):
+                stale.unlink(missing_ok=True)
+        try:
+            with config.open("x", encoding="utf-8") as file:  # of two launches at once, one has it
+                file.write(to_toml(run))
+        except FileExistsError:
+            saved = any((folder / "checkpoints").glob("step-*/state.json"))
+            on = f"go on with it by --run.resume {folder}" if saved else "delete that folder"
+            raise ConfigError(
+                f"run.name: {folder} holds a run already; choose another name, or {on}"
+            ) from None
         latest = folder.parent / "latest"
         fresh = folder.parent / f".latest-{os.getpid()}"
         fresh.symlink_to(folder.name)
@@ -223,6 +148,7 @@ def supervise(
     if not load_openblas():
         sys.stderr.write(f"{HINT}\n")
     progress = Progress(folder, max_steps=run.train.max_steps)
+    metrics = folder / "metrics.jsonl"
 
     def say(text: str) -> None:
         progress.update()  # what came before it
@@ -243,10 +169,14 @@ def supervise(
         status = INTERRUPTED
     checkpoints = folder / "checkpoints"
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
-    if status != 0 and not saved and not (folder / "metrics.jsonl").exists():
-        (folder / NOT_BEGUN).touch()
-    if (folder / "metrics.jsonl").exists():
-        sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
+    try:
+        resumption.settle(folder, begun=False)
+        if status != 0 and not saved and not metrics.exists():
+            (folder / NOT_BEGUN).touch()
+        if metrics.exists():
+            sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
+    except OSError as error:  # a full disk; the run is what it is
+        sys.stdout.write(f"report:  not written: {error}\n")
     lines = what_next(folder, run, done=status == 0)
     if saved and (status != 0 or supervisor.interrupted):
         lines.append(f"go on:   uv run {sys.argv[0]} --run.resume {shown(folder)}")

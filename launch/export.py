@@ -74,7 +74,13 @@ def export(
         raise ModelError(f"{out} exists and is not empty: name a new folder to export to")
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter = locate(source, model, Path(scratch), best=best)
-        loaded: Any = load(base, adapter_path=adapter, return_config=True)
+        try:
+            loaded: Any = load(base, adapter_path=adapter, return_config=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            what = f"{base} with {adapter}" if adapter else base
+            raise ModelError(
+                f"{what}: cannot be loaded: {error}; --model names the base if it has moved"
+            ) from error
     network, tokenizer, config = loaded
     result = Exported(out)
     fuse(network, dequantize=dequantize)
@@ -87,7 +93,13 @@ def export(
             "The base is quantised: the fused layers were quantised again, which rounds. "
             "--dequantize keeps the adapter's effect exactly."
         )
-    save(out, base, network, tokenizer, config, donate_model=False)
+    try:
+        save(out, base, network, tokenizer, config, donate_model=False)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(out, ignore_errors=True)  # it was not there, or empty
+        raise ModelError(
+            f"{out}: cannot be written: {error}. Nothing was left there; free space"
+        ) from error
     if gguf:
         write_gguf(result, network, config)
     if ollama:
@@ -114,7 +126,11 @@ def locate(
 
 
 def _base_of(adapter: Path, model: str) -> str:
-    text = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    path = adapter / "adapter_config.json"
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: malformed JSON: {error}; name a whole adapter") from error
     base = model or str(text.get("model") or "")
     if not base:
         raise ModelError(f"{adapter}/adapter_config.json names no base model: give it as --model")

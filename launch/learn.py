@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.resumed import settle
+from launch.sole import sole_learner
 from protocol.blas import HINT, bound_lookahead, load_openblas
 from protocol.errors import PippinError, RewardError
 from protocol.lifeline import Lifeline
@@ -50,7 +52,8 @@ def main() -> int:
     if not load_openblas():
         log.info(HINT)
     try:
-        with _assembled(args) as run:
+        with sole_learner(args.run_dir), _assembled(args, lifeline) as run:
+            settle(args.run_dir, begun=True)
             _announce(run.trainer, args.run_dir)
             try:
                 _advance(run.trainer, lifeline)
@@ -72,7 +75,7 @@ def start_log() -> None:
 
 
 @contextmanager
-def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
+def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Iterator[Run]":
     """Build the run of the kind that `args.kind` names; MLX is loaded only here."""
     if args.kind == "grpo":
         from launch.assemble import assemble_online
@@ -82,7 +85,7 @@ def _assembled(args: argparse.Namespace) -> "Iterator[Run]":
     else:
         from launch.assemble_offline import assemble_offline
 
-        yield assemble_offline(args.run_dir, args.kind)
+        yield assemble_offline(args.run_dir, args.kind, lambda: lifeline.stop_requested)
 
 
 def _announce(trainer: "Trainer[Any]", folder: Path) -> None:

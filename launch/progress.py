@@ -37,6 +37,7 @@ BRIEF = (
 )
 PREFERENCES = ("rewards/accuracies", "rewards/margins")
 UNITS = {"step_time": " s"}
+EVALUATING = "evaluating step "  # as the learner logs it
 HELD_OUT = ("eval/reward", "eval/rewards/accuracies", "eval/loss")  # the first that is there
 
 
@@ -81,6 +82,8 @@ class Progress:
         self._evals: list[float] = []
         self._eval_name = "eval"
         self._times: list[tuple[float, float]] = []
+        self._asked = self._evaluated = -1  # the newest steps whose evaluation began, and ended
+        self._said = -1  # the newest whose evaluation was shown as a line
 
     def __enter__(self) -> "Progress":
         self.say(f"run: {self._folder}")
@@ -114,7 +117,10 @@ class Progress:
     def update(self) -> None:
         """Take in and show what was written since the last call."""
         for message in self._log.read():
-            self.say(message)
+            if message.startswith(EVALUATING):
+                self._asked = int(message.removeprefix(EVALUATING))
+            else:
+                self.say(message)
         for line in self._tail.read():
             self._learn_total()
             self._take(line)
@@ -122,6 +128,9 @@ class Progress:
                 self.say(self.line(line))
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
+        elif self._asked > max(self._evaluated, self._said):
+            self._said = self._asked
+            self.say(f"{EVALUATING}{self._said}")
 
     def _learn_total(self) -> None:
         path = self._folder / "total_steps"
@@ -137,6 +146,8 @@ class Progress:
         for self._eval_name, value in held_out[:1]:
             self._evals.append(value)
         step, seconds = number(line, "step"), number(line, "time_s")
+        if step is not None and any(key.startswith("eval/") for key in line):
+            self._evaluated = max(self._evaluated, round(step))
         if step is not None and seconds is not None:
             self._times.append((step, seconds))
 
@@ -151,13 +162,13 @@ class Progress:
         return f"step {line.get('step', '?')}{total}  " + "  ".join(parts)
 
     def time_left(self) -> float | None:
-        """Seconds to the end at the pace so far, or None where that cannot be said."""
+        """Seconds to the last step at the pace so far, or None after it or where none is known."""
         if self._max_steps < 1 or len(self._times) < 2:
             return None
         (first, began), (last, now) = self._times[0], self._times[-1]
-        if last <= first:
+        if last <= first or last >= self._max_steps:
             return None
-        return max(0.0, (now - began) / (last - first) * (self._max_steps - last))
+        return (now - began) / (last - first) * (self._max_steps - last)
 
     def _panel(self) -> Panel:
         table = Table.grid(padding=(0, 2))
@@ -170,7 +181,9 @@ class Progress:
             if name.endswith(shown) or name.startswith("queue/"):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         left = self.time_left()
-        table.add_row("time left", "-" if left is None else duration(left))
+        now = [duration(left)] if left is not None else []
+        now += [f"{EVALUATING}{self._asked}"] if self._asked > self._evaluated else []
+        table.add_row("time left", ", ".join(now) or "-")
         return Panel(table, title=self._folder.name, subtitle=time.strftime("%H:%M:%S"))
 
     def _curve(self, values: list[float]) -> str:

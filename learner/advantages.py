@@ -42,7 +42,7 @@ def advantages(
             f"reward_weights has {scale.size} numbers, but {table.shape[1]} reward functions "
             f"answered: {', '.join(names)}. Give one weight a function, in their order."
         )
-    total = _weighted(table, scale)
+    total = _weighted(table, scale, table)
     deviations = _per_group(total, groups, _std)
     spread = _std(total)
     if aggregation == "sum_then_normalize":
@@ -57,7 +57,7 @@ def advantages(
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
         ]
-        summed = _weighted(np.stack(columns, axis=1) if columns else table, scale)
+        summed = _weighted(np.stack(columns, axis=1) if columns else table, scale, table)
         spread = _std(summed)
         result = (summed - _mean(summed)) / (spread + EPSILON)
         deviations = np.full(len(total), spread)
@@ -78,10 +78,13 @@ def _metrics(
     return metrics
 
 
-def _weighted(table: Floats, scale: Floats) -> Floats:
-    """Return the weighted sum of a row's values, NaN left out; NaN where all are."""
-    empty = np.isnan(table).all(axis=1)
-    return np.where(empty, np.nan, np.nansum(table * scale, axis=1))
+def _weighted(values: Floats, scale: Floats, rewards: Floats) -> Floats:
+    """Return the weighted sum of each row's values, NaN left out; NaN where all `rewards` are.
+
+    A row with a reward may have no value: the only one of its group has no normalised reward.
+    """
+    empty = np.isnan(rewards).all(axis=1)
+    return np.where(empty, np.nan, np.nansum(values * scale, axis=1))
 
 
 def _mean(values: Floats) -> float:

@@ -47,7 +47,8 @@ def save_checkpoint(
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob(".step-*"):  # a killed writer's; nobody else would delete it
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_tensors(temporary / "weights.safetensors", checkpoint.weights, {"format": "mlx"})
         write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer, {"format": "mlx"})
@@ -58,7 +59,9 @@ def save_checkpoint(
         if final.exists():  # a folder cannot be replaced; half deleted it would look finished
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)
+        _sync(temporary)
         os.replace(temporary, final)
+        _sync(folder)  # before older ones are deleted: a power cut must leave one of them
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SnapshotError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +106,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _tensors(path: Path) -> dict[str, mx.array]:
     return read_tensors(path.read_bytes(), str(path))[0]
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder as durable as the files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from learner.head import chunked_logprobs, split_head
 from learner.shared_prompt import Recorder, SharedPrompt, after_prompt
 from protocol.errors import ModelError
+from protocol.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +47,16 @@ def completion_logprobs(
     gradient only with `entropy_gradient`. `gradient=False` saves work where none will be taken.
     """
 
-    def run(network: nn.Module) -> mx.array:
+    def run(network: Callable[..., mx.array]) -> mx.array:
         if prompt is None:
-            return cast(Any, network)(input_ids)
-        return after_prompt(cast(Any, network), len(cast(Any, model).layers), prompt, input_ids)
+            return network(input_ids)
+        return after_prompt(network, len(cast(Any, model).layers), prompt, input_ids)
 
     if head == "full":
-        logits = mx.take_along_axis(run(model), positions[..., None], axis=1)
+        logits = mx.take_along_axis(run(cast(Any, model)), positions[..., None], axis=1)
         return _plain(logits, targets, temperature, entropy, entropy_gradient)
     split = split_head(model)
-    hidden = states_at(run(split.trunk), positions)
+    hidden = states_at(run(split.states), positions)
     logps, entropies = chunked_logprobs(
         split,
         hidden.reshape(-1, hidden.shape[-1]),
@@ -105,22 +106,24 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
     except ModelError as error:
         log.warning("The memory-bounded head is off: %s", error)
         return "full"
-    if split.parameters and drops(split.owner):
-        log.warning(
-            "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
-        )
-        return "full"
     tokens = mx.array([[1, 2, 3, 4]])
     was_training = model.training
     model.eval()
     try:
-        whole, parts = model(tokens), split.head(split.trunk(tokens))
+        hidden = split.states(tokens)
+        whole, parts = model(tokens), split.head(hidden)
         same = whole.shape == parts.shape and mx.array_equal(whole, parts).item()
+        owner = split.owner(hidden[0])
     except (TypeError, ValueError, AttributeError) as error:
         log.warning("Trial of the memory-bounded head: %s", error)
-        same = False
+        same, owner = False, nn.Module()
     finally:
         model.train(was_training)
+    if trainable(owner) and drops(owner):
+        log.warning(
+            "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
+        )
+        return "full"
     if same:
         return "chunked"
     log.warning(

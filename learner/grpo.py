@@ -4,8 +4,9 @@ The mathematics is in `learner/objectives/grpo.py` and `learner/advantages.py`; 
 gathered, padded and skipped, reference and old log-probs are computed, and rollouts described.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,13 +14,13 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import TokenBatch, aligned, padded_rows, token_batch
+from learner.batches import TokenBatch, aligned, padded_rows
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
-from learner.shared_prompt import SharedPrompt, shared_prompt
+from learner.shared_prompt import SharedPrompt, group_batch
 from learner.trainer import Arrays, Prepared
 from protocol.errors import RewardError
 from protocol.messages import floats_view, ids_view
@@ -54,7 +55,7 @@ class GrpoObjective:
     """GRPO's loss family over batches of groups.
 
     `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
-    With `share_prompt`, micro-batches of one group compute its prompt once.
+    With `share_prompt`, a micro-batch of one group computes its prompt once.
     """
 
     settings: GrpoSettings
@@ -104,6 +105,8 @@ class GrpoObjective:
         prepared = Prepared([], metrics, step=step, rollouts=lines)
         if step:
             prepared.micro = self._micro(rows, masks, result.advantages, live)
+            if self.settings.top_entropy_quantile < 1:
+                prepared.again = partial(self._score_again, prepared.micro)
         return prepared
 
     def _moves_without_advantages(self) -> bool:
@@ -133,60 +136,60 @@ class GrpoObjective:
             part = set(chosen[start : start + size])
             index = [i for i in range(len(live)) if live[i] and int(rows.groups[i]) in part]
             micro.append(self._arrays(rows, masks, row_advantages, index))
-        shared = self._normalisers(masks, micro)
-        for arrays in micro:
-            arrays.update(shared)
-        return micro
-
-    def _normalisers(self, masks: list[np.ndarray], micro: list[Arrays]) -> Arrays:
-        """Return the whole batch's normalisers, each under `normaliser/...`."""
-        threshold: float | None = None
-        tokens: float | None = None
-        if self.settings.top_entropy_quantile < 1:
-            entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
-            flat = [np.array(arrays["mask"]).ravel() for arrays in micro]
-            threshold, tokens = objective.entropy_quantile(
-                np.concatenate(entropies), np.concatenate(flat), self.settings.top_entropy_quantile
-            )
         values = objective.grpo_normalisers(
             mask_sums=np.array([m.sum() for m in masks]),
             max_completion_length=self.max_completion_length,
-            entropy_threshold=threshold,
-            entropy_tokens=tokens,
         )
-        return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
+        for arrays in micro:
+            arrays.update(_normalisers(values))
+        if self.settings.top_entropy_quantile < 1:
+            self._find_threshold(micro)
+        return micro
+
+    def _find_threshold(self, micro: list[Arrays]) -> None:
+        """Put the entropy quantile over the whole batch into its micro-batches."""
+        entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
+        masks = [np.array(arrays["mask"]).ravel() for arrays in micro]
+        threshold, tokens = objective.entropy_quantile(
+            np.concatenate(entropies), np.concatenate(masks), self.settings.top_entropy_quantile
+        )
+        found = {"entropy_threshold": threshold, "entropy_tokens": max(tokens, 1.0)}
+        for arrays in micro:
+            arrays.update(_normalisers(found))
+
+    def _score_again(self, micro: list[Arrays]) -> None:
+        """Take the entropy quantile of the policy as it is now."""
+        for arrays in micro:
+            _, arrays["entropies"] = self._logprobs(self.model, arrays)
+        self._find_threshold(micro)
 
     def _arrays(
         self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
     ) -> Arrays:
         # Empty rows make few shapes of many: a compiled step is traced once a shape.
         empty = padded_rows(len(index)) - len(index)
-        prompts = [rows.prompts[i] for i in index]
-        prompt = None
-        if self.share_prompt and len(index) > 1 and len(set(rows.groups[index])) == 1:
-            prompt = shared_prompt(prompts[0], self.train.length_bucket)
-            prompts = [ids[-1:] for ids in prompts]
-        tokens = token_batch(
-            prompts + [np.zeros(1, np.int32)] * empty,
+        tokens, prompt = group_batch(
+            [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
             [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
             masks=[masks[i] for i in index] + [np.zeros(0, np.float32)] * empty,
             length_bucket=self.train.length_bucket,
+            one_prompt=self.share_prompt and len(set(rows.groups[index])) == 1,
         )
         sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
         if prompt is not None:
             arrays |= prompt._asdict()
-        weights = np.zeros(len(index) + empty, np.float32)
-        weights[: len(index)] = row_advantages[index]
-        arrays["advantages"] = mx.array(weights)
+        filling = np.zeros(empty, np.float32)
+        weights = np.concatenate([row_advantages[index], filling])
+        arrays["advantages"] = mx.array(weights.astype(np.float32))
+        arrays["rows"] = mx.array(np.concatenate([np.ones(len(index), np.float32), filling]))
         arrays["sampling_logps"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
-            quantile = settings.top_entropy_quantile < 1
-            old, entropies = self._logprobs(self.model, arrays, entropy=quantile)
+            old, entropies = self._logprobs(self.model, arrays)
             if settings.old_logprobs == "recompute":
                 arrays["old_logps"] = old
-            if quantile:
+            if settings.top_entropy_quantile < 1:
                 arrays["entropies"] = entropies
         if settings.importance_sampling_correction:
             arrays["ratio"] = objective.importance_ratio(
@@ -199,15 +202,7 @@ class GrpoObjective:
         mx.eval(arrays)
         return arrays
 
-    def _logprobs(
-        self,
-        model: nn.Module,
-        arrays: Arrays,
-        *,
-        entropy: bool = False,
-        entropy_gradient: bool = False,
-        gradient: bool = False,
-    ) -> tuple[mx.array, mx.array]:
+    def _logprobs(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
         return completion_logprobs(
             model,
             arrays["input_ids"],
@@ -216,16 +211,22 @@ class GrpoObjective:
             prompt=SharedPrompt.of(arrays),
             temperature=self.temperature,
             head=self.head,
-            entropy=entropy,
-            entropy_gradient=entropy_gradient,
-            gradient=gradient,
+            entropy=self.settings.top_entropy_quantile < 1,
+            gradient=False,
         )
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        entropy_gradient = self.settings.entropy_coef != 0
-        logps, entropies = self._logprobs(
-            model, arrays, entropy=True, entropy_gradient=entropy_gradient, gradient=True
+        logps, entropies = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
+            temperature=self.temperature,
+            head=self.head,
+            entropy=True,
+            entropy_gradient=self.settings.entropy_coef != 0,
         )
         sampling = arrays["sampling_logps"]
         loss, metrics = objective.grpo_loss(
@@ -237,6 +238,7 @@ class GrpoObjective:
             ref_logps=arrays.get("ref_logps"),
             sampling_logps=sampling,
             ratio=arrays.get("ratio"),
+            rows=arrays.get("rows"),
             normalisers={
                 key.removeprefix("normaliser/"): value
                 for key, value in arrays.items()
@@ -303,6 +305,10 @@ class GrpoObjective:
             for name, value in item.group.reward.log_metric.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
         return metrics
+
+
+def _normalisers(values: Mapping[str, float]) -> Arrays:
+    return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
 
 
 def to_device(tokens: TokenBatch) -> Arrays:

@@ -9,6 +9,7 @@ of all chunks would be alive at once.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from protocol.errors import ModelError
+from protocol.snapshots import trainable
 
 CHUNK = 128  # tokens whose logits exist at once
 
@@ -27,31 +29,60 @@ _TRUNKS = ("model", "transformer", "backbone", "gpt_neox")
 Logits = Callable[[mx.array], mx.array]
 
 
-@dataclass(frozen=True)
-class SplitModel:
-    """`trunk`: (B, T) token IDs to (B, T, D) hidden states; `head`: those to (B, T, V) logits.
-
-    `parameters`: the head's trainable tensors by name in `owner`, which holds them.
-    """
-
-    trunk: nn.Module
-    head: nn.Module
-    owner: nn.Module
-    parameters: dict[str, mx.array]
-
-
 class _Hidden(nn.Module):
-    """Stands in for the trunk: returns its input, and the trunk's attributes as its own."""
+    """Stands in for the trunk: returns its input, and the trunk's attributes as its own.
+
+    `read` collects the names of those that were asked for.
+    """
 
     def __init__(self, trunk: nn.Module) -> None:
         self["_trunk"] = trunk  # first: nn.Module looks names up while it sets itself up
         super().__init__()
+        self.read: set[str] = set()
 
     def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
         return hidden
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self["_trunk"], name)
+        value = getattr(self["_trunk"], name)
+        self.read.add(name)
+        return value
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """`trunk`: (B, T) token IDs to (B, T, D) hidden states; `head`: those to (B, T, V) logits.
+
+    In `head`, `stand_in` takes the trunk's place; `own` are the head's other modules.
+    """
+
+    trunk: nn.Module
+    head: nn.Module
+    stand_in: _Hidden
+    own: dict[str, Any]
+
+    def states(self, input_ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Run the trunk, with a cache for each layer where one is given."""
+        asked = inspect.signature(type(self.trunk).__call__).parameters.get("cache")
+        required = asked is not None and asked.default is inspect.Parameter.empty
+        if required or cache is not None:
+            return self.trunk(input_ids, cache=cache)
+        return self.trunk(input_ids)
+
+    def owner(self, hidden: mx.array) -> nn.Module:
+        """Return a module of all whose arrays the head may read: its own and, of the trunk, what
+        it asks for when it sees `hidden` (N, D): an embedding, where they are tied.
+
+        A model may have a head's weights and yet not read them.
+        """
+        self.stand_in.read.clear()
+        _logits(self.head, hidden[:1])  # builds a graph that nobody evaluates
+        owner, shared = nn.Module(), nn.Module()
+        dict.update(owner, self.own)
+        read = {name: self.trunk[name] for name in self.stand_in.read if name in self.trunk}
+        dict.update(shared, {name: part for name, part in read.items() if _has_arrays(part)})
+        owner["trunk"] = shared
+        return owner
 
 
 def split_head(model: nn.Module) -> SplitModel:
@@ -70,15 +101,9 @@ def split_head(model: nn.Module) -> SplitModel:
         )
     trunk = inner[name]
     head = copy.copy(inner)
-    head[name] = _Hidden(trunk)
-    # Without layers of its own, the head is the trunk's embedding.
-    others = {key: value for key, value in inner.items() if key != name and _has_arrays(value)}
-    if not others:
-        others = {key: value for key, value in trunk.items() if hasattr(value, "as_linear")}
-    owner = nn.Module()
-    dict.update(owner, others)
-    flat = cast(list[tuple[str, mx.array]], tree_flatten(owner.trainable_parameters()))
-    return SplitModel(trunk=trunk, head=head, owner=owner, parameters=dict(flat))
+    head[name] = stand_in = _Hidden(trunk)
+    own = {key: value for key, value in inner.items() if key != name and _has_arrays(value)}
+    return SplitModel(trunk=trunk, head=head, stand_in=stand_in, own=own)
 
 
 def chunked_logprobs(
@@ -103,8 +128,9 @@ def chunked_logprobs(
     factor = -inverse_temperature
     if not gradient:
         return _values(partial(_logits, split.head), hidden, targets, stats)
-    if split.parameters:
-        return _recomputed(split, hidden, targets, stats, factor, entropy_gradient)
+    owner = split.owner(hidden)
+    if trainable(owner):
+        return _recomputed(split.head, owner, hidden, targets, stats, factor, entropy_gradient)
     return _built_forward(split.head, hidden, targets, stats, factor, entropy_gradient)
 
 
@@ -231,7 +257,8 @@ def _built_forward(
 
 
 def _recomputed(
-    split: SplitModel,
+    head: nn.Module,
+    owner: nn.Module,
     hidden: mx.array,
     targets: mx.array,
     stats: _StatsOf,
@@ -239,12 +266,12 @@ def _recomputed(
     entropy_gradient: bool,
 ) -> tuple[mx.array, mx.array]:
     """Trainable head: the backward pass computes the logits again, adding up chunk by chunk."""
-    names = list(split.parameters)
+    held = trainable(owner)
 
     def logits(hidden: mx.array, *parameters: mx.array) -> mx.array:
-        split.owner.update(tree_unflatten(list(zip(names, parameters, strict=True))))
-        out = _logits(split.head, hidden)
-        split.owner.update(tree_unflatten(list(split.parameters.items())))
+        owner.update(tree_unflatten(list(zip(held, parameters, strict=True))))
+        out = _logits(head, hidden)
+        owner.update(tree_unflatten(list(held.items())))
         return out
 
     @mx.custom_function
@@ -273,7 +300,7 @@ def _recomputed(
         to_parameters = [s.astype(p.dtype) for s, p in zip(sums, parameters, strict=True)]
         return (mx.concatenate(slopes), mx.zeros_like(targets), *to_parameters)
 
-    logps, entropies = cast(list[mx.array], values(hidden, targets, *split.parameters.values()))
+    logps, entropies = cast(list[mx.array], values(hidden, targets, *held.values()))
     return logps, entropies if entropy_gradient else mx.stop_gradient(entropies)
 
 

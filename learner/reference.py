@@ -120,7 +120,11 @@ def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     if settings.adapter_path:
         digest = f"{digest}+{policy.adapter_digest}"
         source = f"{source} with adapter {settings.adapter_path}"
-    return _frozen(view(policy.model, bypass_adapters=fresh_adapters), digest, source)
+    # DoRA multiplies by a quantised weight in floats, the layer that it wraps packed: they differ
+    # in the last bits, so there the fresh adapter itself is what the run started from.
+    packed = any("scales" in module for module in policy.model.modules())
+    bypass = fresh_adapters and not (settings.fine_tune_type == "dora" and packed)
+    return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
 
 
 def _base_tree(policy: LoadedPolicy, settings: ModelSettings) -> nn.Module:

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -89,11 +89,17 @@ def cache_folder() -> Path:
     return Path(config.HF_DATASETS_CACHE) / "pippin"
 
 
-def precompute(batches: Sequence[Batch], scorer: Scorer, folder: Path) -> list[list[Any]]:
-    """Return the batches with reference log-probs in their examples.
+def precompute(
+    batches: Sequence[Batch],
+    scorer: Scorer,
+    folder: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[list[Any]] | None:
+    """Return the batches with reference log-probs in their examples; None if it was `stopped`.
 
     They come from `folder` where it has them; else they are computed and, if the disk takes them,
-    stored there. A file that is damaged counts as absent.
+    stored there. A file that is damaged counts as absent. `stopped` is asked before every
+    micro-batch; nothing is stored then.
     """
     began = time.monotonic()
     digests, sizes = _survey(scorer.inputs(batches))
@@ -110,7 +116,9 @@ def precompute(batches: Sequence[Batch], scorer: Scorer, folder: Path) -> list[l
     if flat is not None:
         log.info("reference log-probs of %d rows: read from %s", rows, path)
     else:
-        flat = _compute(batches, scorer, starts, total)
+        flat = _compute(batches, scorer, starts, total, stopped)
+        if flat is None:
+            return None
         took = time.monotonic() - began
         log.info("reference log-probs of %d rows: computed in %.1f s", rows, took)
         _write(path, flat)
@@ -131,11 +139,25 @@ def _survey(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[np.ndarray]
     return digests, sizes
 
 
-def _compute(batches: Sequence[Batch], scorer: Scorer, starts: np.ndarray, total: int) -> Logps:
-    """Return the log-probs (total,) of all token batches, each from its start on."""
+def _compute(
+    batches: Sequence[Batch],
+    scorer: Scorer,
+    starts: np.ndarray,
+    total: int,
+    stopped: Callable[[], bool],
+) -> Logps | None:
+    """Return the log-probs (total,) of all token batches, each from its start on; None: stopped."""
     flat = np.empty(total, np.float32)
     reported = time.monotonic()
     for index, tokens in enumerate(scorer.inputs(batches)):
+        if stopped():
+            log.info(
+                "reference log-probs: stopped after %d of %d micro-batches, as asked; they are not "
+                "kept, so a resumed run computes them anew",
+                index,
+                len(starts),
+            )
+            return None
         logps = scorer.score(tokens)
         flat[starts[index] : starts[index] + len(logps)] = logps
         if time.monotonic() - reported > _REPORT_S:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from learner.batches import Tokens, bucketed
+from learner.batches import Float32Array, TokenBatch, Tokens, bucketed, token_batch
 from protocol.errors import ModelError
 
 Mask = mx.array | Literal["causal"]
@@ -37,6 +37,28 @@ def shared_prompt(prompt: Tokens, length_bucket: int) -> SharedPrompt:
     input_ids = np.zeros((1, bucketed(length, length_bucket)), np.int32)
     input_ids[0, :length] = prompt[:-1]
     return SharedPrompt(mx.array(input_ids), mx.array(length, mx.int32))
+
+
+def group_batch(
+    prompts: Sequence[Tokens],
+    completions: Sequence[Tokens],
+    *,
+    masks: Sequence[Float32Array],
+    length_bucket: int,
+    one_prompt: bool,
+) -> tuple[TokenBatch, SharedPrompt | None]:
+    """Pad rows as `token_batch` does, or apart from the prompt where that makes fewer tokens.
+
+    `one_prompt`: the first prompt is that of all rows, except of those whose completion is empty.
+    """
+    whole = token_batch(prompts, completions, length_bucket=length_bucket, masks=masks)
+    if not one_prompt:
+        return whole, None
+    prompt, last = shared_prompt(prompts[0], length_bucket), [prompts[0][-1:]] * len(prompts)
+    own = token_batch(last, completions, length_bucket=length_bucket, masks=masks)
+    if prompt.prompt_ids.size + own.input_ids.size < whole.input_ids.size:
+        return own, prompt
+    return whole, None
 
 
 def after_prompt(

@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 from learner.forward import layer_by_layer
 from learner.optimizer import MasterAdamW, Tensors
 from learner.schedule import learning_rate
+from protocol.errors import TrainingError
 from protocol.settings import OptimizerSettings
 from protocol.snapshots import trainable
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Arrays = Any  # a tree of dicts, lists and tuples of mx.array
 Metrics = dict[str, mx.array]
+MAX_SKIPS = 10  # updates in a row without a finite gradient that end the run
 LossFn = Callable[[nn.Module, Arrays], tuple[mx.array, Metrics]]
 
 
@@ -66,6 +68,7 @@ class Step:
         self._running: list[mx.array] = []
         self._scheduled = 0
         self.skipped_updates = 0  # because the gradient was not finite
+        self._skipped_in_a_row = 0
 
     def accumulate(self, arrays: Arrays, loss_fn: LossFn) -> tuple[mx.array, Metrics]:
         """Add the gradient of one micro-batch, in float32; returns its loss and metrics.
@@ -80,6 +83,7 @@ class Step:
         with layer_by_layer(self._model, recompute=self._checkpointing):
             loss, metrics, self._gradients = micro(trainable(self._model), arrays, self._gradients)
             mx.eval(self._running)
+            self._running = []  # nobody holds the old sums: the new ones may take their place
             mx.async_eval(loss, metrics, self._gradients)
         self._running = list(self._gradients.values())
         return loss, metrics
@@ -87,7 +91,8 @@ class Step:
     def apply(self) -> Update:
         """Clip what was accumulated and update the model; a gradient that is not finite is dropped.
 
-        Raises ValueError if nothing was accumulated.
+        Raises TrainingError after `MAX_SKIPS` of those in a row, ValueError if nothing was
+        accumulated.
         """
         if not self._gradients:
             raise ValueError("Step.apply needs at least one accumulate since the last update")
@@ -98,16 +103,26 @@ class Step:
         self._model.update(tree_unflatten(list(new.items())))
         mx.async_eval(norm, new, *self._optimizer.arrays())
         grad_norm = float(cast(float, norm.item()))
-        if not math.isfinite(grad_norm):
-            self.skipped_updates += 1
-            log.warning(
-                "The gradient is not finite (norm %s): update skipped, %d so far. A smaller "
-                "optimizer.learning_rate or float32 (model.dtype) helps if this goes on.",
-                grad_norm,
-                self.skipped_updates,
+        finite = math.isfinite(grad_norm)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite:
+            self._report_skip(grad_norm)
+        return Update(grad_norm=grad_norm, learning_rate=rate, applied=finite)
+
+    def _report_skip(self, grad_norm: float) -> None:
+        self.skipped_updates += 1
+        if self._skipped_in_a_row >= MAX_SKIPS:
+            raise TrainingError(
+                f"{MAX_SKIPS} gradients in a row were not finite (norm {grad_norm}), so the policy "
+                "no longer learns. Go on from the last checkpoint with a smaller "
+                "optimizer.learning_rate, or start anew in float32 (model.dtype)."
             )
-            return Update(grad_norm=grad_norm, learning_rate=rate, applied=False)
-        return Update(grad_norm=grad_norm, learning_rate=rate, applied=True)
+        log.warning(
+            "The gradient is not finite (norm %s): update skipped, %d so far. A smaller "
+            "optimizer.learning_rate or float32 (model.dtype) helps if this goes on.",
+            grad_norm,
+            self.skipped_updates,
+        )
 
     def skip(self) -> Update:
         """Drop what was accumulated; the schedule moves on, weights and moments do not."""

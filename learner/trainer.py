@@ -6,7 +6,7 @@ program calls `advance` until `done`, and waits on the source in between.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -36,13 +36,15 @@ class Prepared:
     """A batch as arrays: one mapping a micro-batch, and what is known before the step.
 
     `step` False: nothing can be learned from it, so the optimiser does not move. `micro` may
-    leave out rows that contribute nothing; normalisers count them all the same.
+    leave out rows that contribute nothing; normalisers count them all the same. `again` brings
+    `micro` up to date with the policy before each further pass over the batch.
     """
 
     micro: list[Arrays]
     metrics: dict[str, float]
     step: bool = True
     rollouts: list[dict[str, Any]] = field(default_factory=list)
+    again: Callable[[], None] | None = None
 
 
 class Source(Protocol[BatchOut]):
@@ -148,7 +150,8 @@ class Trainer(Generic[BatchT]):
         """Do the next piece of work; return whether there was any. Blocks `timeout_s` at most."""
         if self.done:
             return False
-        if self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0:
+        first = self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0
+        if first and not self.stopping:
             self._start_eval()
         best_now = self._take_eval()
         if self.stopping or self._complete():
@@ -189,7 +192,6 @@ class Trainer(Generic[BatchT]):
             "learner/waiting_share": self._waiting_s / total,
             "train_started_at": wall,
             "train_finished_at": wall + (finished - started),
-            "optimizer_skipped": float(not prepared.step),
         }
         if mx.metal.is_available() or mx.default_device().type == mx.DeviceType.gpu:
             metrics["memory/peak_gb"] = mx.get_peak_memory() / 1e9
@@ -205,11 +207,18 @@ class Trainer(Generic[BatchT]):
         if not prepared.step:
             for _ in range(count):
                 update = self.updater.skip()
-            return {"learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0}
-        self.model.train()  # dropout; and mlx-lm's kernels without a gradient are only for eval
+            return {
+                "learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0,
+                "optimizer_skipped": 1.0,
+            }  # fmt: skip
+        passes: list[dict[str, float]] = []
         try:
-            passes: list[dict[str, float]] = []
-            for _ in range(count):
+            for index in range(count):
+                if index and prepared.again is not None:
+                    self.model.eval()
+                    prepared.again()
+                # Dropout; and mlx-lm's kernels without a gradient are only for eval.
+                self.model.train()
                 # Numbers are read after the last micro-batch: reading waits for the device.
                 parts = [
                     self.updater.accumulate(arrays, self.objective.loss)
@@ -219,11 +228,16 @@ class Trainer(Generic[BatchT]):
                 metrics = self.objective.finish(
                     reduce(self.objective.merge, (metrics for _, metrics in parts))
                 )
-                passes.append({"loss": sum(number(loss) for loss, _ in parts), **metrics})
+                own = {
+                    "loss": sum(number(loss) for loss, _ in parts),
+                    "grad_norm": update.grad_norm,
+                    "optimizer_skipped": float(not update.applied),
+                }
+                passes.append(own | metrics)
         finally:
             self.model.eval()
         means = {name: fmean(each[name] for each in passes) for name in passes[0]}
-        return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate, **means}
+        return {"learning_rate": update.learning_rate, **means}
 
     def _intervals(self) -> None:
         every = self.schedule.eval_steps
@@ -239,6 +253,7 @@ class Trainer(Generic[BatchT]):
         if self.evaluator is None or self.evaluator.pending:
             return
         self._evaluated = self.step
+        log.info("evaluating step %d", self.step)
         self.evaluator.start(self.step)
 
     def _take_eval(self) -> bool:

@@ -51,6 +51,10 @@ class RewardError(PippinError):
     """A reward function that cannot be imported, or that broke its contract."""
 
 
+class TrainingError(PippinError):
+    """Training that cannot go on, such as gradients that are never finite."""
+
+
 class LedgerError(PippinError):
     """An event that the ledger's rules exclude: a fault in the program, never in the input."""
 

@@ -156,6 +156,8 @@ def tokenise_sequence(
 def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:
     if row.get("messages") is not None:
         messages = check_messages(row["messages"], "messages")
+        if messages[-1]["role"] == "assistant":
+            _require_answer(messages, "the last answer of messages")
         return render_chat(tokenizer, messages, template_options(row))
     if row.get("text") is None:
         raise _missing(row, "text", "no text, messages, or prompt and completion")

@@ -80,6 +80,7 @@ def check_messages(messages: Json, where: str) -> Messages:
         fields = cast("Mapping[str, Any]", message)
         _check_role(fields, at)
         content = fields.get("content")
+        _check_calls(fields.get("tool_calls"), at)
         _check_content(content, at, required=not fields.get("tool_calls"))
         checked.append({k: without_nulls(v) for k, v in fields.items() if v is not None})
         checked[-1].setdefault("content", content)
@@ -90,6 +91,13 @@ def _check_role(message: Mapping[str, Any], at: str) -> None:
     role = message.get("role")
     if role not in ROLES:
         raise RowError("invalid_role", f"{at}.role is {role!r}; it must be one of {list(ROLES)}")
+
+
+def _check_calls(calls: Json, at: str) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RowError("mixed_types", f"{at}.tool_calls must be a list of calls, each a mapping")
 
 
 def _check_content(content: Json, at: str, *, required: bool) -> None:

@@ -17,6 +17,7 @@ from protocol.settings import GrpoSettings
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 Normalisers = Mapping[str, mx.array]
+EXPONENT_LIMIT = 80.0
 
 
 def grpo_normalisers(
@@ -89,6 +90,7 @@ def grpo_loss(
     ref_logps: mx.array | None = None,
     sampling_logps: mx.array | None = None,
     ratio: mx.array | None = None,
+    rows: mx.array | None = None,
     normalisers: Normalisers,
     settings: GrpoSettings,
 ) -> tuple[mx.array, Metrics]:
@@ -96,13 +98,15 @@ def grpo_loss(
 
     `logps`, `entropies`, `mask`, `old_logps`, `ref_logps`, `sampling_logps` (B, C) float32, nats;
     `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction; without
-    `sampling_logps` the off-policy mask compares with `old_logps`.
+    `sampling_logps` the off-policy mask compares with `old_logps`. `rows` (B,) is 0 for empty rows
+    that only fill the batch, which metrics leave out.
     """
     advantage = advantages[:, None]
     live = mask > 0
+    rows = mx.ones(advantages.shape) if rows is None else rows
     # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
     gap = mx.where(live, logps - old_logps, 0.0)
-    weights = _token_or_sequence(gap, mask, settings)
+    weights = saturated(_token_or_sequence(gap, mask, settings))
     coefficient = mx.exp(weights)
     loss, parts = _policy_loss(logps, gap, coefficient, advantage, mask, ratio, settings)
     if settings.off_policy_mask_threshold is not None:
@@ -120,26 +124,46 @@ def grpo_loss(
     if settings.beta != 0.0:
         if ref_logps is None:
             raise ValueError("beta is not 0: grpo_loss needs ref_logps")
-        kl = k3(mx.where(live, ref_logps - logps, 0.0))
-        if settings.use_bias_correction_kl:
-            kl = kl * coefficient
+        log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
+        kl = k3(mx.where(live, ref_logps - logps, 0.0), log_weights)
         loss = loss + settings.beta * kl
-        metrics |= _average("kl", kl, mask)
+        metrics |= _average("kl", kl, mask, rows)
     total = aggregate(loss, mask, normalisers, settings)
     if settings.entropy_coef != 0.0:
         metrics |= {"sum:policy_loss": mx.stop_gradient(total)}
         bonus = (entropies * effective).sum() / normalisers["entropy_tokens"]
         total = total - settings.entropy_coef * bonus
-    metrics |= _average("entropy", entropies, mask)
+    metrics |= _average("entropy", entropies, mask, rows)
     for name, values in parts.items():
-        metrics |= _average(name, values, mask)
-    metrics |= _extremes(parts, mask)
+        metrics |= _average(name, values, mask, rows)
+    metrics |= _extremes(parts, mask, rows)
+    if ratio is not None:
+        metrics |= _ratio_metrics(ratio, mask, rows)
     return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def k3(gap: mx.array) -> mx.array:
-    """Return Schulman's k3 estimate of KL(policy || reference), exp(gap) - gap - 1."""
-    return mx.exp(gap) - gap - 1
+def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
+    """Return exp(log_weights) times Schulman's k3 estimate of KL(policy || reference).
+
+    k3 is exp(gap) - gap - 1, for the gap from policy to reference in nats.
+    """
+    far = gap > 20.0
+    weights, near = mx.exp(log_weights), mx.where(far, 0.0, gap)
+    # Far off, exp(gap) may be inf and the weight 0, whose product is neither.
+    product = mx.exp(saturated(mx.where(far, gap + log_weights, 0.0)))
+    # Near 0, exp(gap) - 1 would have few digits left; so would its derivative, here given as slope.
+    slope = mx.stop_gradient(mx.expm1(near))
+    close = mx.stop_gradient(slope - near) + slope * (near - mx.stop_gradient(near))
+    return mx.where(far, product - weights * (gap + 1), weights * close)
+
+
+def saturated(exponent: mx.array) -> mx.array:
+    """Return `exponent`, at most 80 but with its own gradient: exp of it is finite in float32.
+
+    So a clipped ratio beyond that has the gradient 0, not 0 times inf.
+    """
+    excess = mx.maximum(exponent - EXPONENT_LIMIT, 0.0)
+    return exponent - mx.stop_gradient(excess)
 
 
 def off_policy_mask(
@@ -239,21 +263,30 @@ def _vespo_weight(
     return mx.where(mx.isfinite(phi), phi, 0.0)
 
 
-def _average(name: str, values: mx.array, mask: mx.array) -> Metrics:
+def _average(name: str, values: mx.array, mask: mx.array, rows: mx.array) -> Metrics:
     """Average over tokens, or over sequences where there is one value a sequence."""
-    if values.shape[1] == 1:
-        return mean(name, values.sum(), mx.array(float(values.shape[0])))
-    return mean(name, (values * mask).sum(), mask.sum())
+    counted = rows[:, None] if values.shape[1] == 1 else mask
+    return mean(name, (values * counted).sum(), counted.sum())
 
 
-def _extremes(parts: Metrics, mask: mx.array) -> Metrics:
+def _ratio_metrics(ratio: mx.array, mask: mx.array, rows: mx.array) -> Metrics:
+    name = "sampling/importance_sampling_ratio"
+    counted = (rows[:, None] if ratio.shape[1] == 1 else mask) > 0
+    return {
+        **_average(f"{name}/mean", ratio, mask, rows),
+        **minimum(f"{name}/min", mx.where(counted, ratio, math.inf).min()),
+        **maximum(f"{name}/max", mx.where(counted, ratio, -math.inf).max()),
+    }
+
+
+def _extremes(parts: Metrics, mask: mx.array, rows: mx.array) -> Metrics:
     """Return the smallest low and the largest high clip ratio of a sequence."""
     if "clip_ratio/low_mean" not in parts:
         return {}
 
     def of_rows(values: mx.array, empty: float) -> mx.array:
         if values.shape[1] == 1:
-            return values[:, 0]
+            return mx.where(rows > 0, values[:, 0], empty)
         sums = mask.sum(axis=-1)
         return mx.where(sums > 0, (values * mask).sum(axis=-1) / mx.maximum(sums, 1.0), empty)
 

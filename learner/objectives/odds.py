@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from learner.objectives.dpo import EXPONENT_LIMIT, smoothed
+from learner.objectives.dpo import EXPONENT_LIMIT, SQUARE_LIMIT, smoothed
 from protocol.errors import ConfigError
 from protocol.preference_checks import CPO_LOSSES
 from protocol.settings import PreferenceSettings
@@ -63,7 +63,8 @@ def cpo_terms(chosen: mx.array, rejected: mx.array, settings: PreferenceSettings
         case "hinge":
             return mx.maximum(1 - settings.beta * z, 0.0)
         case "ipo":
-            return (z - 1 / (2 * settings.beta)) ** 2
+            # AlphaPO's rewards reach 1e35
+            return (mx.clip(z, -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * settings.beta)) ** 2
         case "simpo":
             z = z - settings.simpo_gamma / settings.beta
     return smoothed(settings.beta * z, settings.label_smoothing)

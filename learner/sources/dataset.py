@@ -22,6 +22,9 @@ Loaded: TypeAlias = Any  # a Dataset or a dict of them, streamed or not
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _JSON = (".json", ".jsonl", ".ndjson")
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+# Text whatever it looks like: CSV readers make 15 a number, and NA nothing.
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text")
 _SAMPLED_ROWS = 100  # rows whose keys stand for the columns of a JSON file
 
 
@@ -57,6 +60,8 @@ def open_rows(settings: DataSettings, *, path: str = "", split: str = "") -> Row
     if local.suffix.lower() in _JSON and local.is_file():
         _require_train(path, split)
         return _open_json(local, streaming=settings.streaming)
+    if local.suffix.lower() in _PACKED and local.is_file():
+        raise DataError(f"{path}: a compressed file; unpack it, and name what was in it")
     if _looks_local(path) and not local.exists() and not any(c in path for c in "*["):
         raise DataError(f"data.path {path}: no such file or folder (looked at {local.absolute()})")
     return _open_datasets(settings, path, split)
@@ -105,9 +110,12 @@ def _generated(path: str, *, streaming: bool) -> Rows:
 def _open_json(path: Path, *, streaming: bool) -> Rows:
     try:
         with path.open("rb") as file:
-            head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+            head = file.read(4096)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+    if b"\0" in head:
+        raise DataError(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8 text")
+    head = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head:
         raise DataError(f"{path}: the file is empty; it must hold rows")
     if head.startswith(b"["):
@@ -118,7 +126,7 @@ def _open_json(path: Path, *, streaming: bool) -> Rows:
 def _json_array(path: Path) -> Rows:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: malformed JSON: {error}; mend the file") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -164,7 +172,7 @@ def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
 def _json_line(path: Path, number: int, line: bytes) -> RawRow:
     try:
         row = json.loads(line.lstrip(b"\xef\xbb\xbf"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: line {number} is malformed JSON: {error}; every line must be one object"
         ) from error
@@ -203,7 +211,7 @@ def _open_datasets(settings: DataSettings, path: str, split: str) -> Rows:
         loaded = loaded[split]
     name = f"{path} ({split})"
     if isinstance(loaded, datasets.IterableDataset):
-        return _streamed(name, loaded)
+        return _streamed(path, name, loaded)
     return Rows(
         name,
         list(loaded.column_names),
@@ -220,7 +228,13 @@ def _load_dataset(settings: DataSettings, path: str) -> Loaded:
     builder = "json" if suffix in _JSON else _BUILDERS.get(suffix)
     if builder is None:
         return datasets.load_dataset(path, settings.name, streaming=settings.streaming)
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        names = [settings.columns.get(column, column) for column in _TEXT_COLUMNS]
+        options["converters"] = dict.fromkeys(names, str)
+        options |= {"keep_default_na": False, "na_values": [""]}  # an empty cell holds nothing
+    if suffix == ".tsv":
+        options["sep"] = "\t"
     files = str(Path(path).expanduser()) if "://" not in path else path
     return datasets.load_dataset(
         builder, data_files={"train": files}, streaming=bool(settings.streaming), **options
@@ -238,9 +252,17 @@ def _load_failure(path: str, error: Exception) -> str:
     )
 
 
-def _streamed(name: str, stream: Loaded) -> Rows:
+def _streamed(path: str, name: str, stream: Loaded) -> Rows:
     def scan(start: int) -> Iterator[RawRow]:
-        yield from stream.skip(start) if start else stream
+        rows = iter(stream.skip(start) if start else stream)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (OSError, ValueError, RuntimeError) as error:
+                raise DataError(_load_failure(path, error)) from error
+            yield row
 
-    columns = stream.column_names or list(next(iter(stream), {}))
+    columns = stream.column_names or list(next(scan(0), {}))
     return Rows(name, columns, scan)

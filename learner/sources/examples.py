@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -250,6 +251,8 @@ def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
 def _score(value: Any) -> float | None:  # noqa: ANN401 - a cell of a dataset
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError("mixed_types", f"preference_score must be a number, not {value!r}")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, int | float):
+        with suppress(OverflowError):  # JSON's integers have no bound
+            if math.isfinite(value):
+                return float(value)
+    raise RowError("mixed_types", f"preference_score must be a number, not {value!s:.40}")

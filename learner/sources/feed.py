@@ -1,6 +1,8 @@
 """Examples in order, epoch after epoch, from memory or from a stream, with exact resume."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,18 +14,24 @@ from learner.sources.sieve import Sieve, require_some, stream_epoch
 from protocol.errors import CheckpointError, DataError
 from protocol.settings import DataSettings
 
+log = logging.getLogger("pippin.data")
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 class FeedState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a feed stands: `taken` rows into `epoch`. `size` guards against another dataset
-    (-1: a stream). `given`: examples of the rows from there on that were given already."""
+    """Where a feed stands: `taken` rows into `epoch`. `given`: examples of the rows from there on
+    that were given already. What guards against other data ("" in older checkpoints, which are
+    not checked for it): `size` (-1: a stream), `rows`, a digest of the examples in the file's
+    order, and `order`, in words, all that decides the order."""
 
     epoch: int = 0
     taken: int = 0
     size: int = -1
     given: int = 0
+    rows: str = ""
+    order: str = ""
 
 
 class Feed(Protocol[T_co]):
@@ -54,6 +62,10 @@ class ListFeed(Generic[T]):
         self._seed = seed
         self._batch_size = batch_size
         self._lengths = [length(example) for example in examples]
+        self._rows = _digest(examples)
+        self._words = f"{settings.order}, run.seed {seed}"
+        if settings.order == "length_grouped":
+            self._words += f", train.batch_size {batch_size}"
         self._epoch = 0
         self._taken = 0
         self._orders: dict[int, IndexArray] = {}
@@ -87,7 +99,13 @@ class ListFeed(Generic[T]):
 
     def state(self) -> FeedState:
         """Where the next example comes from."""
-        return FeedState(epoch=self._epoch, taken=self._taken, size=self.size)
+        return FeedState(
+            epoch=self._epoch,
+            taken=self._taken,
+            size=self.size,
+            rows=self._rows,
+            order=self._words,
+        )
 
     def restore(self, state: FeedState) -> None:
         """Go on from `state`; raises CheckpointError if it is of another dataset."""
@@ -96,14 +114,36 @@ class ListFeed(Generic[T]):
                 f"the checkpoint was made with {state.size} usable rows, the dataset now has "
                 f"{self.size}; give the same data to resume (-1 stands for a stream)"
             )
+        if state.rows not in ("", self._rows):
+            raise CheckpointError(
+                f"the checkpoint was made with {state.size} other rows, or with these in another "
+                "order or cut otherwise; give the same data and data settings to resume"
+            )
+        _require_order(state, self._words)
         self._epoch, self._taken = state.epoch, state.taken
+
+
+def _digest(examples: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(msgspec.msgpack.encode(example))
+    return digest.hexdigest()
+
+
+def _require_order(state: FeedState, words: str) -> None:
+    """Refuse another order: rows would be trained on twice, and others never."""
+    if state.order not in ("", words):
+        raise CheckpointError(
+            f"the checkpoint is in the midst of rows in this order: {state.order}; this run's is: "
+            f"{words}; resume with the same data.order and the same settings that decide it"
+        )
 
 
 class StreamFeed(Generic[T]):
     """A feed over a stream: rows are read, shuffled in a finite buffer and tokenised as needed.
 
     Resuming reads the rows before the place again, without tokenising them. The report's counts
-    start anew.
+    start anew. Rows that are dropped are logged as they come, in the first pass.
     """
 
     size = -1
@@ -116,6 +156,9 @@ class StreamFeed(Generic[T]):
         self._settings = settings
         self._seed = seed
         self._skip = skip
+        self._words = f"{settings.order}, after {skip} held-out rows"
+        if settings.order == "shuffled":
+            self._words += f", run.seed {seed}, data.shuffle_buffer {settings.shuffle_buffer}"
         self._epoch = 0
         self._taken = 0
         self._source: Iterator[tuple[int, RawRow]] | None = None
@@ -124,9 +167,14 @@ class StreamFeed(Generic[T]):
         """Return the next example, or None at the end of an epoch; refuse an empty stream."""
         if self._source is None:
             self._source = islice(self._open(), self._taken, None)
+        report = self._sieve.report
         for number, raw in self._source:
             self._taken += 1
+            said = len(report.dropped_rows)
             example = self._sieve(number, raw)
+            if self._epoch == 0:  # nothing of a stream is known at the start
+                for bad in report.dropped_rows[said:]:
+                    log.info("    row %d: %s; dropped from the stream", bad.row, bad.reason)
             if example is not None:
                 return example
         require_some(self._sieve.report)
@@ -145,7 +193,7 @@ class StreamFeed(Generic[T]):
 
     def state(self) -> FeedState:
         """Where the next example comes from."""
-        return FeedState(epoch=self._epoch, taken=self._taken)
+        return FeedState(epoch=self._epoch, taken=self._taken, order=self._words)
 
     def restore(self, state: FeedState) -> None:
         """Go on from `state`; raises CheckpointError if it is of another dataset."""
@@ -154,4 +202,5 @@ class StreamFeed(Generic[T]):
                 f"the checkpoint was made with {state.size} rows in memory, but data.streaming "
                 "is on; resume with the same data settings"
             )
+        _require_order(state, self._words)
         self._epoch, self._taken, self._source = state.epoch, state.taken, None

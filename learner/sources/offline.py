@@ -12,7 +12,7 @@ import msgspec
 from learner.sources.dataset import Rows, open_rows
 from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample, with_rows
 from learner.sources.feed import Feed, FeedState, ListFeed, StreamFeed
-from learner.sources.prepare import column_notes, preparation
+from learner.sources.prepare import PAIR_COLUMNS, column_notes, preparation
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
 from learner.sources.unpaired import UnpairedFeed, in_blocks, in_file_blocks
 from protocol.errors import ConfigError
@@ -55,6 +55,11 @@ class OfflineSource(Generic[E]):
         self._epochs = epochs
         self._max_steps = max_steps
         self._steps = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read as they are needed, so that their number is not known."""
+        return self._feed.size < 0
 
     @property
     def total_steps(self) -> int | None:
@@ -143,6 +148,7 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
+    reads: Sequence[str] = ...,
 ) -> OfflineSets[UnpairedExample]: ...
 
 
@@ -155,6 +161,7 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
+    reads: Sequence[str] = ...,
 ) -> OfflineSets[E]: ...
 
 
@@ -166,16 +173,17 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
+    reads: Sequence[str] = PAIR_COLUMNS,
 ) -> OfflineSets[Any]:
     """Open the examples that `settings` name and `build` makes: `pairs`, `answers` or
-    `sequences` of `learner/sources/examples.py`.
+    `sequences` of `learner/sources/examples.py`. Columns beyond those that it `reads` are told.
 
     Held-out examples hold their rows; streams are tokenised as they are read. What was dropped or
     truncated is logged at the start and kept in the sources' `report`. Raises DataError, as
     `open_prompts` does.
     """
     rows = open_rows(settings)
-    for note in column_notes(settings, rows):
+    for note in column_notes(settings, rows, reads):
         log.info(note)
     sieve = _sieve(settings, rows, build)
     evaluation = _evaluation(settings, build)

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,18 +13,10 @@ from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError
 
 PrepareFunction = Callable[[RawRow], RawRow | None]
-OFFLINE_COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "label",
-    "messages",
-    "text",
-    "tools",
-    "chat_template_kwargs",
-    "preference_score",
-)
+_ALWAYS = ("prompt", "tools", "chat_template_kwargs")
+PAIR_COLUMNS = (*_ALWAYS, "chosen", "rejected", "preference_score")
+ANSWER_COLUMNS = (*_ALWAYS, "completion", "label", "chosen", "rejected")
+SEQUENCE_COLUMNS = (*_ALWAYS, "completion", "messages", "text")
 _PROMPTS = ("instruction", "question", "query", "input")  # what datasets call a prompt
 
 
@@ -75,8 +67,8 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
     return Preparation(dict(settings.columns), function, settings.system_prompt)
 
 
-def column_notes(settings: DataSettings, rows: Rows) -> list[str]:
-    """Say which columns offline training leaves unread, that a prompt is implicit, what to set.
+def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str]) -> list[str]:
+    """Say which columns nothing reads where training reads `reads`, and that a prompt is implicit.
 
     A function of the user's may read any column; nothing is said then.
     """
@@ -85,13 +77,13 @@ def column_notes(settings: DataSettings, rows: Rows) -> list[str]:
     renamed = set(settings.columns.values())
     columns = (set(rows.columns) - renamed) | set(settings.columns)
     notes: list[str] = []
-    unread = sorted(columns - set(OFFLINE_COLUMNS))
+    unread = sorted(columns - set(reads))
     if unread:
         notes.append(
             f"{rows.name}: nothing reads the columns {unread}; data.columns renames them, "
             "data.prepare makes rows of them"
         )
-    if {"chosen", "rejected"} <= columns and "prompt" not in columns:
+    if {"chosen", "rejected"} <= columns & set(reads) and "prompt" not in columns:
         note = f"{rows.name}: no column prompt: it is what chosen and rejected begin with alike"
         if unread:
             likely = next((name for name in _PROMPTS if name in unread), unread[0])

@@ -158,6 +158,11 @@ def read_split(
         order = epoch_order("shuffled", rows.length, seed=_HELD_OUT_SEED, epoch=0).tolist()
         held_out, used = _first(keeping, picked(rows, order), settings.eval_rows)
         rest = sorted(order[used:])
+        if not rest:
+            raise DataError(
+                f"{rows.name}: data.eval_rows = {settings.eval_rows} takes all {used} rows, and "
+                "leaves none to train on; hold fewer out"
+            )
     if settings.max_rows is not None and settings.max_rows < len(rest):
         kind = "sequential" if settings.order == "sequential" else "shuffled"
         order = epoch_order(kind, len(rest), seed=seed, epoch=-1)[: settings.max_rows]

@@ -1,5 +1,6 @@
 """The trainer's view of offline batches, and the evaluation of held-out examples."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -11,6 +12,8 @@ from learner.objectives.metrics import number
 from learner.sources.examples import E
 from learner.sources.offline import OfflineSource, OfflineState
 from learner.trainer import Objective, Prepared
+
+log = logging.getLogger("pippin.data")
 
 
 @dataclass
@@ -27,7 +30,10 @@ class StoredSource(Generic[E]):
         return batch
 
     def stepped(self, version: int) -> None:
-        """Nothing to publish."""
+        """Nothing to publish; after the last batch of a stream, say what became of its rows."""
+        if version == self.batches.total_steps and self.batches.streamed:
+            for line in self.batches.report.lines(listed=0):
+                log.info(line)
 
     def figures(self) -> dict[str, float]:
         """Return the epochs that the batches have come to; of a stream, the whole ones."""

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 
+from msgspec import structs
+
 from learner.sources.examples import UnpairedExample
 from learner.sources.feed import FeedState, StreamFeed
 from learner.sources.order import permuted
@@ -71,7 +73,7 @@ class UnpairedFeed:
         state = self._rows.state()
         rows = [] if self._ahead is None else [self._ahead]
         first = state.taken - len(rows)
-        self._begin(FeedState(epoch=state.epoch, taken=first))
+        self._begin(structs.replace(state, taken=first))
         self._ahead = None
         end = (first // BLOCK + 1) * BLOCK
         while (row := self._rows.next()) is not None:
@@ -87,7 +89,7 @@ class UnpairedFeed:
 
     def state(self) -> FeedState:
         """Where the next answer comes from."""
-        return FeedState(epoch=self._start.epoch, taken=self._start.taken, given=self._given)
+        return structs.replace(self._start, given=self._given)
 
     def restore(self, state: FeedState) -> None:
         """Go on from `state`; raises CheckpointError if it is of another dataset."""

@@ -11,11 +11,10 @@ from launch.cli import (
     NOT_BEGUN,
     learner_spec,
     read_command_line,
-    resolve_flags,
-    resolve_path,
     what_next,
 )
 from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
+from launch.recipe_paths import resolve_flags, resolve_path
 from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.settings import GrpoRun, PreferenceRun, SftRun
@@ -98,7 +97,7 @@ def test_the_name_of_a_run_that_never_began_is_free(tmp_path: Path):
     assert again == folder
     assert load(SftRun, folder / "config.toml") == run
     assert not (folder / "started_at").exists()
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match=r"holds a run already"):
         read_command_line(SftRun, flags, "")
 
 
@@ -124,8 +123,15 @@ def test_the_last_lines_are_commands_for_a_shell(tmp_path: Path, monkeypatch: py
 def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Path):
     flags = [*OFFLINE, f"--run.dir={tmp_path}", "--run.name=a", "--train.max_steps=3"]
     run, folder = read_command_line(SftRun, flags, "")
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match=r"holds a run already.*or delete that folder"):
+        read_command_line(SftRun, flags, "")  # nothing to resume was saved
+    (folder / "checkpoints/step-000002").mkdir(parents=True)
+    (folder / "checkpoints/step-000002/state.json").touch()
+    with pytest.raises(ConfigError, match=r"holds a run already.*go on with it by --run.resume"):
         read_command_line(SftRun, flags, "")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file cannot be made"):
+        read_command_line(SftRun, [*flags, "--run.name=file"], "")
     again, same = read_command_line(
         SftRun, ["--run.resume", str(folder), "--train.max_steps=9"], ""
     )

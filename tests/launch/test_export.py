@@ -145,3 +145,31 @@ def test_templates_by_family():
     odd = modelfile(".", "{{ messages }}", ['a"b'])
     assert "# The chat template could not be converted" in odd
     assert 'PARAMETER stop "a\\"b"' in odd
+
+
+def test_what_cannot_be_loaded_or_written_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    base = write_model_folder(tmp_path / "base")
+    run, out = tmp_path / "run", tmp_path / "out"
+    adapters = run / "adapters"
+    tuned(base, adapters, "lora")
+    with pytest.raises(ModelError, match=r"nowhere.*cannot be loaded.*--model names the base"):
+        export(run, out, model=str(tmp_path / "nowhere"))
+
+    def full(path, *_, **__):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 4 bytes to file.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_lm.utils.save", full)
+        with pytest.raises(ModelError, match="Nothing was left there"):
+            export(run, out)
+    assert not out.exists()
+
+    (adapters / "adapters.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelError, match=r"adapters: cannot be loaded"):
+        export(run, out)
+    (adapters / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"adapter_config.json: malformed JSON"):
+        export(run, out)
+    assert not out.exists()

@@ -1,6 +1,7 @@
 """Runs with precomputed reference log-probs: the same bits, stored once, never stale."""
 
 import gc
+import itertools
 import json
 import logging
 import weakref
@@ -35,7 +36,7 @@ class Bench:
             for i, row in enumerate(self.rows)
         ]
 
-    def run(self, *flags, rows=None):
+    def run(self, *flags, rows=None, stopped=lambda: False):
         path = self.folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows or self.rows))
         shared = [
@@ -52,7 +53,7 @@ class Bench:
             "--train.length_bucket=4",
         ]
         _, folder = read_command_line(PreferenceRun, [*shared, *flags], "")
-        return assembly.assemble_offline(folder, "preference")
+        return assembly.assemble_offline(folder, "preference", stopped)
 
     def finished(self, *flags, rows=None):
         run = self.run(*flags, rows=rows)
@@ -194,6 +195,36 @@ def test_a_resumed_run_goes_on_with_the_same_bits(bench, caplog, kind):
             finish(resumed)
             assert metrics(resumed) == metrics(straight)
             assert same_tensors(resumed, straight)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "stored"),
+    [(2, "stopped after 2 of 6 micro-batches", 0), (7, "stopped after 1 of 2 micro-batches", 1)],
+    ids=["training rows", "held-out rows"],
+)
+def test_a_stop_while_computing_saves_and_a_resumed_run_computes_anew(
+    bench, caplog, asked, said, stored
+):
+    # 11 rows in batches of 4, 4 and 3, by two; 3 held-out rows in two batches
+    flags = [PRECOMPUTE, "--train.micro_batch_size=2", "--eval.batch_size=2"]
+    flags += ["--data.order=sequential"]
+    straight = bench.finished(*flags)
+    for name in bench.stored():
+        (bench.cache / "pippin" / name).unlink()
+    caplog.clear()
+    calls = itertools.count()
+    run = bench.run(*flags, stopped=lambda: next(calls) >= asked)
+    finish(run)
+    assert said in caplog.text
+    assert "evaluating" not in caplog.text
+    assert (run.trainer.step, len(bench.stored())) == (0, stored)
+    assert next(calls) == asked + 2  # once while it computed, once before training
+    folder = read_command_line(PreferenceRun, [f"--run.resume={run.folder}"], "")[1]
+    resumed = assembly.assemble_offline(folder, "preference")
+    finish(resumed)
+    assert len(bench.stored()) == 2
+    assert metrics(resumed) == metrics(straight)
+    assert same_tensors(resumed, straight)
 
 
 def test_a_changed_reference_dataset_or_file_is_computed_again(bench, caplog):

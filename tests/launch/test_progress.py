@@ -7,6 +7,8 @@ import pytest
 
 from launch.progress import Progress, duration, sparkline
 
+AT = "2026-01-02 03:04:05,678 INFO"
+
 
 def test_sparkline_spans_least_to_greatest_and_averages_long_series():
     assert sparkline([0.0, 1.0]) == "▁█"
@@ -75,11 +77,49 @@ def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp
     ]
 
 
+def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_the_last_step(
+    tmp_path: Path,
+):
+    out = io.StringIO()
+    (tmp_path / "logs").mkdir()
+    log, metrics = tmp_path / "logs/learner.log", tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=2, out=out) as progress:
+        # The first evaluation is over before anyone looks; the last one is looked at twice.
+        log.write_text(f"{AT} evaluating step 0\n")
+        metrics.write_text(
+            '{"step": 0, "time_s": 1.0, "eval/loss": 0.7}\n'
+            '{"step": 1, "time_s": 2.0, "loss": 0.6}\n'
+        )
+        progress.update()
+        assert progress.time_left() == 1.0
+        with log.open("a") as file:
+            file.write(f"{AT} evaluating step 2\n")
+        with metrics.open("a") as file:
+            file.write('{"step": 2, "time_s": 3.0, "loss": 0.5}\n')
+        progress.update()
+        progress.update()
+        with metrics.open("a") as file:
+            file.write('{"step": 2, "time_s": 63.0, "eval/loss": 0.4}\n')
+    assert out.getvalue().splitlines()[1:] == [
+        "step 0/2  eval/loss 0.7",
+        "step 1/2  loss 0.6  left 0:01",
+        "step 2/2  loss 0.5",
+        "evaluating step 2",
+        "step 2/2  eval/loss 0.4",
+    ]
+
+
 class Terminal(io.StringIO):
     """A terminal for rich."""
 
     def isatty(self) -> bool:
         return True
+
+
+def panel(out: Terminal) -> list[list[str]]:
+    """Return the words of each line of the panel as it was drawn last."""
+    text = out.getvalue()
+    return [line.strip("│ ").split() for line in text[text.rindex("╭") :].splitlines()]
 
 
 def test_the_panel_of_a_preference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,10 +134,15 @@ def test_the_panel_of_a_preference_run(tmp_path: Path, monkeypatch: pytest.Monke
             '{"step": 2, "time_s": 4.0, "loss": 0.25, "rewards/margins": 1.5}\n'
         )
         progress.update()
-    last = out.getvalue()[out.getvalue().rindex("step") :]
-    rows = [line.strip("│ ").split() for line in last.splitlines()]
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs/learner.log").write_text(f"{AT} evaluating step 2\n")
+        progress.update()
+        assert ["time", "left", "0:09,", "evaluating", "step", "2"] in panel(out)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time_s": 4.0, "eval/rewards/accuracies": 1.0}\n')
+    rows = panel(out)  # and the evaluation is over
     assert ["step", "2", "of", "8"] in rows
     assert ["loss", "█▁", "0.25"] in rows
-    assert ["eval/rewards/accuracies", "▁", "0"] in rows
+    assert ["eval/rewards/accuracies", "▁█", "1"] in rows
     assert ["rewards/margins", "1.5"] in rows
     assert ["time", "left", "0:09"] in rows

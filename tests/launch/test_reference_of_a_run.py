@@ -178,7 +178,7 @@ def test_a_resume_in_another_precision_is_refused(bench, change):
     lines = [change if x.startswith(f"{key} =") else x for x in config.read_text().splitlines()]
     assert change in lines
     config.write_text("\n".join(lines))
-    with pytest.raises(CheckpointError, match="made with (model|reference)_digest"):
+    with pytest.raises(CheckpointError, match=r"made with (model|reference)_digest"):
         bench.resume(run.folder)
 
 

@@ -37,6 +37,19 @@ def test_rows_without_rewards_and_groups_with_one():
     assert result.metrics["rewards/g/mean"] == 1.0
 
 
+def test_normalize_then_sum_counts_a_lone_reward_as_zero():
+    """TRL: the only scored row of a group sums to 0; one without any reward is left out."""
+    rewards = np.array([[5.0], [NAN], [0.0], [2.0], [4.0]])
+    groups = np.array([0, 0, 1, 1, 1])
+    result = advantages(rewards, groups=groups, names=["f"], aggregation="normalize_then_sum")
+    z = 2 / (2.0 + 1e-4)  # rewards 0, 2, 4: mean 2, deviation 2
+    summed = np.array([0.0, -z, 0.0, z])
+    expected = summed / (summed.std(ddof=1) + 1e-4)
+    assert result.advantages == pytest.approx([expected[0], 0.0, *expected[1:]])
+    assert result.advantages[4] == pytest.approx(1.2245948640)  # what TRL gives
+    assert result.metrics["frac_reward_zero_std"] == 0.0
+
+
 def test_normalize_then_sum():
     rewards = np.array([[0.0, 10.0], [2.0, 10.0], [1.0, 0.0], [1.0, 4.0]])
     result = advantages(rewards, groups=GROUPS, names=["f", "g"], aggregation="normalize_then_sum")

@@ -44,6 +44,13 @@ def test_one_that_was_not_finished_is_not_looked_at(tmp_path):
     assert load_checkpoint(tmp_path).step == 2
 
 
+def test_what_a_killed_writer_left_is_deleted_by_the_next(tmp_path):
+    (tmp_path / ".step-000006.77").mkdir()
+    (tmp_path / ".step-000006.77/weights.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, checkpoint(7), keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
+
+
 def test_a_damaged_or_missing_one_is_a_clear_error(tmp_path):
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         load_checkpoint(tmp_path)

@@ -2,15 +2,17 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.assemble_offline import open_examples
 from learner.sources.examples import pairs, sequences
 from learner.sources.offline import open_offline
 from protocol.errors import DataError
-from protocol.settings import DataSettings
+from protocol.settings import DataSettings, PreferenceRun, PreferenceSettings, SftRun
 from tests.parity import tiny_tokenizer
 
 SET = "data.columns renames them, data.prepare makes rows of them"
@@ -94,3 +96,37 @@ def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
         f"{name}: nothing reads the columns ['id']; {SET}",
         f"{name}: 1 rows kept, 0 dropped, 0 truncated",
     ]
+
+
+@dataclass
+class Policy:
+    """What examples need of a policy."""
+
+    tokenizer: Any
+
+
+@pytest.mark.parametrize(
+    ("method", "unread"),
+    [
+        ("sft", ["chosen", "label", "preference_score", "rejected"]),
+        ("kto", ["messages", "preference_score", "text"]),
+        ("dpo", ["completion", "label", "messages", "text"]),
+        ("orpo", ["completion", "label", "messages", "text"]),
+    ],
+)
+def test_columns_of_other_methods_are_read_by_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: Any, unread: list[str]
+):
+    caplog.set_level(logging.INFO, "pippin.data")
+    row = {"prompt": "a", "completion": "b", "label": True, "chosen": "b", "rejected": "c"}
+    row |= {"messages": [], "text": "d", "preference_score": 1.0, "tools": None}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    data = DataSettings(path=str(path))
+    run: Any = SftRun(data=data)
+    if method != "sft":
+        run = PreferenceRun(data=data, objective=PreferenceSettings(method=method))
+    policy: Any = Policy(tiny_tokenizer.build())
+    assert len(open_examples(run, policy).train.first_batches()) == 1
+    assert caplog.messages[0] == f"{path}: nothing reads the columns {unread}; {SET}"
+    assert "no column prompt" not in caplog.text

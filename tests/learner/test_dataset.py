@@ -81,12 +81,37 @@ def _write_text(path, text):
         ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is malformed JSON"),
         ("a.jsonl", "\n", "the file is empty"),
         ("a.parquet", "no parquet", r"a\.parquet: cannot be read"),
+        ("a.jsonl", "{\0}\0", "holds NUL bytes, as UTF-16 does; save it as UTF-8"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1 is malformed JSON: maximum recursion"),
+        ("a.json", '[{"a": ' + "[" * 100_000, "malformed JSON: maximum recursion"),
+        ("a.jsonl.gz", "packed", r"a\.jsonl\.gz: a compressed file; unpack it"),
     ],
 )
 def test_malformed_files_name_the_path(tmp_path, name, text, words):
     path = _write_text(tmp_path / name, text)
     with pytest.raises(DataError, match=words):
         list(open_rows(DataSettings(path=path)).scan(0))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("text", ["a,b\n1,2\n1,2,3\n", 'a,b\n"1,2\n', ""])
+def test_a_malformed_stream_names_the_path(tmp_path, text):
+    path = _write_text(tmp_path / "a.csv", text)
+    with pytest.raises(DataError, match=r"a\.csv: cannot be read: .*check that the file is whole"):
+        list(open_rows(DataSettings(path=path, streaming=True)).scan(0))
+    gc.collect()  # `datasets` leaves the file open: let its warning fall in here
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_of_a_csv_file_stays_text(tmp_path, streaming):
+    path = _write_text(tmp_path / "a.csv", "prompt,good,rejected,label\n12,007,NA,1\n3, a ,,0\n")
+    settings = DataSettings(path=path, columns={"chosen": "good"}, streaming=streaming)
+    assert list(open_rows(settings).scan(0)) == [
+        {"prompt": "12", "good": "007", "rejected": "NA", "label": 1},
+        {"prompt": "3", "good": " a ", "rejected": None, "label": 0},
+    ]
+    gc.collect()
 
 
 def test_what_cannot_be_reached_says_what_to_do(tmp_path):

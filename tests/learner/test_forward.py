@@ -30,6 +30,8 @@ COHERE = {
     "layer_norm_eps": 1e-5,
     "layer_norm_bias": False,
 }
+HELIUM = {"model_type": "helium", "attention_bias": False, "mlp_bias": False}
+PHI = {"model_type": "phi", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +113,8 @@ CASES = {
     "soft cap": lambda: trained("lora", **GEMMA2),
     "soft cap, full": lambda: trained("full", **GEMMA2),
     "logit scale": lambda: trained("lora", **COHERE),
+    "tied beside a head that is not read": lambda: trained("full", **HELIUM),
+    "a trunk that asks for a cache": lambda: trained("full", **PHI),
 }
 
 

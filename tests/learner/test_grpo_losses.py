@@ -7,7 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from learner.objectives.grpo import entropy_quantile, grpo_loss, grpo_normalisers, importance_ratio
+from learner.objectives.grpo import (
+    entropy_quantile,
+    grpo_loss,
+    grpo_normalisers,
+    importance_ratio,
+    k3,
+)
 from learner.objectives.metrics import finish_metrics, merge_metrics, number
 from protocol.settings import GrpoSettings
 
@@ -143,7 +149,7 @@ def test_gradients_with_a_detached_weight_equal_differences_at_that_weight(loss_
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("zero", [False, True])
 def test_extreme_log_probs_stay_finite(loss_type, level, zero):
-    values = np.array([0.0, -1e-8, -80.0, -1.0], np.float32)
+    values = np.array([0.0, -1e-8, -80.0, -200.0], np.float32)
     grid = np.array(np.meshgrid(values, values, values)).reshape(3, -1, 4)
     data = dict(zip(("logps", "old", "ref"), grid, strict=True))
     rows = len(data["logps"])
@@ -156,6 +162,34 @@ def test_extreme_log_probs_stay_finite(loss_type, level, zero):
     assert math.isfinite(value)
     assert np.isfinite(grad).all()
     assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
+
+
+@pytest.mark.parametrize("gain", [2.0, -2.0])
+def test_a_ratio_beyond_float32_has_its_limit(gain):
+    data = {name: np.full((1, 1), -1e-8, np.float32) for name in ("logps", "ref", "ent")}
+    data |= {"old": np.full((1, 1), -200.0, np.float32), "mask": np.ones((1, 1), np.float32)}
+    value, grad, _ = run(data | {"adv": np.full(1, gain, np.float32)}, GrpoSettings())
+    if gain > 0:  # clipped: -(1 + epsilon) A, whose gradient is 0
+        assert value == pytest.approx(-2.4)
+        assert grad == 0.0
+    else:  # nothing clips it: its gradient's norm will be inf, so that the step is left out
+        assert value > 1e34
+        assert grad > 1e34
+
+
+@pytest.mark.parametrize("gap", [1e-4, -1e-4, 0.3, 19.99, 20.01, 60.0])
+@pytest.mark.parametrize("weight", [0.0, -0.5])
+def test_k3_keeps_its_digits(gap, weight):
+    value, grad = mx.value_and_grad(lambda x: k3(x, mx.array(weight)))(mx.array(gap))
+    exact = float(np.float32(gap))
+    wanted = math.exp(weight) * (math.expm1(exact) - exact)
+    assert value.item() == pytest.approx(wanted, rel=5e-6, abs=2e-11)
+    assert grad.item() == pytest.approx(math.exp(weight) * math.expm1(exact), rel=5e-6)
+
+
+def test_a_ratio_of_0_times_an_infinite_kl_is_the_ratio_of_reference_and_sampler():
+    value = k3(mx.array(199.0), mx.array(-200.0))  # reference -1, policy -200, sampler 0
+    assert value.item() == pytest.approx(math.exp(-1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize(

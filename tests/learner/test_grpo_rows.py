@@ -21,7 +21,7 @@ from protocol.messages import (
     ids_bytes,
 )
 from protocol.settings import GrpoSettings, TrainSettings
-from tests.tiny import tiny_model
+from tests.tiny import tensors, tiny_model
 
 NONE = float("nan")
 
@@ -107,6 +107,47 @@ def test_any_split_into_micro_batches_has_the_same_loss():
     (one,) = [whole.loss(made.model, arrays)[0] for arrays in whole.prepare(batch).micro]
     assert len(parts) == 3
     assert mx.stack(parts).sum().item() == pytest.approx(one.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_rows_that_fill_a_batch_are_in_no_metric(loss_type):
+    """Nine rows are padded to ten; each of the nine has its own ratio, which clips or weighs it."""
+    batch = TrainBatch([group(0, [[float(i * i)] for i in range(9)], [3] * 9)], 3)
+    made = objective(
+        loss_type=loss_type, importance_sampling_level="sequence", old_logprobs="recompute",
+        importance_sampling_correction=True, importance_sampling_mode="sequence_truncate",
+    )  # fmt: skip
+    (arrays,) = made.prepare(batch).micro
+    assert len(arrays["mask"]) == 10
+    old = np.array(arrays["old_logps"], np.float64)[:9, :3]
+    ratios = np.minimum(np.exp((old + 1.0).sum(axis=1)), 3.0)  # the sampler's log-probs are -1
+    arrays["old_logps"] = arrays["old_logps"] + 1.0  # policy over old is 1 / e a token
+    metrics = made.finish(made.loss(made.model, arrays)[1])
+    name = "sampling/importance_sampling_ratio"
+    for part, value in (("min", ratios.min()), ("mean", ratios.mean()), ("max", ratios.max())):
+        assert metrics[f"{name}/{part}"] == pytest.approx(value, rel=1e-5)
+    if loss_type == "dapo":
+        assert metrics["clip_ratio/low_mean"] == pytest.approx(5 / 9)  # five advantages below 0
+    else:
+        omega = np.maximum(np.log(ratios) - 3.0, np.log(1e-8))
+        k, scale = np.repeat([3.0, 2.0], [5, 4]), np.repeat([2.0, 3.0], [5, 4])
+        phi = np.exp(scale + k * omega - scale * np.exp(omega))
+        assert metrics["vespo/phi_seq_mean"] == pytest.approx(phi.mean(), rel=1e-4)
+
+
+def test_every_pass_takes_the_entropy_quantile_of_the_policy_as_it_is():
+    batch = TrainBatch([group(i, [[0.0], [1.0]], [3, 4]) for i in range(2)], 3)
+    made = objective(top_entropy_quantile=0.5, num_iterations=2)
+    prepared = made.prepare(batch)
+    before = [arrays["normaliser/entropy_threshold"].item() for arrays in prepared.micro]
+    made.model.load_weights(list(tensors(tiny_model(seed=5)).items()))
+    assert prepared.again is not None
+    prepared.again()
+    anew = made.prepare(batch).micro
+    assert len(anew) == len(before) == 2
+    for arrays, wanted, old in zip(prepared.micro, anew, before, strict=True):
+        threshold = arrays["normaliser/entropy_threshold"].item()
+        assert threshold == wanted["normaliser/entropy_threshold"].item() != old
 
 
 def test_the_third_batch_in_a_row_without_a_reward_ends_the_run_with_the_reason():

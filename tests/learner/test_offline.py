@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from msgspec.structs import replace as replace_state
 
 from learner.sources import offline
 from learner.sources.dataset import Rows
 from learner.sources.examples import answers, pairs, sequences
 from learner.sources.offline import open_offline
-from protocol.errors import ConfigError, DataError
+from protocol.errors import CheckpointError, ConfigError, DataError
 from protocol.settings import DataSettings
 
 
@@ -85,6 +86,13 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
     text = "\n".join(source.report.lines())
     assert "1000 rows kept, 100 dropped" in text
     assert "row 5: no rejected; the row has ['chosen', 'prompt']" in text
+
+
+def test_a_score_that_no_float_holds_is_a_bad_row(tmp_path):
+    rows = [{**_pair(0), "preference_score": 10**400}, {**_pair(1), "preference_score": 10**300}]
+    source = _open(_data(tmp_path, rows)).train
+    assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [(0, "mixed_types")]
+    assert _first(source)[0].score == 1e300
 
 
 def test_on_bad_row_error_stops_at_the_first(tmp_path):
@@ -171,6 +179,50 @@ def test_answers_carry_their_label_and_sequences_their_mask(tmp_path):
         ([97, 98, 4], [1, 1, 1]),
         ([97, 98, 4], [0, 1, 1]),
     ]
+
+
+OTHER = {
+    "edited": ({"rows": [_pair(1), *map(_pair, range(1, 20))]}, r"20 other rows"),
+    "reordered": ({"rows": [*map(_pair, reversed(range(20)))]}, r"in another order"),
+    "seed": ({"seed": 1}, r"shuffled, run.seed 0; this run's is: shuffled, run.seed 1"),
+    "order": ({"order": "sequential"}, r"this run's is: sequential, run.seed 0"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_other_rows_or_another_order_are_refused_on_resume(tmp_path, change):
+    changes, words = OTHER[change]
+    given = {"rows": [_pair(number) for number in range(20)], "seed": 0, "order": "shuffled"}
+    source = _open(_data(tmp_path, given["rows"])).train
+    _first(source)
+    state = source.state()
+    given |= changes
+    settings = _data(tmp_path, given["rows"], order=given["order"])
+    with pytest.raises(CheckpointError, match=words):
+        _open(settings, seed=given["seed"]).train.restore(state)
+    older = replace_state(state, feed=replace_state(state.feed, rows="", order=""))
+    _open(settings, seed=given["seed"]).train.restore(older)
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_streams_order_is_kept_on_resume(tmp_path, judged):
+    settings = _data(tmp_path, [_pair(number) for number in range(20)], streaming=True)
+
+    def open_source(seed):
+        build = (answers if judged else pairs)(settings, Bytes())
+        return open_offline(settings, build, seed=seed, batch_size=4, max_steps=9).train
+
+    source = open_source(0)
+    _first(source)
+    words = r"run.seed 0, data.shuffle_buffer 10000; this run's is: .*run.seed 1"
+    with pytest.raises(CheckpointError, match=words):
+        open_source(1).restore(source.state())
+
+
+def test_rows_that_are_all_held_out_are_refused(tmp_path):
+    data = _data(tmp_path, [_pair(number) for number in range(5)], eval_rows=5)
+    with pytest.raises(DataError, match=r"data.eval_rows = 5 takes all 5 rows"):
+        _open(data)
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path):

@@ -94,6 +94,15 @@ def test_extreme_log_probs_stay_finite(method, loss_type, alpha, side):
     assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_alphapo_of_extreme_log_probs_stays_finite(name):
+    logps = np.array([[0.0, -1e-8], [-200.0, -200.0]], np.float32)  # the reward is -exp(100) / 0.5
+    settings = settings_for("cpo", [name], 0.5)
+    value, grad, _ = gradient(logps, np.zeros_like(logps), np.ones_like(logps), settings)
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "exo_pair", "discopop"])
 @pytest.mark.parametrize("side", [0, 1, 2])

@@ -59,6 +59,15 @@ def adapter_folder(folder, target, **changes):
     return target
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_the_initial_reference_is_the_untrained_policy_to_the_bit(folder, kind, bits, dtype):
+    settings = settings_of(folder, fine_tune_type=kind, quantize_bits=bits, dtype=dtype)
+    policy = load_policy(settings, seed=1)
+    assert mx.array_equal(logps_of(make_reference(policy, settings).model), logps_of(policy.model))
+
+
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_a_hundred_steps_and_a_resume_leave_it_bit_identical(folder, tmp_path, kind, bits):

@@ -14,7 +14,7 @@ from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs, layer_by_layer
 from learner.grpo import GrpoObjective
 from learner.prompt_trial import choose_shared_prompt
-from learner.shared_prompt import SharedPrompt, after_prompt, shared_prompt
+from learner.shared_prompt import SharedPrompt, after_prompt, group_batch, shared_prompt
 from learner.sources.prompts import Prompt
 from learner.step import Step
 from protocol.adapters import attach_adapters
@@ -187,20 +187,20 @@ BATCH = TrainBatch(
     [
         trained_group(0, [0.0, 1.0, 0.0, 3.0, 1.0], [2, 7, 1, 5, 3], [2, 3, 4, 9, 8, 7]),
         trained_group(1, [1.0, 1.0, 1.0, 1.0, 1.0], [3, 3, 4, 1, 2], [5, 6, 2]),
-        trained_group(2, [0.0, 1.0, 1.0, 3.0, 0.0], [1, 1, 1, 1, 9], [7]),
+        trained_group(2, [0.0, 1.0, 1.0, 3.0, 0.0], [1, 1, 1, 1, 6], [7, 3, 2, 9, 5, 7, 8, 2, 3]),
     ],
     0,
 )
 
 
-def step_of(share, kind, *, size=1, bucket=4, recompute=False, compiled=False, **settings):
+def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings):
     """Accumulate BATCH: returns objective, micro-batches, loss, metrics and gradients."""
     model = policy(kind)
     reference = tiny_model(seed=5, **GQA)
     reference.freeze()
     model.train()
     made = GrpoObjective(
-        GrpoSettings(**settings), TrainSettings(micro_batch_size=size, length_bucket=bucket),
+        GrpoSettings(**settings), TrainSettings(micro_batch_size=size, length_bucket=4),
         model, 0.8, 16, None, "chunked", lambda *_: {}, reference=reference, share_prompt=share,
     )  # fmt: skip
     prepared = made.prepare(BATCH)
@@ -238,20 +238,32 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
     assert_equal((mx.zeros(1), shared[2]), (mx.zeros(1), whole[2]), gradients=5e-5)
     for arrays in micro:
         if "old_logps" in arrays:
-            logps, _ = made._logprobs(made.model, arrays, entropy=True, gradient=True)
+            with layer_by_layer(made.model, recompute=recompute):
+                logps, _ = completion_logprobs(
+                    made.model, arrays["input_ids"], arrays["positions"], arrays["targets"],
+                    prompt=SharedPrompt.of(arrays), temperature=0.8, entropy=True,
+                )  # fmt: skip
             assert mx.array_equal(logps, arrays["old_logps"])
 
 
-def test_several_groups_a_micro_batch_and_single_rows_are_whole_rows():
+def test_several_groups_and_groups_that_would_take_no_fewer_tokens_are_whole_rows():
     _, micro, *_ = step_of(True, "lora", size=3)
     assert all("prompt_ids" not in arrays for arrays in micro)
-    lone = TrainBatch([trained_group(0, [0.0, 1.0], [3, 4], [2, 3, 4], cut=(0,))], 0)
-    made = GrpoObjective(
-        GrpoSettings(mask_truncated_completions=True), TrainSettings(length_bucket=4),
-        policy("lora"), 1.0, 8, None, "chunked", lambda *_: {}, share_prompt=True,
-    )  # fmt: skip
-    (arrays,) = made.prepare(lone).micro
-    assert "prompt_ids" not in arrays  # what was cut is left out: one row remains
+    prompt, rows = [2, 3, 4, 5, 6], [[7, 8, 9]] * 3
+    cases = [
+        (prompt, rows, True),  # 4 + 3 * 4 tokens instead of 3 * 8
+        (prompt, rows[:1], False),  # 4 + 4, and 8 in one row
+        (prompt[:2], rows, False),  # 4 + 3 * 4, and 3 * 4 in whole rows
+        (prompt[:1], rows, False),
+    ]
+    for start, completions, shares in cases:
+        masks = [np.ones(3, np.float32)] * len(completions)
+        given = {"masks": masks, "length_bucket": 4}
+        starts = [start] * len(completions)
+        tokens, shared = group_batch(starts, completions, one_prompt=True, **given)
+        assert (shared is not None) is shares
+        assert tokens.input_ids.shape[1] == (4 if shares or len(start) < 3 else 8)
+        assert group_batch(starts, completions, one_prompt=False, **given)[1] is None
 
 
 @pytest.mark.slow  # a C++ compiler runs for each kernel on CPU
@@ -260,9 +272,9 @@ def test_compiled_equals_eager(recompute):
     assert choose_shared_prompt(
         [policy("lora")], "auto", head="chunked", gradient_checkpointing=recompute, compiled=True
     )
-    # Both groups have the same shapes, so that one trace serves prompts of 6 tokens and of 1.
-    eager = step_of(True, "lora", bucket=16, recompute=recompute)
-    compiled = step_of(True, "lora", bucket=16, recompute=recompute, compiled=True)
+    # Both groups have the same shapes, so that one trace serves prompts of 6 tokens and of 9.
+    eager = step_of(True, "lora", recompute=recompute)
+    compiled = step_of(True, "lora", recompute=recompute, compiled=True)
     assert len({tuple(array.shape for array in arrays.values()) for arrays in eager[1]}) == 1
     assert compiled[2] == eager[2]
     assert all(mx.array_equal(array, eager[4][name]) for name, array in compiled[4].items())

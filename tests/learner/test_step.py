@@ -14,9 +14,9 @@ from mlx_lm.tuner.trainer import default_loss
 from learner.batches import sequence_batch
 from learner.forward import completion_logprobs
 from learner.optimizer import ExactAdamW
-from learner.step import Step, random_state, set_random_state, should_compile
+from learner.step import MAX_SKIPS, Step, random_state, set_random_state, should_compile
 from protocol.adapters import attach_adapters
-from protocol.errors import CheckpointError
+from protocol.errors import CheckpointError, TrainingError
 from protocol.settings import ModelSettings, OptimizerSettings
 from protocol.snapshots import trainable
 from tests.tiny import VOCAB, on_device, ragged_batch, tiny_model
@@ -125,6 +125,19 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_counted(bad, caplog):
     assert step.state()["m.w"].tolist() == [0.0, 0.0]
     step.accumulate({"g": mx.array([1.0, 1.0])}, pull)
     assert step.apply().learning_rate == pytest.approx(0.075)  # the schedule went on
+
+
+def test_gradients_that_are_never_finite_end_the_run():
+    model = Weights([1.0])
+    step = Step(model, OptimizerSettings(), total_steps=99, compiled=False)
+    for gradient in [math.nan] * (MAX_SKIPS - 1) + [1.0] + [math.nan] * (MAX_SKIPS - 1):
+        step.accumulate({"g": mx.array([gradient])}, pull)
+        step.apply()
+    step.accumulate({"g": mx.array([math.inf])}, pull)
+    with pytest.raises(TrainingError, match="10 gradients in a row were not finite"):
+        step.apply()
+    assert step.skipped_updates == 2 * MAX_SKIPS - 1
+    assert model.w.item() == pytest.approx(1.0, abs=2e-6)
 
 
 def test_skip_moves_the_schedule_only():

@@ -1,12 +1,14 @@
 """Streams that a function makes: taken as needed, read again in every pass."""
 
 import itertools
+import logging
 import sys
 
 import pytest
 
 from learner.sources.examples import sequences
 from learner.sources.offline import open_offline
+from learner.sources.stored import StoredSource
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 
@@ -26,7 +28,8 @@ def _source(tmp_path, text, *, max_steps):
     path = f"{tmp_path}/made.py:rows"
     settings = DataSettings(path=path, streaming=True, shuffle_buffer=8)
     build = sequences(settings, Bytes())
-    return open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps).train
+    sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps, reads=["text"])
+    return sets.train
 
 
 def test_a_streamed_function_is_asked_for_the_rows_that_are_trained_on(tmp_path):
@@ -67,3 +70,21 @@ def test_a_stream_that_can_be_read_once_only_says_so(tmp_path):
 def test_a_row_that_is_no_mapping_is_named(tmp_path):
     with pytest.raises(DataError, match=r"made.py:rows: row 1 must be a dict, not str"):
         _source(tmp_path, "def rows():\n    return [{'text': 'a'}, 'b']\n", max_steps=1)
+
+
+def test_rows_that_a_stream_drops_are_said_once_as_they_come_and_summed_up(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pippin.data")
+    text = "def rows():\n    return [{'text': 't' if i != 3 else 5} for i in range(6)]\n"
+    source = StoredSource(_source(tmp_path, text, max_steps=4))
+    said = (
+        "    row 3: text must be a string or a list of messages, not int; dropped from the stream"
+    )
+    for step in range(1, 5):
+        assert source.poll() is not None
+        source.stepped(step)
+        if step == 3:
+            assert caplog.messages == [said]  # in the first pass, not in the second
+    assert caplog.messages[1:] == [
+        f"{tmp_path}/made.py:rows: 10 rows kept, 2 dropped, 0 truncated",
+        "  dropped for mixed_types: 2",
+    ]

@@ -1,5 +1,6 @@
 """The loop with fakes: order of events, skips, stops, saves that fail, exact resume."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from learner.checkpoint import checkpoints, load_checkpoint
 from learner.records import Records
-from learner.step import Step
+from learner.step import Step, Update
 from learner.trainer import Arrays, Prepared, Schedule, Trainer
 from protocol.errors import CheckpointError
 from protocol.settings import OptimizerSettings
@@ -170,6 +171,20 @@ def test_a_stop_saves_without_a_further_batch_or_evaluation(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints").step == 1
 
 
+def test_a_stop_before_the_first_step_saves_without_an_evaluation(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pippin.learner")
+    log: list[str] = []
+    made = trainer(tmp_path / "stopped", log, [1], evaluator=Held(log))
+    made.stopping = True
+    run(made)
+    assert log == ["state"]
+    assert load_checkpoint(tmp_path / "stopped/checkpoints").step == 0
+    assert "evaluating" not in caplog.text
+    run(trainer(tmp_path / "whole", log, [1], evaluator=Held(log)))
+    said = [message for message in caplog.messages if message.startswith("evaluating")]
+    assert said == ["evaluating step 0", "evaluating step 1"]
+
+
 def test_a_save_that_fails_on_the_way_is_logged_and_the_last_one_is_an_error(tmp_path, caplog):
     made = trainer(tmp_path, [], [1, 2], save_steps=1)
     (tmp_path / "checkpoints").write_text("no room for a folder")
@@ -193,3 +208,28 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     assert (made.step, made.num_tokens) == (4, 12.0)
     for name, value in trainable(whole.model).items():
         np.testing.assert_array_equal(np.array(trainable(made.model)[name]), np.array(value))
+
+
+def test_every_further_pass_brings_the_batch_up_to_date_and_metrics_are_means(tmp_path):
+    made = trainer(tmp_path, [], [], iterations=3)
+    seen: list[tuple[bool, int]] = []
+    prepared = Mean([], 3).prepare(2)
+    norms = [3.0, float("inf"), 1.0]
+
+    def again() -> None:
+        seen.append((made.model.training, len(norms)))
+
+    class Updater:
+        def accumulate(self, arrays: Arrays, loss_fn: Any) -> tuple[mx.array, Arrays]:
+            return loss_fn(made.model, arrays)
+
+        def apply(self) -> Update:
+            norm = norms.pop(0)
+            return Update(grad_norm=norm, learning_rate=0.1, applied=norm < 2)
+
+    prepared.again, made.updater = again, Updater()  # type: ignore[assignment]
+    metrics = made._update(prepared)
+    assert seen == [(False, 2), (False, 1)]  # in eval mode, before the second and third pass
+    assert metrics["grad_norm"] == float("inf")
+    assert metrics["optimizer_skipped"] == pytest.approx(2 / 3)
+    assert not made.model.training

@@ -157,6 +157,8 @@ def test_nulls_that_arrow_fills_in_do_not_reach_the_template(chat):
         ({"prompt": [{"role": "user", "content": 3}]}, "mixed_types", "content must be text"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "unsupported", "image"),
         ({"prompt": [USER], "tools": "{"}, "mixed_types", "tools is not valid JSON"),
+        ({"prompt": [{**USER, "tool_calls": "f()"}]}, "mixed_types", r"prompt.0..tool_calls must"),
+        ({"prompt": [{**USER, "tool_calls": ["f"]}]}, "mixed_types", "each a mapping"),
     ],
 )
 def test_unusable_prompts_say_why(chat, row, kind, words):
@@ -184,6 +186,13 @@ def test_unusable_pairs_say_why(chat, row, kind):
     with pytest.raises(RowError) as error:
         tokenise_pair(chat, row, max_length=None, truncation_mode="keep_start")
     assert error.value.kind == kind
+
+
+def test_a_conversation_that_ends_with_an_empty_answer_says_so(chat):
+    row = {"messages": [USER, {**ASSISTANT, "content": ""}]}
+    with pytest.raises(RowError, match="the last answer of messages is empty") as error:
+        tokenise_sequence(chat, row, max_length=None, truncation_mode="keep_start")
+    assert error.value.kind == "empty_answer"
 
 
 def test_messages_without_a_template_end_the_run(plain):
