@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 # The difference that rounding may make, relative to the norm. A prompt that is read at another
 # position, with its padding, or without a gradient, is far beyond these.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-2
 _LOW_PRECISION_TOLERANCE = 0.1
 
 _PROMPT = [1, 2, 3, 4, 5]
