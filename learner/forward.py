@@ -1,8 +1,8 @@
 """Log-probs and entropies of completion tokens, without the logits of the whole batch.
 
 `head = "chunked"` (the default) runs the trunk, picks the hidden states that predict completion
-tokens, and takes these through the head a chunk at a time (`learner/head.py`). `head = "full"` is
-the plain way over all logits: the yardstick, and the way for models that cannot be split.
+tokens, and takes these through the head a chunk at a time (`learner/chunked.py`). `head = "full"`
+is the plain way over all logits: the yardstick, and the way for models that cannot be split.
 Logits are computed in the model's dtype and from there on in float32, which is what the sampler's
 logits processor sees too.
 """
@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from learner.head import chunked_logprobs, split_head
+from learner.chunked import chunked_logprobs
+from learner.head import split_head
 from learner.shared_prompt import Recorder, SharedPrompt, after_prompt
 from protocol.errors import ModelError
 from protocol.snapshots import trainable

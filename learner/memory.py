@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from learner.chunked import CHUNK
 from learner.forward import Head
-from learner.head import CHUNK
 from protocol.snapshots import trainable
 
 log = logging.getLogger(__name__)

@@ -166,9 +166,9 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
         bound_lookahead()
     import mlx.core as mx
 
-    from learner import head
+    from learner import chunked
 
-    head.CHUNK = options.chunk or head.CHUNK
+    chunked.CHUNK = options.chunk or chunked.CHUNK
     model = build_model(options)
     shape = (options.rows, options.length)
     arrays = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from learner import head as head_module
+from learner import chunked
 from learner.batches import token_batch
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs, layer_by_layer
@@ -38,7 +38,7 @@ LENGTHS = (5, 1, 0, 20)  # of completions
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK", 24)
+    monkeypatch.setattr(chunked, "CHUNK", 24)
 
 
 def policy(kind, **changes):
