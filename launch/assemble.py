@@ -18,13 +18,14 @@ from learner.checkpoint import Checkpoint, load_checkpoint
 from learner.coordinator import Coordinator
 from learner.evaluation import OnlineEvaluator
 from learner.experience import CoordinatorState, TrainedGroup
-from learner.forward import choose_head
+from learner.forward import Head, choose_head
 from learner.grpo import GrpoObjective
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings, LostReport
 from learner.lost import read_journal, since
 from learner.memory import estimate_memory, warn_if_too_large
 from learner.peers import Terms
+from learner.prompt_trial import choose_shared_prompt
 from learner.records import Records
 from learner.reference import Reference, make_reference
 from learner.rollouts import Decoder, describe
@@ -38,7 +39,7 @@ from protocol.config import load
 from protocol.errors import CheckpointError, ConfigError
 from protocol.messages import PROTOCOL_VERSION, RewardService, Sampling, Welcome
 from protocol.policy import LoadedPolicy, load_policy, save_adapters
-from protocol.settings import GrpoRun, Section, builtins
+from protocol.settings import GrpoRun, Section, TrainSettings, builtins
 from protocol.snapshots import load_trainable
 
 log = logging.getLogger("pippin.learner")
@@ -261,6 +262,7 @@ def _trainer(
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     head = choose_head(policy.model, train.head)
+    share_prompt = _shares_prompt(train, policy, reference, head)
     estimate = estimate_memory(
         policy.model,
         policy.config,
@@ -270,6 +272,7 @@ def _trainer(
         head=head,
         gradient_checkpointing=train.gradient_checkpointing,
         reference=reference.model if reference is not None else None,
+        shared_prompt=share_prompt,
     )
     warn_if_too_large(estimate)
 
@@ -289,6 +292,7 @@ def _trainer(
         line,
         reference=reference.model if reference is not None else None,
         max_none_batches=settings.rewards.max_none_batches,
+        share_prompt=share_prompt,
     )
     evaluator = OnlineEvaluator(
         source, settings.rewards.reward_weights, line, len(prompts.evaluation)
@@ -308,6 +312,19 @@ def _trainer(
         ),
         evaluator if prompts.evaluation else None,
         resume_state=run_digests(policy, reference),
+    )
+
+
+def _shares_prompt(
+    train: TrainSettings, policy: LoadedPolicy, reference: Reference | None, head: Head
+) -> bool:
+    """Return whether a micro-batch, which must be one group, computes its prompt once."""
+    return train.micro_batch_size == 1 and choose_shared_prompt(
+        [policy.model] if reference is None else [policy.model, reference.model],
+        train.shared_prompt,
+        head=head,
+        gradient_checkpointing=train.gradient_checkpointing,
+        compiled=should_compile(train.compile),
     )
 
 

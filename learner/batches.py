@@ -35,6 +35,12 @@ def bucketed(length: int, bucket: int) -> int:
     return max(1, -(-length // bucket)) * bucket
 
 
+def padded_rows(count: int) -> int:
+    """Return the number of rows that `count` rows are padded to: at most a quarter more."""
+    step = max(1, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
+
+
 def token_batch(
     prompts: Sequence[Tokens],
     completions: Sequence[Tokens],

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from learner.chunked import chunked_logprobs
 from learner.head import split_head
+from learner.shared_prompt import Recorder, SharedPrompt, after_prompt
 from protocol.errors import ModelError
 from protocol.snapshots import trainable
 
@@ -32,6 +33,7 @@ def completion_logprobs(
     positions: mx.array,
     targets: mx.array,
     *,
+    prompt: SharedPrompt | None = None,
     temperature: float = 1.0,
     head: Head = "chunked",
     entropy: bool = False,
@@ -41,13 +43,21 @@ def completion_logprobs(
     """Log-probs of `targets` under logits / `temperature`, and the entropies of that distribution.
 
     `input_ids` (B, T) int32; `positions` and `targets` (B, C) int32, as `TokenBatch` has them.
+    With `prompt`, all rows go on from it: their own prompts are its last token alone.
     Returns two (B, C) float32 arrays in nats; entropies are zeros unless `entropy`, and carry a
     gradient only with `entropy_gradient`. `gradient=False` saves work where none will be taken.
     """
+
+    def run(network: Callable[..., mx.array]) -> mx.array:
+        if prompt is None:
+            return network(input_ids)
+        return after_prompt(network, len(cast(Any, model).layers), prompt, input_ids)
+
     if head == "full":
-        return _plain(model, input_ids, positions, targets, temperature, entropy, entropy_gradient)
+        logits = mx.take_along_axis(run(cast(Any, model)), positions[..., None], axis=1)
+        return _plain(logits, targets, temperature, entropy, entropy_gradient)
     split = split_head(model)
-    hidden = states_at(split.states(input_ids), positions)
+    hidden = states_at(run(split.states), positions)
     logps, entropies = chunked_logprobs(
         split,
         hidden.reshape(-1, hidden.shape[-1]),
@@ -110,7 +120,7 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
         same, owner = False, nn.Module()
     finally:
         model.train(was_training)
-    if trainable(owner) and _drops(owner):
+    if trainable(owner) and drops(owner):
         log.warning(
             "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
         )
@@ -135,7 +145,7 @@ def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[Non
     Only these layer objects change, and they change back. Raises ModelError where activations are
     to be recomputed and adapters have dropout, which would draw another mask the second time.
     """
-    if recompute and _drops(model):
+    if recompute and drops(model):
         raise ModelError(
             "train.gradient_checkpointing needs model.lora.dropout = 0: the second forward pass "
             "would drop other values. Turn one of the two off."
@@ -157,15 +167,12 @@ def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[Non
 
 
 def _plain(
-    model: nn.Module,
-    input_ids: mx.array,
-    positions: mx.array,
+    logits: mx.array,
     targets: mx.array,
     temperature: float,
     entropy: bool,
     entropy_gradient: bool,
 ) -> tuple[mx.array, mx.array]:
-    logits = mx.take_along_axis(model(input_ids), positions[..., None], axis=1)
     logits = logits.astype(mx.float32) * (1 / temperature)
     logps = -nn.losses.cross_entropy(logits, targets)
     if not (entropy or entropy_gradient):
@@ -175,7 +182,7 @@ def _plain(
     return logps, entropies if entropy_gradient else mx.stop_gradient(entropies)
 
 
-def _drops(model: nn.Module) -> bool:
+def drops(model: nn.Module) -> bool:
     return any(
         isinstance(module, nn.Dropout) and getattr(module, "_p_1", 1.0) < 1.0
         for module in model.modules()
@@ -196,8 +203,12 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
         # Real arrays are inputs, for they may need a gradient; all else is closed over.
         given: list[mx.array] = []
         tree_map(lambda value: given.append(value) if _is_real(value) else None, (args, kwargs))
+        # What a cache records is an output: inside of a custom function it has no gradient.
+        recorders = [x for x in (*args, *kwargs.values()) if isinstance(x, Recorder)]
 
-        def inner(inputs: list[mx.array], parameters: list[mx.array]) -> object:
+        def inner(
+            inputs: list[mx.array], parameters: list[mx.array]
+        ) -> tuple[object, list[list[mx.array]]]:
             rest = iter(inputs)
             new_args, new_kwargs = tree_map(
                 lambda value: next(rest) if _is_real(value) else value, (args, kwargs)
@@ -205,12 +216,15 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
             layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
             out = kind.__call__(cast(Any, layer), *new_args, **new_kwargs)
             layer.update(held)
-            return out
+            return out, [recorder.recorded() for recorder in recorders]
 
         if recompute:
-            return _recomputed(inner)(given, tensors)
-        tied = cast(tuple[list[mx.array], list[mx.array]], _tied(given, tensors))
-        return inner(*tied)
+            out, recorded = _recomputed(inner)(given, tensors)
+        else:
+            out, recorded = inner(*cast(Any, _tied(given, tensors)))
+        for recorder, arrays in zip(recorders, recorded, strict=True):
+            recorder.record(arrays)
+        return out
 
     _KINDS[kind, recompute] = type(kind.__name__, (kind,), {"__call__": call})
     return _KINDS[kind, recompute]
@@ -231,9 +245,7 @@ def _parameters_first(
     return _after(*cotangents), cotangents[1]
 
 
-def _recomputed(
-    function: Callable[[list[mx.array], list[mx.array]], object],
-) -> Callable[[list[mx.array], list[mx.array]], object]:
+def _recomputed(function: Callable[[list[mx.array], list[mx.array]], Any]) -> Callable[..., Any]:
     """Return `function(inputs, parameters)` with its inside computed again for the gradient.
 
     As `mx.checkpoint`, but the second pass waits for the gradient of the output to arrive: else

@@ -14,12 +14,13 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import TokenBatch, aligned, token_batch
+from learner.batches import TokenBatch, aligned, padded_rows
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
+from learner.shared_prompt import SharedPrompt, group_batch
 from learner.trainer import Arrays, Prepared
 from protocol.errors import RewardError
 from protocol.messages import floats_view, ids_view
@@ -54,6 +55,7 @@ class GrpoObjective:
     """GRPO's loss family over batches of groups.
 
     `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
+    With `share_prompt`, a micro-batch of one group computes its prompt once.
     """
 
     settings: GrpoSettings
@@ -66,6 +68,7 @@ class GrpoObjective:
     describe: Callable[[TrainedGroup, int], dict[str, Any]]
     reference: nn.Module | None = None
     max_none_batches: int = 3
+    share_prompt: bool = False
     _none_batches: int = 0
 
     @property
@@ -165,14 +168,17 @@ class GrpoObjective:
     ) -> Arrays:
         # Empty rows make few shapes of many: a compiled step is traced once a shape.
         empty = padded_rows(len(index)) - len(index)
-        tokens = token_batch(
+        tokens, prompt = group_batch(
             [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
             [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
             masks=[masks[i] for i in index] + [np.zeros(0, np.float32)] * empty,
             length_bucket=self.train.length_bucket,
+            one_prompt=self.share_prompt and len(set(rows.groups[index])) == 1,
         )
         sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
+        if prompt is not None:
+            arrays |= prompt._asdict()
         filling = np.zeros(empty, np.float32)
         weights = np.concatenate([row_advantages[index], filling])
         arrays["advantages"] = mx.array(weights.astype(np.float32))
@@ -202,6 +208,7 @@ class GrpoObjective:
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
             temperature=self.temperature,
             head=self.head,
             entropy=self.settings.top_entropy_quantile < 1,
@@ -215,6 +222,7 @@ class GrpoObjective:
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
             temperature=self.temperature,
             head=self.head,
             entropy=True,
@@ -301,12 +309,6 @@ class GrpoObjective:
 
 def _normalisers(values: Mapping[str, float]) -> Arrays:
     return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
-
-
-def padded_rows(count: int) -> int:
-    """Return the number of rows that `count` rows are padded to: at most a quarter more."""
-    step = max(1, 1 << max(0, count.bit_length() - 3))
-    return -(-count // step) * step
 
 
 def to_device(tokens: TokenBatch) -> Arrays:

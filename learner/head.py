@@ -51,11 +51,12 @@ class SplitModel:
     stand_in: _Hidden
     own: dict[str, Any]
 
-    def states(self, input_ids: mx.array) -> mx.array:
-        """Run the trunk."""
+    def states(self, input_ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Run the trunk, with a cache for each layer where one is given."""
         asked = inspect.signature(type(self.trunk).__call__).parameters.get("cache")
-        if asked is not None and asked.default is inspect.Parameter.empty:
-            return self.trunk(input_ids, cache=None)
+        required = asked is not None and asked.default is inspect.Parameter.empty
+        if required or cache is not None:
+            return self.trunk(input_ids, cache=cache)
         return self.trunk(input_ids)
 
     def owner(self, hidden: mx.array) -> nn.Module:

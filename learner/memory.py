@@ -74,11 +74,15 @@ def estimate_memory(
     head: Head,
     gradient_checkpointing: bool,
     reference: nn.Module | None = None,
+    shared_prompt: bool = False,
 ) -> MemoryEstimate:
     """Estimate a step over micro-batches of `rows` rows of `length` tokens in all.
 
-    `config` is the model's config.json; `completion_length` of the tokens go through the head.
+    `config` is the model's config.json; `completion_length` of the tokens go through the head. With
+    `shared_prompt`, the others are the same in all rows and computed once.
     """
+    prompt = length - completion_length if shared_prompt else 0
+    length -= prompt
     text = {**config, **(config.get("text_config") or {})}
     arrays = _arrays(model)
     trained = trainable(model)
@@ -87,10 +91,13 @@ def estimate_memory(
     lower = sum(array.size for array in trained.values() if array.dtype != mx.float32)
     hidden = int(text.get("hidden_size", 0))
     layers = int(text.get("num_hidden_layers", 0))
-    layer = _layer(text, rows, length) * compute
-    activations = (layers + _BACKWARD) * layer
+    layer = _layer(text, rows, length, prompt) * compute
+    # The last layer makes nothing of a shared prompt but keys and values.
+    prompt_layer = _layer(text, 1, prompt) * compute
+    activations = (layers + _BACKWARD) * layer + (layers - 1) * prompt_layer
     if gradient_checkpointing:
-        activations = layers * rows * length * hidden * compute + _BACKWARD_CHECKPOINTED * layer
+        kept = layers * (prompt + rows * length) * hidden * compute
+        activations = kept + _BACKWARD_CHECKPOINTED * max(layer, prompt_layer)
     vocabulary = int(text.get("vocab_size", 0))
     if head == "full":
         head_bytes = rows * length * vocabulary * 4 * _FULL_HEAD_ARRAYS
@@ -109,8 +116,11 @@ def estimate_memory(
     )
 
 
-def _layer(config: dict[str, Any], rows: int, length: int) -> float:
-    """Count the numbers that one layer keeps for its backward pass."""
+def _layer(config: dict[str, Any], rows: int, length: int, prompt: int = 0) -> float:
+    """Count the numbers that one layer keeps for its backward pass.
+
+    The rows go on from `prompt` tokens whose keys and values are at hand.
+    """
     hidden = int(config.get("hidden_size", 0))
     heads = int(config.get("num_attention_heads") or 1)
     size = int(config.get("head_dim") or hidden // heads)
@@ -121,7 +131,9 @@ def _layer(config: dict[str, Any], rows: int, length: int) -> float:
         mlp = int(config["moe_intermediate_size"]) * experts
     token = _HIDDEN_ARRAYS * hidden + _MLP_ARRAYS * mlp
     token += (_QUERY_ARRAYS * heads + _KEY_ARRAYS * kv_heads) * size
-    return rows * length * (token + _SCORE_ARRAYS * heads * length)
+    row = length * (token + _SCORE_ARRAYS * heads * (prompt + length))
+    row += 2 * kv_heads * size * (prompt + length if prompt else 0)  # keys and values, joined
+    return rows * row
 
 
 def warn_if_too_large(estimate: MemoryEstimate) -> bool:

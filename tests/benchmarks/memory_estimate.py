@@ -28,6 +28,7 @@ class Case:
     vocab: int = 4096
     rows: int = 4
     length: int = 256
+    prompt: int = 0  # further tokens that all rows go on from, computed once
     dtype: Literal["float32", "bfloat16"] = "float32"
     kind: Literal["lora", "dora", "full"] = "lora"
     head: Literal["chunked", "full"] = "chunked"
@@ -57,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora, checkpointing": {"checkpointing": True},
     "lora, 4 bits": {"bits": 4},
     "dora": {"kind": "dora"},
+    "lora, a prompt once": {"prompt": 256},
+    "lora, a prompt once, checkpointing": {"prompt": 256, "checkpointing": True},
     "full": {"kind": "full"},
     "full, all logits": {"kind": "full", "head": "full"},
     "full, checkpointing": {"kind": "full", "checkpointing": True},
@@ -72,6 +75,7 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
     from learner.forward import completion_logprobs
     from learner.memory import estimate_memory
     from learner.reference import view
+    from learner.shared_prompt import shared_prompt
     from learner.step import Step, should_compile
     from protocol.adapters import attach_adapters
     from protocol.settings import ModelSettings, OptimizerSettings
@@ -87,11 +91,12 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
     reference = view(model, bypass_adapters=case.kind != "full") if case.reference else None
     ids = mx.random.randint(0, case.vocab, (case.rows, case.length))
     positions = mx.broadcast_to(mx.arange(case.length)[None], ids.shape)
+    before = shared_prompt([2] * (case.prompt + 1), 1) if case.prompt else None
     mx.eval(model.parameters(), ids)
 
     def loss(model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         ids, positions = arrays["ids"], arrays["positions"]
-        logps, _ = completion_logprobs(model, ids, positions, ids, head=case.head)
+        logps, _ = completion_logprobs(model, ids, positions, ids, prompt=before, head=case.head)
         return -logps.mean(), {}
 
     step = Step(
@@ -110,8 +115,9 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
         model,
         {**CONFIG, **case.config},
         rows=case.rows,
-        length=case.length,
+        length=case.prompt + case.length,
         completion_length=case.length,
+        shared_prompt=case.prompt > 0,
         head=case.head,
         gradient_checkpointing=case.checkpointing,
         reference=reference,
@@ -133,7 +139,7 @@ def main() -> None:
     for name, changes in VARIANTS.items():
         peak, estimate = measure(replace(shape, **changes))
         print(
-            f"{name:20} peak {peak / 1e6:9.1f} MB  estimate {estimate.total / 1e6:9.1f} MB  "
+            f"{name:34} peak {peak / 1e6:9.1f} MB  estimate {estimate.total / 1e6:9.1f} MB  "
             f"ratio {estimate.total / peak:.2f}  "
             + " ".join(f"{part} {size / 1e6:.1f}" for part, size in estimate.parts.items()),
             flush=True,
