@@ -36,9 +36,15 @@ def check(run: AnyRun) -> None:
     require(shown >= -1, "run.log_completions", "must be -1 (all) or a count", shown)
     bad = run.run.name in (".", "..") or "/" in run.run.name or "\0" in run.run.name
     require(not bad, "run.name", "must be a folder's name without '/'", run.run.name)
+    shared = run.train.shared_prompt
     if isinstance(run, GrpoRun):
+        one = run.train.micro_batch_size == 1
+        rule = "needs train.micro_batch_size = 1: groups have different prompts"
+        require(one or shared != "on", "train.shared_prompt", rule, shared)
         _check_grpo(run)
-    elif isinstance(run, PreferenceRun):
+        return
+    require(shared == "auto", "train.shared_prompt", "is read by GRPO alone: leave it out", shared)
+    if isinstance(run, PreferenceRun):
         check_preference_run(run)
 
 

@@ -184,7 +184,7 @@ class TrainSettings(Section, frozen=True, kw_only=True):
     max_steps: int = -1  # batches; -1: `num_train_epochs`
     num_train_epochs: float = 1.0
     head: Literal["chunked", "full"] = "chunked"
-    shared_prompt: Literal["auto", "off"] = "auto"  # GRPO, micro_batch_size = 1: prompts once
+    shared_prompt: Literal["auto", "on", "off"] = "auto"  # GRPO: prompts once; auto: not on CUDA
     gradient_checkpointing: bool = False
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on GPU
     length_bucket: int = 32  # padded lengths are multiples of this

@@ -19,7 +19,7 @@ from tests.tiny import tiny_model
 
 def choose(
     models: list[nn.Module],
-    wanted: Literal["auto", "off"] = "auto",
+    wanted: Literal["auto", "on", "off"] = "auto",
     *,
     head: Head = "chunked",
     recompute=False,
@@ -50,6 +50,12 @@ def test_models_that_attend_through_their_caches_are_chosen(kind, dtype, recompu
     after = trainable(model)
     assert after.keys() == before.keys()
     assert all(after[name] is array for name, array in before.items())
+
+
+def test_on_cuda_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("learner.prompt_trial._on_cuda", lambda: True)
+    assert not choose([tiny_model()])
+    assert choose([tiny_model()], "on")
 
 
 def windowed():

@@ -109,6 +109,7 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--actors.count=0"], "unless transport.bind"),
         (["--eval.steps=5"], "eval.steps needs data.eval_path"),
         (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
+        (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
         (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
         (["--model.path="], "model.path must name"),
     ],
@@ -125,6 +126,7 @@ def test_bad_flags_are_refused(flags: list[str], message: str):
         (["--objective.loss_type=sigmod"], "must be of sigmoid"),
         (["--objective.method=orpo", "--objective.loss_type=ipo"], "is not used"),
         (["--objective.beta=0"], "objective.beta must be positive"),
+        (["--train.shared_prompt=off"], "train.shared_prompt is read by GRPO alone"),
     ],
 )
 def test_preference_clashes_are_refused(flags: list[str], message: str):
