@@ -39,7 +39,7 @@ from protocol.config import load
 from protocol.errors import CheckpointError, ConfigError
 from protocol.messages import PROTOCOL_VERSION, RewardService, Sampling, Welcome
 from protocol.policy import LoadedPolicy, load_policy, save_adapters
-from protocol.settings import GrpoRun, Section, TrainSettings, builtins
+from protocol.settings import AnyRun, GrpoRun, Section, TrainSettings, builtins
 from protocol.snapshots import load_trainable
 
 log = logging.getLogger("pippin.learner")
@@ -263,18 +263,7 @@ def _trainer(
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     head = choose_head(policy.model, train.head)
     share_prompt = _shares_prompt(train, policy, reference, head)
-    estimate = estimate_memory(
-        policy.model,
-        policy.config,
-        rows=train.micro_batch_size * settings.sampling.num_generations,
-        length=settings.sampling.max_completion_length + _longest_prompt(settings, prompts),
-        completion_length=settings.sampling.max_completion_length,
-        head=head,
-        gradient_checkpointing=train.gradient_checkpointing,
-        reference=reference.model if reference is not None else None,
-        shared_prompt=share_prompt,
-    )
-    warn_if_too_large(estimate)
+    _estimate_memory(settings, policy, reference, prompts, head, share_prompt)
 
     def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
         return describe(
@@ -303,15 +292,45 @@ def _trainer(
         objective,
         new_step(settings, policy, reference, total * settings_objective.num_iterations),
         Records(args.run_dir, started_at(args.run_dir)),
-        Schedule(
-            max_steps=total,
-            save_steps=settings.run.save_steps,
-            save_total_limit=settings.run.save_total_limit,
-            eval_steps=settings.eval.steps,
-            eval_at_start=settings.eval.at_start,
-        ),
+        schedule_of(settings, total),
         evaluator if prompts.evaluation else None,
         resume_state=run_digests(policy, reference),
+    )
+
+
+def schedule_of(settings: AnyRun, total: int) -> Schedule:
+    """Return when a run of `total` batches evaluates and saves."""
+    return Schedule(
+        max_steps=total,
+        save_steps=settings.run.save_steps,
+        save_total_limit=settings.run.save_total_limit,
+        eval_steps=settings.eval.steps,
+        eval_at_start=settings.eval.at_start,
+    )
+
+
+def _estimate_memory(
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    prompts: PromptSets,
+    head: Head,
+    share_prompt: bool,
+) -> None:
+    """Log what a step over the longest prompts and completions takes."""
+    longest = settings.sampling.max_completion_length
+    warn_if_too_large(
+        estimate_memory(
+            policy.model,
+            policy.config,
+            rows=settings.train.micro_batch_size * settings.sampling.num_generations,
+            length=longest + _longest_prompt(settings, prompts),
+            completion_length=longest,
+            head=head,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            reference=reference.model if reference is not None else None,
+            shared_prompt=share_prompt,
+        )
     )
 
 

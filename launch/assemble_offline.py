@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from launch.assemble import Run, new_step, resume_point, run_digests, started_at
+from launch.assemble import Run, new_step, resume_point, run_digests, schedule_of, started_at
 from learner.forward import Head, choose_head
 from learner.memory import estimate_memory, warn_if_too_large
 from learner.objectives.preference import kto_weight_advice, needs_whole_batch
@@ -21,7 +21,7 @@ from learner.sources.generated import DEFAULT_LENGTH, Answers
 from learner.sources.offline import OfflineSets, open_offline
 from learner.sources.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.sources.stored import StoredEvaluator, StoredSource
-from learner.trainer import Objective, Schedule, Trainer
+from learner.trainer import Objective, Trainer
 from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.policy import LoadedPolicy, load_policy
@@ -62,13 +62,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
         objective,
         new_step(settings, policy, reference, total),
         Records(folder, started_at(folder)),
-        Schedule(
-            max_steps=total,
-            save_steps=settings.run.save_steps,
-            save_total_limit=settings.run.save_total_limit,
-            eval_steps=settings.eval.steps,
-            eval_at_start=settings.eval.at_start,
-        ),
+        schedule_of(settings, total),
         StoredEvaluator(
             policy.model,
             objective,
