@@ -50,7 +50,7 @@ def effective(settings: PairsRun) -> PairsRun:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     """Serve the prompts until all are answered; write pairs and their counts."""
-    from launch.assemble import new_coordinator, total_batches
+    from launch.assemble_online import new_coordinator, total_batches
     from learner.service import Service
     from learner.sources.online import OnlineSource
     from learner.sources.prompts import open_prompts

@@ -78,7 +78,7 @@ def start_log() -> None:
 def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Iterator[Run]":
     """Build the run of the kind that `args.kind` names; MLX is loaded only here."""
     if args.kind == "grpo":
-        from launch.assemble import assemble_online
+        from launch.assemble_online import assemble_online
 
         with assemble_online(args) as run:
             yield run

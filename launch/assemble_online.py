@@ -1,0 +1,263 @@
+"""Puts the learner of GRPO together: policy, reference, prompts, ledger, service, trainer."""
+
+import argparse
+import logging
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import msgspec
+
+from launch.assemble import Run, new_step, resume_point, run_digests, schedule_of, started_at
+from learner.checkpoint import Checkpoint
+from learner.coordinator import Coordinator
+from learner.evaluation import OnlineEvaluator
+from learner.experience import CoordinatorState, TrainedGroup
+from learner.forward import Head, choose_head
+from learner.grpo import GrpoObjective
+from learner.ledger import Ledger
+from learner.ledger_types import LedgerSettings, LostReport
+from learner.lost import read_journal, since
+from learner.memory import estimate_memory, warn_if_too_large
+from learner.peers import Terms
+from learner.prompt_trial import choose_shared_prompt
+from learner.records import Records
+from learner.reference import Reference, make_reference
+from learner.rollouts import Decoder, describe
+from learner.service import Service
+from learner.sources.online import OnlineSource
+from learner.sources.prompts import PromptSets, open_prompts
+from learner.step import should_compile
+from learner.trainer import Trainer
+from protocol.bridge import Bridge
+from protocol.config import load
+from protocol.errors import ConfigError
+from protocol.messages import PROTOCOL_VERSION, RewardService, Sampling, Welcome
+from protocol.policy import LoadedPolicy, load_policy
+from protocol.settings import GrpoRun, TrainSettings, builtins
+
+log = logging.getLogger("pippin.learner")
+
+
+@contextmanager
+def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
+    """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
+    settings = load(GrpoRun, args.run_dir / "config.toml")
+    mx.random.seed(settings.run.seed)  # what dropout draws
+    policy = load_policy(settings.model, seed=settings.run.seed)
+    reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
+    epochs = None if settings.train.max_steps >= 0 else settings.train.num_train_epochs
+    prompts = open_prompts(
+        settings.data,
+        policy.tokenizer,
+        seed=settings.run.seed,
+        epochs=epochs,
+        batch_size=settings.train.batch_size,
+    )
+    total = total_batches(settings, prompts)
+    checkpoint = resume_point(settings.run.resume, policy, reference)
+    coordinator = new_coordinator(args, settings, policy, prompts, total, checkpoint)
+    bridge: Bridge[Any, Any] = Bridge()
+    for stale in (args.run_dir / "policy").glob("policy-*"):
+        stale.unlink(missing_ok=True)  # of a learner that was killed: nobody would delete them
+    source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
+    service = Service(
+        coordinator,
+        list(args.endpoint),
+        args.snapshots,
+        bridge,
+        args.run_dir / "ledger.jsonl",
+        keys=settings.transport.keys,
+        max_message_bytes=settings.transport.max_message_mb << 20,
+    )
+    trainer = _trainer(args, settings, policy, reference, prompts, source, total)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    with bridge:
+        bridge.start(lambda _: service.run())
+        source.stepped(trainer.step)
+        yield Run(trainer, policy, args.run_dir, settings.model.path)
+        source.finish("the run is over")
+
+
+def total_batches(settings: GrpoRun, prompts: PromptSets) -> int | None:
+    """Return the run's batches; None where a stream decides."""
+    if settings.train.max_steps >= 0:
+        return settings.train.max_steps
+    total = prompts.train.total
+    return None if total is None else math.ceil(total / settings.train.batch_size)
+
+
+def new_coordinator(
+    args: argparse.Namespace,
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    prompts: PromptSets,
+    total: int | None,
+    checkpoint: Checkpoint | None,
+) -> Coordinator:
+    """Return the coordinator of a run of `total` batches, as `checkpoint`, if any, left it."""
+    incarnation = uuid.uuid4().hex
+    limits = LedgerSettings(
+        batch_size=settings.train.batch_size,
+        max_staleness=settings.queue.max_staleness,
+        num_generations=settings.sampling.num_generations,
+        total_batches=total,
+        lease_s=settings.queue.lease_s,
+        max_attempts=settings.queue.max_attempts,
+        max_eval_tasks=max(4096, len(prompts.evaluation)),
+    )
+    terms = _terms(args, settings, policy, incarnation)
+    if checkpoint is None:
+        ledger = Ledger(limits, args.run_dir.name, incarnation)
+        return Coordinator(ledger, prompts.train, prompts.evaluation, terms)
+    state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+    ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
+    coordinator = Coordinator(ledger, prompts.train, prompts.evaluation, terms)
+    coordinator.adopt(state, lost)
+    _report_lost(args.run_dir, state, lost)
+    return coordinator
+
+
+def _report_lost(folder: Path, state: CoordinatorState, report: LostReport) -> None:
+    """Write lost.json: what was under way at the checkpoint, and what came after it."""
+    old = state.ledger.incarnation
+    events = read_journal(folder / "ledger.jsonl", old)[state.events :]
+    lost = since(report, state.ledger.run, old, state.ledger.version, events)
+    log.warning(
+        "lost with the learner before: %d batches trained after the checkpoint (%d tasks), %d "
+        "groups not trained yet, %d leases; %d tasks are leased again; see lost.json",
+        lost.version_reached - lost.version,
+        len(lost.trained_since),
+        len(report.groups) + len(lost.received_since),
+        len(report.leases),
+        len(report.rejoined),
+    )
+    (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
+
+
+def _terms(
+    args: argparse.Namespace, settings: GrpoRun, policy: LoadedPolicy, incarnation: str
+) -> Terms:
+    train = Sampling(**builtins(settings.sampling))
+    length = settings.eval.max_completion_length or train.max_completion_length
+    services = [
+        RewardService(endpoints=text.split(","), timeout_s=settings.rewards.reward_timeout_s)
+        for text in args.rewards
+    ]
+    welcome = Welcome(
+        protocol_version=PROTOCOL_VERSION,
+        run=args.run_dir.name,
+        incarnation=incarnation,
+        model=builtins(settings.model),
+        model_digest=policy.model_digest,
+        tokenizer_digest=policy.tokenizer_digest,
+        rewards=services,
+        heartbeat_s=settings.actors.heartbeat_s,
+        seed=settings.run.seed,
+    )
+    return Terms(
+        welcome=welcome,
+        train=train,
+        evaluate=Sampling(num_generations=1, max_completion_length=length, temperature=0.0),
+        seed=settings.run.seed,
+        lease_s=settings.queue.lease_s,
+        vocab_size=policy.vocab_size,
+    )
+
+
+def _trainer(
+    args: argparse.Namespace,
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    prompts: PromptSets,
+    source: OnlineSource,
+    total: int | None,
+) -> Trainer[Any]:
+    settings_objective, train = settings.objective, settings.train
+    if total is None:
+        raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    head = choose_head(policy.model, train.head)
+    share_prompt = _shares_prompt(train, policy, reference, head)
+    _estimate_memory(settings, policy, reference, prompts, head, share_prompt)
+
+    def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
+        return describe(
+            item, trained_at, cast(Decoder, policy.tokenizer), settings.run.log_completions
+        )
+
+    objective = GrpoObjective(
+        settings_objective,
+        train,
+        policy.model,
+        settings.sampling.temperature,
+        settings.sampling.max_completion_length,
+        settings.rewards.reward_weights,
+        head,
+        line,
+        reference=reference.model if reference is not None else None,
+        max_none_batches=settings.rewards.max_none_batches,
+        share_prompt=share_prompt,
+    )
+    evaluator = OnlineEvaluator(
+        source, settings.rewards.reward_weights, line, len(prompts.evaluation)
+    )
+    return Trainer(
+        policy.model,
+        source,
+        objective,
+        new_step(settings, policy, reference, total * settings_objective.num_iterations),
+        Records(args.run_dir, started_at(args.run_dir)),
+        schedule_of(settings, total),
+        evaluator if prompts.evaluation else None,
+        resume_state=run_digests(policy, reference),
+    )
+
+
+def _estimate_memory(
+    settings: GrpoRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    prompts: PromptSets,
+    head: Head,
+    share_prompt: bool,
+) -> None:
+    """Log what a step over the longest prompts and completions takes."""
+    longest = settings.sampling.max_completion_length
+    warn_if_too_large(
+        estimate_memory(
+            policy.model,
+            policy.config,
+            rows=settings.train.micro_batch_size * settings.sampling.num_generations,
+            length=longest + _longest_prompt(settings, prompts),
+            completion_length=longest,
+            head=head,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            reference=reference.model if reference is not None else None,
+            shared_prompt=share_prompt,
+        )
+    )
+
+
+def _shares_prompt(
+    train: TrainSettings, policy: LoadedPolicy, reference: Reference | None, head: Head
+) -> bool:
+    """Return whether a micro-batch, which must be one group, computes its prompt once."""
+    return train.micro_batch_size == 1 and choose_shared_prompt(
+        [policy.model] if reference is None else [policy.model, reference.model],
+        train.shared_prompt,
+        head=head,
+        gradient_checkpointing=train.gradient_checkpointing,
+        compiled=should_compile(train.compile),
+    )
+
+
+def _longest_prompt(settings: GrpoRun, prompts: PromptSets) -> int:
+    """Return the tokens of the longest prompt; a stream's limit, or 512 where it sets none."""
+    longest = prompts.train.longest
+    return longest if longest is not None else settings.data.max_prompt_length or 512
