@@ -16,22 +16,7 @@ from learner.sources.examples import answers, pairs, sequences
 from learner.sources.offline import open_offline
 from protocol.errors import CheckpointError, ConfigError, DataError
 from protocol.settings import DataSettings
-
-
-class Bytes:
-    """A tokenizer of UTF-8 bytes; EOS is one byte."""
-
-    eos_token = "\x04"
-    chat_template = None
-
-    def encode(self, text):
-        return list(text.encode())
-
-
-def _data(tmp_path, rows, **settings):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return DataSettings(path=str(path), **settings)
+from tests.rows import ByteTokenizer, data_of
 
 
 def _pair(number):
@@ -39,7 +24,7 @@ def _pair(number):
 
 
 def _open(settings, *, seed=0, batch_size=4, **options):
-    build = pairs(settings, Bytes())
+    build = pairs(settings, ByteTokenizer())
     return open_offline(settings, build, seed=seed, batch_size=batch_size, **options)
 
 
@@ -75,7 +60,7 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
     bad = dict(zip(range(5, 1100, 11), itertools.cycle(BAD), strict=False))
     for number, (row, _) in list(bad.items())[:100]:
         rows.insert(number, row)
-    settings = _data(tmp_path, rows, max_length=64)
+    settings = data_of(tmp_path, rows, max_length=64)
     source = _open(settings).train
     trained = sorted(itertools.chain(*_numbers(source)))
     assert len(trained) == source.report.kept == 1000
@@ -90,7 +75,7 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
 
 def test_a_score_that_no_float_holds_is_a_bad_row(tmp_path):
     rows = [{**_pair(0), "preference_score": 10**400}, {**_pair(1), "preference_score": 10**300}]
-    source = _open(_data(tmp_path, rows)).train
+    source = _open(data_of(tmp_path, rows)).train
     assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [(0, "mixed_types")]
     assert _first(source)[0].score == 1e300
 
@@ -98,12 +83,12 @@ def test_a_score_that_no_float_holds_is_a_bad_row(tmp_path):
 def test_on_bad_row_error_stops_at_the_first(tmp_path):
     rows = [_pair(0), *(row for row, _ in BAD)]
     with pytest.raises(DataError, match=r"row 1 .*no rejected.*data\.on_bad_row"):
-        _open(_data(tmp_path, rows, on_bad_row="error"))
+        _open(data_of(tmp_path, rows, on_bad_row="error"))
 
 
 def test_sequential_follows_the_file_and_the_last_batch_is_what_is_left(tmp_path):
     rows = [_pair(number) for number in range(10)]
-    source = _open(_data(tmp_path, rows, order="sequential"), epochs=1.5).train
+    source = _open(data_of(tmp_path, rows, order="sequential"), epochs=1.5).train
     assert source.total_steps == 5  # 1.5 of 3 batches, rounded up
     first = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert _numbers(source) == first + first[:2]
@@ -112,7 +97,7 @@ def test_sequential_follows_the_file_and_the_last_batch_is_what_is_left(tmp_path
 @pytest.mark.parametrize("streaming", [False, True])
 def test_batches_resume_exactly(tmp_path, streaming):
     rows = [_pair(number) for number in range(22)]
-    settings = _data(tmp_path, rows, streaming=streaming, shuffle_buffer=6)
+    settings = data_of(tmp_path, rows, streaming=streaming, shuffle_buffer=6)
     source = _open(settings, epochs=3).train
     before = [source.next_batch() for _ in range(8)]
     state = source.state()
@@ -126,14 +111,14 @@ def test_batches_resume_exactly(tmp_path, streaming):
 
 def test_max_steps_goes_on_over_epochs(tmp_path):
     rows = [_pair(number) for number in range(8)]
-    source = _open(_data(tmp_path, rows), max_steps=7).train
+    source = _open(data_of(tmp_path, rows), max_steps=7).train
     batches = _numbers(source)
     assert source.total_steps == len(batches) == 7
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(8))
 
 
 def test_the_first_batches_are_known_beforehand_and_can_be_replaced(tmp_path):
-    settings = _data(tmp_path, [_pair(number) for number in range(10)])
+    settings = data_of(tmp_path, [_pair(number) for number in range(10)])
     source = _open(settings, epochs=2).train
     batches = source.first_batches()
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -144,18 +129,18 @@ def test_the_first_batches_are_known_beforehand_and_can_be_replaced(tmp_path):
     ]
     assert all(e.score == e.row for batch in trained for e in batch)
     assert len(_open(settings, max_steps=2).train.first_batches()) == 2
-    streamed = _open(_data(tmp_path, [_pair(0)], streaming=True), max_steps=1).train
+    streamed = _open(data_of(tmp_path, [_pair(0)], streaming=True), max_steps=1).train
     with pytest.raises(ConfigError, match=r"data\.streaming"):
         streamed.first_batches()
 
 
 def test_examples_hold_the_tokens_and_their_context(tmp_path):
     row = {"prompt": "ab", "chosen": "c", "rejected": "dd", "preference_score": 2}
-    example = _first(_open(_data(tmp_path, [row])).train)[0]
+    example = _first(_open(data_of(tmp_path, [row])).train)[0]
     assert (example.prompt_ids, example.chosen_ids) == ([97, 98], [99, 4])
     assert (example.rejected_prompt_ids, example.rejected_ids) == ([97, 98], [100, 100, 4])
     assert (example.score, example.length) == (2.0, 5)
-    settings = _data(tmp_path, [row], max_length=3, truncation_mode="keep_end")
+    settings = data_of(tmp_path, [row], max_length=3, truncation_mode="keep_end")
     source = _open(settings).train
     example = _first(source)[0]
     # Rejected is cut to its three answer tokens: the first of them is the context of the rest.
@@ -165,12 +150,12 @@ def test_examples_hold_the_tokens_and_their_context(tmp_path):
 
 
 def test_answers_carry_their_label_and_sequences_their_mask(tmp_path):
-    settings = _data(tmp_path, [{"prompt": "a", "completion": "b", "label": False}])
-    judged = open_offline(settings, answers(settings, Bytes()), seed=0, batch_size=1)
+    settings = data_of(tmp_path, [{"prompt": "a", "completion": "b", "label": False}])
+    judged = open_offline(settings, answers(settings, ByteTokenizer()), seed=0, batch_size=1)
     example = _first(judged.train)[0]
     assert (example.prompt_ids, example.completion_ids, example.label) == ([97], [98, 4], False)
-    settings = _data(tmp_path, [{"text": "ab"}, {"prompt": "a", "completion": "b"}])
-    build = sequences(settings, Bytes())
+    settings = data_of(tmp_path, [{"text": "ab"}, {"prompt": "a", "completion": "b"}])
+    build = sequences(settings, ByteTokenizer())
     rows = sorted(
         _first(open_offline(settings, build, seed=0, batch_size=2).train),
         key=lambda example: example.row,
@@ -193,11 +178,11 @@ OTHER = {
 def test_other_rows_or_another_order_are_refused_on_resume(tmp_path, change):
     changes, words = OTHER[change]
     given = {"rows": [_pair(number) for number in range(20)], "seed": 0, "order": "shuffled"}
-    source = _open(_data(tmp_path, given["rows"])).train
+    source = _open(data_of(tmp_path, given["rows"])).train
     _first(source)
     state = source.state()
     given |= changes
-    settings = _data(tmp_path, given["rows"], order=given["order"])
+    settings = data_of(tmp_path, given["rows"], order=given["order"])
     with pytest.raises(CheckpointError, match=words):
         _open(settings, seed=given["seed"]).train.restore(state)
     older = replace_state(state, feed=replace_state(state.feed, rows="", order=""))
@@ -206,10 +191,10 @@ def test_other_rows_or_another_order_are_refused_on_resume(tmp_path, change):
 
 @pytest.mark.parametrize("judged", [False, True])
 def test_a_streams_order_is_kept_on_resume(tmp_path, judged):
-    settings = _data(tmp_path, [_pair(number) for number in range(20)], streaming=True)
+    settings = data_of(tmp_path, [_pair(number) for number in range(20)], streaming=True)
 
     def open_source(seed):
-        build = (answers if judged else pairs)(settings, Bytes())
+        build = (answers if judged else pairs)(settings, ByteTokenizer())
         return open_offline(settings, build, seed=seed, batch_size=4, max_steps=9).train
 
     source = open_source(0)
@@ -220,13 +205,13 @@ def test_a_streams_order_is_kept_on_resume(tmp_path, judged):
 
 
 def test_rows_that_are_all_held_out_are_refused(tmp_path):
-    data = _data(tmp_path, [_pair(number) for number in range(5)], eval_rows=5)
+    data = data_of(tmp_path, [_pair(number) for number in range(5)], eval_rows=5)
     with pytest.raises(DataError, match=r"data.eval_rows = 5 takes all 5 rows"):
         _open(data)
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path):
-    sets = _open(_data(tmp_path, [_pair(number) for number in range(20)], eval_rows=5))
+    sets = _open(data_of(tmp_path, [_pair(number) for number in range(20)], eval_rows=5))
     held_out = [example.row for example in sets.evaluation]
     assert sorted([*held_out, *itertools.chain(*_numbers(sets.train))]) == list(range(20))
 
@@ -261,8 +246,8 @@ def _said(text):
     return [{"role": "assistant", "content": text}]
 
 
-class Chat(Bytes):
-    """Bytes of messages one after another, each ended by a newline."""
+class Chat(ByteTokenizer):
+    """ByteTokenizer of messages one after another, each ended by a newline."""
 
     chat_template = "made below"
 
@@ -290,7 +275,7 @@ class Chat(Bytes):
 )  # fmt: skip
 @pytest.mark.parametrize("own_file", [False, True])
 def test_held_out_examples_alone_hold_their_rows(tmp_path, build, row, kept, own_file):
-    settings = _data(tmp_path, [row] * 4, eval_rows=2)
+    settings = data_of(tmp_path, [row] * 4, eval_rows=2)
     settings = msgspec.structs.replace(settings, eval_path=settings.path if own_file else "")
     sets = open_offline(settings, build(settings, Chat()), seed=0, batch_size=9)
     assert all(example.row_json is None for example in _first(sets.train))
@@ -300,7 +285,7 @@ def test_held_out_examples_alone_hold_their_rows(tmp_path, build, row, kept, own
 
 
 def test_a_system_prompt_is_part_of_the_row(tmp_path):
-    settings = _data(tmp_path, [_pair(0)] * 2, eval_rows=1, system_prompt="Be.")
+    settings = data_of(tmp_path, [_pair(0)] * 2, eval_rows=1, system_prompt="Be.")
     example = open_offline(settings, pairs(settings, Chat()), seed=0, batch_size=1).evaluation[0]
     assert json.loads(example.row_json or b"")["prompt"] == [
         {"role": "system", "content": "Be."},

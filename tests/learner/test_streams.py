@@ -11,23 +11,14 @@ from learner.sources.offline import open_offline
 from learner.sources.stored import StoredSource
 from protocol.errors import DataError
 from protocol.settings import DataSettings
-
-
-class Bytes:
-    """A tokenizer of UTF-8 bytes; EOS is one byte."""
-
-    eos_token = "\x04"
-    chat_template = None
-
-    def encode(self, text):
-        return list(text.encode())
+from tests.rows import ByteTokenizer
 
 
 def _source(tmp_path, text, *, max_steps):
     (tmp_path / "made.py").write_text(text)
     path = f"{tmp_path}/made.py:rows"
     settings = DataSettings(path=path, streaming=True, shuffle_buffer=8)
-    build = sequences(settings, Bytes())
+    build = sequences(settings, ByteTokenizer())
     sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps, reads=["text"])
     return sets.train
 
