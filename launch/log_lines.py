@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from launch.records import LineTail
+
 LISTED = 5  # bad rows shown one after another; the log has them all
 ROW = "    row "
 UNSAID = ("saved ", "stopping ")  # the display says as much in its own way
@@ -18,19 +20,13 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._lines = LineTail(path, path.stat().st_size if path.exists() else 0)
         self._rows = 0
 
     def read(self) -> list[str]:
         """Return the messages that were completed since the last call."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        return list(self._shown(data[:end].decode("utf-8", errors="replace").splitlines()))
+        text = self._lines.read().decode("utf-8", errors="replace")
+        return list(self._shown(text.splitlines()))
 
     def _shown(self, lines: Iterable[str]) -> Iterator[str]:
         for line in lines:

@@ -6,23 +6,34 @@ from typing import Any
 import msgspec
 
 
-class Tail:
-    """Yields a JSONL file's new objects at each call; a last line without its end waits."""
+class LineTail:
+    """A file's new lines at each call, from byte `offset` on; a last line without its end waits."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
-        self._offset = 0
+        self._offset = offset
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the objects that were completed since the last call."""
+    def read(self) -> bytes:
+        """Return the lines that were completed since the last call."""
         if not self.path.exists():
-            return []
+            return b""
         with self.path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
         end = data.rfind(b"\n") + 1
         self._offset += end
-        return parse_lines(data[:end])
+        return data[:end]
+
+
+class Tail:
+    """Yields a JSONL file's new objects at each call."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = LineTail(path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the objects that were completed since the last call."""
+        return parse_lines(self._lines.read())
 
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
