@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from learner.checkpoint import Checkpoint, load_checkpoint
+from learner.forward import Head
+from learner.memory import estimate_memory, warn_if_too_large
 from learner.reference import Reference
 from learner.step import Step, should_compile
 from learner.trainer import Schedule, Trainer
@@ -92,6 +94,33 @@ def new_step(
         compiled=should_compile(train.compile),
         gradient_checkpointing=train.gradient_checkpointing,
         reads=[reference.model] if reference is not None else [],
+    )
+
+
+def report_memory(
+    settings: AnyRun,
+    policy: LoadedPolicy,
+    reference: Reference | None,
+    head: Head,
+    *,
+    rows: int,
+    length: int,
+    completion_length: int,
+    shared_prompt: bool = False,
+) -> None:
+    """Log what a step will take of the machine's memory; arguments as of `estimate_memory`."""
+    warn_if_too_large(
+        estimate_memory(
+            policy.model,
+            policy.config,
+            rows=rows,
+            length=length,
+            completion_length=completion_length,
+            head=head,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            reference=reference.model if reference is not None else None,
+            shared_prompt=shared_prompt,
+        )
     )
 
 

@@ -8,9 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from launch.assemble import Run, new_step, resume_point, run_digests, schedule_of, started_at
+from launch.assemble import (
+    Run,
+    new_step,
+    report_memory,
+    resume_point,
+    run_digests,
+    schedule_of,
+    started_at,
+)
 from learner.forward import Head, choose_head
-from learner.memory import estimate_memory, warn_if_too_large
 from learner.objectives.preference import kto_weight_advice, needs_whole_batch
 from learner.records import Records
 from learner.reference import Reference, make_reference
@@ -107,17 +114,8 @@ def _estimate_memory(
             rows = settings.train.batch_size
         if settings.objective.method != "kto":
             rows *= 2  # chosen and rejected
-    warn_if_too_large(
-        estimate_memory(
-            policy.model,
-            policy.config,
-            rows=rows,
-            length=longest,
-            completion_length=longest,
-            head=head,
-            gradient_checkpointing=settings.train.gradient_checkpointing,
-            reference=reference.model if reference is not None else None,
-        )
+    report_memory(
+        settings, policy, reference, head, rows=rows, length=longest, completion_length=longest
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any, cast
 import mlx.core as mx
 import msgspec
 
-from launch.assemble import Run, new_step, resume_point, run_digests, schedule_of, started_at
+from launch.assemble import (
+    Run,
+    new_step,
+    report_memory,
+    resume_point,
+    run_digests,
+    schedule_of,
+    started_at,
+)
 from learner.checkpoint import Checkpoint
 from learner.coordinator import Coordinator
 from learner.evaluation import OnlineEvaluator
@@ -22,7 +30,6 @@ from learner.grpo import GrpoObjective
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings, LostReport
 from learner.lost import read_journal, since
-from learner.memory import estimate_memory, warn_if_too_large
 from learner.peers import Terms
 from learner.prompt_trial import choose_shared_prompt
 from learner.records import Records
@@ -65,15 +72,7 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
     for stale in (args.run_dir / "policy").glob("policy-*"):
         stale.unlink(missing_ok=True)  # of a learner that was killed: nobody would delete them
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = Service(
-        coordinator,
-        list(args.endpoint),
-        args.snapshots,
-        bridge,
-        args.run_dir / "ledger.jsonl",
-        keys=settings.transport.keys,
-        max_message_bytes=settings.transport.max_message_mb << 20,
-    )
+    service = new_service(args, settings, coordinator, bridge)
     trainer = _trainer(args, settings, policy, reference, prompts, source, total)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -84,12 +83,28 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
         source.finish("the run is over")
 
 
-def total_batches(settings: GrpoRun, prompts: PromptSets) -> int | None:
-    """Return the run's batches; None where a stream decides."""
+def total_batches(settings: GrpoRun, prompts: PromptSets) -> int:
+    """Return the run's batches. Raises ConfigError where only the end of a stream would tell."""
     if settings.train.max_steps >= 0:
         return settings.train.max_steps
-    total = prompts.train.total
-    return None if total is None else math.ceil(total / settings.train.batch_size)
+    if prompts.train.total is None:
+        raise ConfigError("a streamed dataset has no length: set train.max_steps")
+    return math.ceil(prompts.train.total / settings.train.batch_size)
+
+
+def new_service(
+    args: argparse.Namespace, settings: GrpoRun, coordinator: Coordinator, bridge: Bridge[Any, Any]
+) -> Service:
+    """Return the service of a run's sockets."""
+    return Service(
+        coordinator,
+        list(args.endpoint),
+        args.snapshots,
+        bridge,
+        args.run_dir / "ledger.jsonl",
+        keys=settings.transport.keys,
+        max_message_bytes=settings.transport.max_message_mb << 20,
+    )
 
 
 def new_coordinator(
@@ -97,7 +112,7 @@ def new_coordinator(
     settings: GrpoRun,
     policy: LoadedPolicy,
     prompts: PromptSets,
-    total: int | None,
+    total: int,
     checkpoint: Checkpoint | None,
 ) -> Coordinator:
     """Return the coordinator of a run of `total` batches, as `checkpoint`, if any, left it."""
@@ -177,14 +192,22 @@ def _trainer(
     reference: Reference | None,
     prompts: PromptSets,
     source: OnlineSource,
-    total: int | None,
+    total: int,
 ) -> Trainer[Any]:
     settings_objective, train = settings.objective, settings.train
-    if total is None:
-        raise ConfigError("a streamed dataset has no length: set train.max_steps")
     head = choose_head(policy.model, train.head)
     share_prompt = _shares_prompt(train, policy, reference, head)
-    _estimate_memory(settings, policy, reference, prompts, head, share_prompt)
+    longest = settings.sampling.max_completion_length
+    report_memory(
+        settings,
+        policy,
+        reference,
+        head,
+        rows=train.micro_batch_size * settings.sampling.num_generations,
+        length=longest + _longest_prompt(settings, prompts),
+        completion_length=longest,
+        shared_prompt=share_prompt,
+    )
 
     def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
         return describe(
@@ -216,31 +239,6 @@ def _trainer(
         schedule_of(settings, total),
         evaluator if prompts.evaluation else None,
         resume_state=run_digests(policy, reference),
-    )
-
-
-def _estimate_memory(
-    settings: GrpoRun,
-    policy: LoadedPolicy,
-    reference: Reference | None,
-    prompts: PromptSets,
-    head: Head,
-    share_prompt: bool,
-) -> None:
-    """Log what a step over the longest prompts and completions takes."""
-    longest = settings.sampling.max_completion_length
-    warn_if_too_large(
-        estimate_memory(
-            policy.model,
-            policy.config,
-            rows=settings.train.micro_batch_size * settings.sampling.num_generations,
-            length=longest + _longest_prompt(settings, prompts),
-            completion_length=longest,
-            head=head,
-            gradient_checkpointing=settings.train.gradient_checkpointing,
-            reference=reference.model if reference is not None else None,
-            shared_prompt=share_prompt,
-        )
     )
 
 

@@ -19,7 +19,7 @@ from msgspec import structs
 
 from protocol.blas import HINT, load_openblas
 from protocol.config import load
-from protocol.errors import ConfigError, PippinError
+from protocol.errors import PippinError
 from protocol.lifeline import Lifeline
 from protocol.settings import PairsRun
 
@@ -50,8 +50,7 @@ def effective(settings: PairsRun) -> PairsRun:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     """Serve the prompts until all are answered; write pairs and their counts."""
-    from launch.assemble_online import new_coordinator, total_batches
-    from learner.service import Service
+    from launch.assemble_online import new_coordinator, new_service, total_batches
     from learner.sources.online import OnlineSource
     from learner.sources.prompts import open_prompts
     from protocol.bridge import Bridge
@@ -68,20 +67,10 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
-    if total is None:
-        raise ConfigError("a streamed dataset has no length: set train.max_steps")
     coordinator = new_coordinator(args, settings, policy, prompts, total, None)
     bridge: Bridge[Any, Any] = Bridge()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = Service(
-        coordinator,
-        list(args.endpoint),
-        args.snapshots,
-        bridge,
-        args.run_dir / "ledger.jsonl",
-        keys=settings.transport.keys,
-        max_message_bytes=settings.transport.max_message_mb << 20,
-    )
+    service = new_service(args, settings, coordinator, bridge)
     with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
         bridge.start(lambda _: service.run())
         writer = Writer(settings, policy.tokenizer, file)
