@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from protocol.messages import Completion, Sampling
+from protocol.parts import Completion, Sampling
 
 NO_POLICY = -1  # the version of an engine that was given no policy; nothing is sampled with it
 

@@ -31,7 +31,8 @@ from protocol.bridge import Bridge, BridgeClosed
 from protocol.channel import ClientChannel
 from protocol.endpoints import reachable
 from protocol.errors import PippinError, SnapshotError, WireError
-from protocol.messages import Failed, Group, Heartbeat, Policy, RewardResult, RewardService
+from protocol.messages import Failed, Group, Heartbeat, Policy
+from protocol.parts import RewardResult, RewardService
 from protocol.snapshot_channel import fetch_snapshot
 
 HEARTBEAT_S = 2.0

@@ -8,14 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from protocol.messages import (
-    ActorMessage,
-    LearnerMessage,
-    Policy,
-    RewardResult,
-    RewardService,
-    TaskId,
-)
+from protocol.messages import ActorMessage, LearnerMessage, Policy
+from protocol.parts import RewardResult, RewardService, TaskId
 
 LeaseKey = tuple[TaskId, int]  # a task and its attempt
 

@@ -25,14 +25,8 @@ import zmq.asyncio
 from actors.reward_replies import merged, misfit, nothing
 from protocol import endpoints
 from protocol.keys import load_client_keys
-from protocol.messages import (
-    RewardResult,
-    RewardService,
-    ScoreProgress,
-    ScoreRefusal,
-    ScoreReply,
-    ScoreRequest,
-)
+from protocol.parts import RewardResult, RewardService
+from protocol.reward_messages import ScoreProgress, ScoreRefusal, ScoreReply, ScoreRequest
 
 log = logging.getLogger("pippin.rewards")
 

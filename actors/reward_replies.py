@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from protocol.messages import RewardFault, RewardResult, ScoreReply, floats_bytes
+from protocol.arrays import floats_bytes
+from protocol.parts import RewardResult
+from protocol.reward_messages import RewardFault, ScoreReply
 
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 

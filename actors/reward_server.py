@@ -24,7 +24,7 @@ from actors.reward_queue import FairQueue, Waiting
 from actors.reward_worker import Job, Note
 from protocol import endpoints
 from protocol.keys import load_server_keys
-from protocol.messages import (
+from protocol.reward_messages import (
     REWARD_PROTOCOL_VERSION,
     RewardFault,
     RewardMessage,

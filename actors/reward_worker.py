@@ -18,7 +18,7 @@ import msgspec
 from actors.reward_loader import RewardFunction, load_rewards
 from actors.rewards import Call, Outcome
 from protocol.errors import RewardError
-from protocol.messages import RewardFault, ScoreRequest
+from protocol.reward_messages import RewardFault, ScoreRequest
 
 MAX_LINE = 64 << 20
 MAX_LOGGED = 4 << 20

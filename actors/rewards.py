@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.reward_loader import RewardFunction
 from protocol.errors import RewardError
-from protocol.messages import ScoreRequest
+from protocol.reward_messages import ScoreRequest
 
 FaultKind = Literal["timeout", "exception", "contract", "died"]
 MAX_MESSAGE_CHARS = 2_000

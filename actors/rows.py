@@ -9,13 +9,8 @@ import mlx.core as mx
 from actors.engine import GenerationRequest, GenerationResult
 from actors.prefill import PromptCache
 from actors.sampling import Draw, has_filter, row_seed
-from protocol.messages import (
-    Completion,
-    FinishReason,
-    PolicySpan,
-    floats_bytes,
-    ids_bytes,
-)
+from protocol.arrays import floats_bytes, ids_bytes
+from protocol.parts import Completion, FinishReason, PolicySpan
 
 
 class Sampled:

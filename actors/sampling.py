@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from protocol.messages import Sampling
+from protocol.parts import Sampling
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from actors.engine import GenerationRequest, GenerationResult
 from actors.port import LeaseKey
+from protocol.arrays import ids_view
 from protocol.errors import RefusedError
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -27,12 +28,11 @@ from protocol.messages import (
     Refuse,
     Release,
     Request,
-    RewardResult,
     Stop,
     Task,
     Welcome,
-    ids_view,
 )
+from protocol.parts import RewardResult
 
 log = logging.getLogger("pippin.actor")
 

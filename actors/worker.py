@@ -43,8 +43,9 @@ from actors.session import (
     Say,
     Session,
 )
+from protocol.arrays import ids_view
 from protocol.errors import DataError, ModelError
-from protocol.messages import Heartbeat, Task, ids_view
+from protocol.messages import Heartbeat, Task
 
 log = logging.getLogger("pippin.actor")
 

@@ -28,7 +28,8 @@ from protocol.channel import Client
 from protocol.endpoints import reachable
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.lifeline import Lifeline
-from protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, RewardService, Welcome
+from protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
+from protocol.parts import RewardService
 from protocol.settings import ModelSettings
 
 if TYPE_CHECKING:

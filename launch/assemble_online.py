@@ -43,7 +43,8 @@ from learner.trainer import Trainer
 from protocol.bridge import Bridge
 from protocol.config import load
 from protocol.errors import ConfigError
-from protocol.messages import PROTOCOL_VERSION, RewardService, Sampling, Welcome
+from protocol.messages import PROTOCOL_VERSION, Welcome
+from protocol.parts import RewardService, Sampling
 from protocol.policy import LoadedPolicy, load_policy
 from protocol.settings import GrpoRun, TrainSettings, builtins
 

@@ -106,7 +106,7 @@ class Writer:
         """Write the pair of a group, if it has one."""
         from launch.pairing import best_and_worst, given_and_own
         from learner.evaluation import reward_matrix
-        from protocol.messages import ids_view
+        from protocol.arrays import ids_view
 
         prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids
         texts = [

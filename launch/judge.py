@@ -17,9 +17,10 @@ import numpy as np
 from actors.reward_client import RewardClient
 from actors.reward_server import RewardServer
 from actors.worker import as_answers
+from protocol.arrays import floats_view
 from protocol.endpoints import ipc_folder
 from protocol.errors import PippinError, RewardError, only_leaf
-from protocol.messages import RewardService, floats_view
+from protocol.parts import RewardService
 
 TIMEOUT_S = 60.0
 COLUMNS = ("chosen", "rejected")  # which lines may hold beside `columns`

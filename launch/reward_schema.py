@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from protocol.messages import (
+from protocol.reward_messages import (
     REWARD_PROTOCOL_VERSION,
     ScoreProgress,
     ScoreRefusal,

@@ -32,8 +32,8 @@ from protocol.messages import (
     Request,
     Stop,
     Task,
-    TaskId,
 )
+from protocol.parts import TaskId
 
 log = logging.getLogger("pippin.learner")
 

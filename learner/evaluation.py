@@ -8,7 +8,7 @@ import numpy as np
 
 from learner.experience import EvalResult, TrainedGroup
 from learner.sources.online import OnlineSource
-from protocol.messages import floats_view, ids_view
+from protocol.arrays import floats_view, ids_view
 
 Line = dict[str, Any]
 

@@ -22,8 +22,8 @@ from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
 from learner.shared_prompt import SharedPrompt, group_batch
 from learner.trainer import Arrays, Prepared
+from protocol.arrays import floats_view, ids_view
 from protocol.errors import RewardError
-from protocol.messages import floats_view, ids_view
 from protocol.settings import GrpoSettings, TrainSettings
 
 

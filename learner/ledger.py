@@ -41,7 +41,8 @@ from learner.ledger_types import (
     Receipt,
 )
 from protocol.errors import LedgerError
-from protocol.messages import TaskId, TaskKind
+from protocol.messages import TaskKind
+from protocol.parts import TaskId
 
 
 class Ledger:

@@ -3,7 +3,8 @@
 import msgspec
 
 from protocol.errors import LedgerError
-from protocol.messages import TaskId, TaskKind
+from protocol.messages import TaskKind
+from protocol.parts import TaskId
 
 RowKey = int | str
 

@@ -5,7 +5,8 @@ from typing import Literal
 import msgspec
 
 from learner.ledger_state import RowKey, require
-from protocol.messages import TaskId, TaskKind
+from protocol.messages import TaskKind
+from protocol.parts import TaskId
 
 Outcome = Literal["accepted", "duplicate", "dropped", "stale", "unknown"]
 

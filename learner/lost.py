@@ -8,7 +8,7 @@ import msgspec
 from learner.ledger_events import AnyEvent, Consumed, Formed, Joined, Received
 from learner.ledger_types import LostReport
 from learner.records import mend
-from protocol.messages import TaskId
+from protocol.parts import TaskId
 
 
 class JournalLine(msgspec.Struct, frozen=True, kw_only=True):

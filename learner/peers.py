@@ -6,18 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    Completion,
-    Group,
-    Hello,
-    Refuse,
-    Sampling,
-    TaskKind,
-    Welcome,
-    floats_view,
-    ids_view,
-)
+from protocol.arrays import floats_view, ids_view
+from protocol.messages import PROTOCOL_VERSION, Group, Hello, Refuse, TaskKind, Welcome
+from protocol.parts import Completion, Sampling
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import msgspec
 
 from learner.experience import TrainedGroup
-from protocol.messages import floats_view, ids_view
+from protocol.arrays import floats_view, ids_view
 
 
 class Decoder(Protocol):

@@ -9,7 +9,8 @@ from learner.ledger import Ledger
 from learner.ledger_types import Grant
 from learner.peers import Peer, Terms
 from learner.sources.prompts import Prompt
-from protocol.messages import Task, TaskKind, ids_bytes
+from protocol.arrays import ids_bytes
+from protocol.messages import Task, TaskKind
 
 
 def task_message(lease: Grant, prompt: Prompt, terms: Terms, ledger: Ledger) -> Task:

@@ -17,6 +17,7 @@ ALLOWED = {
     "launch": {"protocol", "actors", "learner"},
 }
 LIGHT = (
+    "protocol.arrays",
     "protocol.messages",
     "protocol.wire",
     "protocol.channel",

@@ -12,8 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from actors.engine import GenerationRequest, GenerationResult
 from actors.mlx_engine import MlxEngine
+from protocol.arrays import floats_view, ids_view
 from protocol.errors import DataError, ModelError
-from protocol.messages import Completion, Sampling, floats_view, ids_view
+from protocol.parts import Completion, Sampling
 
 VOCAB = 50
 STOP = 7

@@ -10,7 +10,8 @@ from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_c
 
 from actors.engine import GenerationRequest, GenerationResult
 from actors.mlx_engine import MlxEngine
-from protocol.messages import Completion, Sampling, floats_view, ids_view
+from protocol.arrays import floats_view, ids_view
+from protocol.parts import Completion, Sampling
 
 VOCAB = 50
 

@@ -24,19 +24,12 @@ from actors.port import (
     Send,
     UseRewards,
 )
+from protocol.arrays import floats_bytes
 from protocol.bridge import Bridge, BridgeClosed
 from protocol.errors import ChannelError, RewardError
 from protocol.memory import MemoryServer
-from protocol.messages import (
-    Heartbeat,
-    Policy,
-    Request,
-    RewardResult,
-    RewardService,
-    Stop,
-    TaskId,
-    floats_bytes,
-)
+from protocol.messages import Heartbeat, Policy, Request, Stop
+from protocol.parts import RewardResult, RewardService, TaskId
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 

@@ -14,8 +14,9 @@ import zmq
 
 from actors.reward_client import RewardClient
 from actors.reward_server import RewardServer
+from protocol.arrays import floats_view
 from protocol.endpoints import bind_all, ipc_folder, open_socket
-from protocol.messages import RewardService, floats_view
+from protocol.parts import RewardService
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")

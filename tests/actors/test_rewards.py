@@ -9,7 +9,7 @@ import pytest
 from actors.reward_loader import load_rewards
 from actors.rewards import Call, check_rewards
 from protocol.errors import RewardError
-from protocol.messages import ScoreRequest
+from protocol.reward_messages import ScoreRequest
 
 HERE = Path(__file__).parent
 TRL = HERE / "trl_like.py"

@@ -16,30 +16,23 @@ from actors.session import (
     Say,
     Session,
 )
+from protocol.arrays import floats_bytes, floats_view, ids_bytes
 from protocol.errors import RefusedError
 from protocol.messages import (
     Ack,
     Cancel,
-    Completion,
     Failed,
     Group,
     Hello,
     Policy,
-    PolicySpan,
     Refuse,
     Release,
     Request,
-    RewardResult,
-    RewardService,
-    Sampling,
     Stop,
     Task,
-    TaskId,
     Welcome,
-    floats_bytes,
-    floats_view,
-    ids_bytes,
 )
+from protocol.parts import Completion, PolicySpan, RewardResult, RewardService, Sampling, TaskId
 
 REWARD = RewardResult(names=["exact"], rewards=floats_bytes([1.0, 0.0]))
 

@@ -22,31 +22,25 @@ from actors.port import (
 )
 from actors.session import Identity, Session
 from actors.worker import Worker, as_answers
+from protocol.arrays import floats_bytes, ids_bytes
 from protocol.errors import DataError, RefusedError, SnapshotError
 from protocol.messages import (
     Ack,
     Applied,
     Cancel,
-    Completion,
     Failed,
     Group,
     Heartbeat,
     Hello,
     Policy,
-    PolicySpan,
     Refuse,
     Release,
     Request,
-    RewardResult,
-    RewardService,
-    Sampling,
     Stop,
     Task,
-    TaskId,
     Welcome,
-    floats_bytes,
-    ids_bytes,
 )
+from protocol.parts import Completion, PolicySpan, RewardResult, RewardService, Sampling, TaskId
 
 
 @dataclass

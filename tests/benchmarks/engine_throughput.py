@@ -28,7 +28,7 @@ from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
 from actors.engine import GenerationRequest  # noqa: E402
 from actors.mlx_engine import MlxEngine  # noqa: E402
-from protocol.messages import Sampling  # noqa: E402
+from protocol.parts import Sampling  # noqa: E402
 
 VOCAB = 8192
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from actors.engine import GenerationRequest
 from actors.mlx_engine import MlxEngine
+from protocol.arrays import floats_view, ids_bytes
 from protocol.channel import Server
 from protocol.endpoints import ipc_folder
 from protocol.messages import (
@@ -23,14 +24,11 @@ from protocol.messages import (
     Refuse,
     Release,
     Request,
-    Sampling,
     Stop,
     Task,
-    TaskId,
     Welcome,
-    floats_view,
-    ids_bytes,
 )
+from protocol.parts import Sampling, TaskId
 from protocol.policy import LoadedPolicy, load_policy, write_snapshot
 from protocol.settings import ModelSettings, builtins
 from tests.tiny import write_model_folder

@@ -13,27 +13,23 @@ from learner.sources.feed import ListFeed
 from learner.sources.prompts import Prompt, PromptSource
 from learner.sources.sieve import Report
 from learner.tasks import task_seed
+from protocol.arrays import floats_bytes, ids_bytes
 from protocol.messages import (
     Ack,
     Applied,
     Cancel,
-    Completion,
     Failed,
     Group,
     Heartbeat,
     Hello,
     Policy,
-    PolicySpan,
     Refuse,
     Release,
     Request,
-    RewardResult,
-    Sampling,
     Task,
     Welcome,
-    floats_bytes,
-    ids_bytes,
 )
+from protocol.parts import Completion, PolicySpan, RewardResult, Sampling
 from protocol.settings import DataSettings
 
 A, B = b"a", b"b"

@@ -9,17 +9,11 @@ from learner.experience import EvalResult, TrainBatch, TrainedGroup
 from learner.grpo import GrpoObjective
 from learner.rollouts import describe
 from learner.sources.prompts import Prompt
+from protocol.arrays import floats_bytes, ids_bytes
 from protocol.errors import RewardError
-from protocol.messages import (
-    Completion,
-    Group,
-    PolicySpan,
-    RewardFault,
-    RewardResult,
-    TaskId,
-    floats_bytes,
-    ids_bytes,
-)
+from protocol.messages import Group
+from protocol.parts import Completion, PolicySpan, RewardResult, TaskId
+from protocol.reward_messages import RewardFault
 from protocol.settings import GrpoSettings, TrainSettings
 from tests.tiny import tensors, tiny_model
 

@@ -8,7 +8,7 @@ from learner.ledger_events import Published
 from learner.ledger_state import LedgerState
 from learner.ledger_types import LedgerSettings, Receipt
 from protocol.errors import LedgerError
-from protocol.messages import TaskId
+from protocol.parts import TaskId
 
 ACTOR = "actor-0"
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from learner.ledger import Ledger
 from learner.ledger_events import AnyEvent
 from learner.ledger_types import Batch, Cancelled, Grant, LedgerSettings
-from protocol.messages import TaskId
+from protocol.parts import TaskId
 
 B, G, EVAL_G, LEASE_S, ATTEMPTS = 2, 3, 2, 10.0, 3
 ACTORS = st.sampled_from(["a", "b", "c"])

@@ -27,15 +27,9 @@ from learner.sources.prompts import Prompt, PromptSource
 from learner.sources.sieve import Report
 from learner.step import Step
 from learner.trainer import Schedule, Trainer
-from protocol.messages import (
-    ActorMessage,
-    Policy,
-    RewardResult,
-    RewardService,
-    Sampling,
-    Welcome,
-    floats_bytes,
-)
+from protocol.arrays import floats_bytes
+from protocol.messages import ActorMessage, Policy, Welcome
+from protocol.parts import RewardResult, RewardService, Sampling
 from protocol.policy import LoadedPolicy, apply_snapshot, load_policy, read_snapshot, write_snapshot
 from protocol.settings import (
     DataSettings,

@@ -18,16 +18,10 @@ from learner.shared_prompt import SharedPrompt, after_prompt, group_batch, share
 from learner.sources.prompts import Prompt
 from learner.step import Step
 from protocol.adapters import attach_adapters
+from protocol.arrays import floats_bytes, ids_bytes
 from protocol.errors import ModelError
-from protocol.messages import (
-    Completion,
-    Group,
-    PolicySpan,
-    RewardResult,
-    TaskId,
-    floats_bytes,
-    ids_bytes,
-)
+from protocol.messages import Group
+from protocol.parts import Completion, PolicySpan, RewardResult, TaskId
 from protocol.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.snapshots import trainable
 from tests.tiny import VOCAB, on_device, tiny_model

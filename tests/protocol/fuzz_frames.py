@@ -18,7 +18,7 @@ from protocol import wire
 from protocol.endpoints import check_endpoint
 from protocol.errors import ChannelError
 from protocol.keys import load_client_keys
-from protocol.messages import ScoreRequest
+from protocol.reward_messages import ScoreRequest
 from tests.protocol.examples import ACTOR_MESSAGES
 
 SEND_HWM = 16

@@ -9,14 +9,14 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from protocol import messages as m
 from protocol.channel import Client, Server
 from protocol.endpoints import check_endpoint, ipc_folder, is_loopback
 from protocol.errors import ChannelError, WireError
 from protocol.keys import make_keys
+from protocol.messages import Hello, Refuse, Release, Stop
 
 pytestmark = pytest.mark.anyio
-HELLO = m.Hello(protocol_version=1, actor_id="a", actor_incarnation="i")
+HELLO = Hello(protocol_version=1, actor_id="a", actor_incarnation="i")
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ async def test_messages_go_both_ways_over_ipc_and_tcp_at_once(folder):
                 seen = server.last_seen(peer)
                 assert seen is not None
                 assert before <= seen <= time.monotonic()
-                assert server.send(peer, m.Stop(reason=endpoint))
-                assert await reply(client) == m.Stop(reason=endpoint)
+                assert server.send(peer, Stop(reason=endpoint))
+                assert await reply(client) == Stop(reason=endpoint)
         assert server.take_gone() == []
 
 
@@ -103,7 +103,7 @@ async def test_bad_frames_are_refused_counted_and_a_sign_of_life(folder):
 async def _expect_refusals(raw, count):
     with anyio.fail_after(5):
         for _ in range(count):
-            refusal = m.Refuse(**_fields(await raw.recv()))
+            refusal = Refuse(**_fields(await raw.recv()))
             assert refusal.code in ("undecodable", "invalid")
             assert not refusal.fatal
 
@@ -140,7 +140,7 @@ async def test_a_message_above_the_limit_is_refused_by_its_sender(folder):
         Client(server.endpoint, max_message_bytes=500) as client,
     ):
         with pytest.raises(WireError, match="at most 500 bytes") as caught:
-            client.send(m.Release(reason="x" * 500))
+            client.send(Release(reason="x" * 500))
         assert caught.value.kind == "oversized"
         await greet(server, client)
 
@@ -167,14 +167,14 @@ async def test_a_peer_that_left_is_gone_and_the_other_is_not(folder):
         async with Client(server.endpoint) as leaves:
             away = await greet(server, leaves)
         with anyio.fail_after(5):
-            while server.send(away, m.Stop(reason="")):
+            while server.send(away, Stop(reason="")):
                 await greet(server, stays)
         assert server.take_gone() == [away]
         assert server.take_gone() == []
         assert server.last_seen(away) is None
-        assert server.send(there, m.Stop(reason="you"))
-        assert await reply(stays) == m.Stop(reason="you")
-        assert not server.send(b"nobody", m.Stop(reason=""))
+        assert server.send(there, Stop(reason="you"))
+        assert await reply(stays) == Stop(reason="you")
+        assert not server.send(b"nobody", Stop(reason=""))
 
 
 async def test_a_full_outbox_drops_that_peer_alone(folder):
@@ -185,7 +185,7 @@ async def test_a_full_outbox_drops_that_peer_alone(folder):
     ):
         stuck = await greet(server, slow)
         other = await greet(server, quick)
-        big = m.Stop(reason="x" * (1 << 20))
+        big = Stop(reason="x" * (1 << 20))
         sent = 0
         with anyio.fail_after(20):
             while server.send(stuck, big):
@@ -193,8 +193,8 @@ async def test_a_full_outbox_drops_that_peer_alone(folder):
                 await anyio.sleep(0.002)
         assert 4 <= sent < 64  # its outbox, what the client holds, and the kernel's buffers
         assert server.take_gone() == [stuck]
-        assert server.send(other, m.Stop(reason="on"))
-        assert await reply(quick) == m.Stop(reason="on")
+        assert server.send(other, Stop(reason="on"))
+        assert await reply(quick) == Stop(reason="on")
 
 
 async def test_a_client_finds_a_restarted_server(folder):
@@ -293,12 +293,12 @@ async def test_only_the_holder_of_the_actor_key_is_admitted(folder):
             Client(ipc) as local,
             Client(tcp, keys=keys) as right,
         ):
-            wrong.send(m.Release(reason="wrong key"))
-            plain.send(m.Release(reason="no key"))
+            wrong.send(Release(reason="wrong key"))
+            plain.send(Release(reason="no key"))
             await greet(server, local)
             peer = await greet(server, right)
-            assert server.send(peer, m.Stop(reason=""))
-            assert await reply(right) == m.Stop(reason="")
+            assert server.send(peer, Stop(reason=""))
+            assert await reply(right) == Stop(reason="")
             with anyio.move_on_after(0.3) as waited:
                 await server.receive()
             assert waited.cancelled_caught

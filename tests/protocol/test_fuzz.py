@@ -8,16 +8,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from protocol import messages as m
 from protocol.channel import Client, Server
 from protocol.endpoints import ipc_folder
 from protocol.errors import WireError
+from protocol.messages import Heartbeat, Stop
 from protocol.wire import decode_actor
 
 pytestmark = pytest.mark.anyio
 PROGRAM = Path(__file__).with_name("fuzz_frames.py")
 ROOT = PROGRAM.parents[2]
-HEARTBEAT = m.Heartbeat(progress=1)
+HEARTBEAT = Heartbeat(progress=1)
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ async def flooded(frames, mutated, growth_limit):
             assert sum(server.refusals.values()) + valid == total
             assert {"undecodable", "invalid"} <= server.refusals.keys()
             assert resident_bytes() - before < growth_limit
-            assert server.send(friend, m.Stop(reason="still here"))
+            assert server.send(friend, Stop(reason="still here"))
             with anyio.fail_after(5):
-                assert await client.receive() == m.Stop(reason="still here")
+                assert await client.receive() == Stop(reason="still here")
             print(f"{total} frames: {dict(server.refusals)}, {valid} valid")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from protocol import messages as m
 from protocol.channel import ClientChannel, ServerChannel
 from protocol.errors import ChannelError
 from protocol.memory import memory_pair
+from protocol.messages import Request, Stop
 
 pytestmark = pytest.mark.anyio
 
@@ -21,15 +21,15 @@ async def test_messages_go_both_ways_and_peers_end_alone():
     typed_server: ServerChannel = server
     typed_client: ClientChannel = client
     second = server.connect()
-    assert typed_client.send(m.Request(free_rows=1))
-    assert second.send(m.Request(free_rows=2))
-    assert not second.send(m.Request(free_rows=3))
+    assert typed_client.send(Request(free_rows=1))
+    assert second.send(Request(free_rows=2))
+    assert not second.send(Request(free_rows=3))
     peer, message = await typed_server.receive()
     other, _ = await server.receive()
-    assert message == m.Request(free_rows=1)
+    assert message == Request(free_rows=1)
     assert peer != other
     assert server.last_seen(peer) is not None
-    stop = m.Stop(reason="x")
+    stop = Stop(reason="x")
     assert [server.send(peer, stop) for _ in range(3)] == [True, True, False]
     assert server.take_gone() == [peer]
     assert server.last_seen(peer) is None
@@ -41,7 +41,7 @@ async def test_messages_go_both_ways_and_peers_end_alone():
     assert not server.send(other, stop)
     assert server.take_gone() == [other]
     with pytest.raises(ChannelError):
-        second.send(m.Request(free_rows=1))
+        second.send(Request(free_rows=1))
     async with server:
         pass
-    assert not client.send(m.Request(free_rows=1))
+    assert not client.send(Request(free_rows=1))

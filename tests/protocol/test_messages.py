@@ -4,21 +4,22 @@ import msgspec
 import numpy as np
 import pytest
 
-from protocol import messages as m
+from protocol.arrays import floats_bytes, floats_view, ids_bytes, ids_view
+from protocol.parts import PolicySpan, Sampling, Segment
 from tests.protocol.examples import COMPLETION, GROUP, LEARNER_MESSAGES, TASK
 
 replace = msgspec.structs.replace
 
 
 def test_arrays_are_little_endian_and_views_are_free():
-    data = m.ids_bytes([1, 256, -1])
+    data = ids_bytes([1, 256, -1])
     assert data == b"\x01\x00\x00\x00\x00\x01\x00\x00\xff\xff\xff\xff"
-    assert m.ids_view(data).tolist() == [1, 256, -1]
-    assert not m.ids_view(data).flags.owndata
-    assert m.ids_bytes(np.array([1, 256, -1], dtype=np.int64)) == data
-    assert m.floats_bytes([1.0, -2.0]) == b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
-    assert np.isnan(m.floats_view(m.floats_bytes([float("nan")]))[0])
-    assert m.ids_bytes(iter([3])) == b"\x03\x00\x00\x00"
+    assert ids_view(data).tolist() == [1, 256, -1]
+    assert not ids_view(data).flags.owndata
+    assert ids_bytes(np.array([1, 256, -1], dtype=np.int64)) == data
+    assert floats_bytes([1.0, -2.0]) == b"\x00\x00\x80\x3f\x00\x00\x00\xc0"
+    assert np.isnan(floats_view(floats_bytes([float("nan")]))[0])
+    assert ids_bytes(iter([3])) == b"\x03\x00\x00\x00"
 
 
 @pytest.mark.parametrize(
@@ -36,17 +37,17 @@ def test_arrays_are_little_endian_and_views_are_free():
     ],
 )
 def test_sampling_is_checked(change, reason):
-    sampling = m.Sampling(num_generations=1, max_completion_length=1, temperature=0.0, min_p=1.0)
+    sampling = Sampling(num_generations=1, max_completion_length=1, temperature=0.0, min_p=1.0)
     with pytest.raises(ValueError, match=reason):
         replace(sampling, **change)
 
 
 def span(start):
-    return m.PolicySpan(start=start, version=start, digest="")
+    return PolicySpan(start=start, version=start, digest="")
 
 
 def part(start):
-    return m.Segment(start=start, sampled=True)
+    return Segment(start=start, sampled=True)
 
 
 @pytest.mark.parametrize(

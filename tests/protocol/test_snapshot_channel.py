@@ -9,18 +9,18 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from protocol import messages as m
 from protocol import wire
 from protocol.endpoints import ipc_folder
 from protocol.errors import SnapshotError
 from protocol.keys import make_keys
+from protocol.messages import Chunk, Fetch, Heartbeat, Policy
 from protocol.snapshot_channel import SnapshotServer, fetch_snapshot
 
-T = TypeVar("T", m.Fetch, m.Chunk)
+T = TypeVar("T", Fetch, Chunk)
 pytestmark = pytest.mark.anyio
 DATA = random.Random(1).randbytes(1_000_003)
 DIGEST = hashlib.sha256(DATA).hexdigest()
-POLICY = m.Policy(version=3, digest=DIGEST, size=len(DATA))
+POLICY = Policy(version=3, digest=DIGEST, size=len(DATA))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ async def test_what_is_not_served_is_said_at_once(file, endpoint):
 async def test_another_size_is_refused(file, endpoint):
     async with SnapshotServer(endpoint) as server:
         server.register(3, DIGEST, file)
-        wrong = m.Policy(version=3, digest=DIGEST, size=len(DATA) + 1)
+        wrong = Policy(version=3, digest=DIGEST, size=len(DATA) + 1)
         with pytest.raises(SnapshotError, match=r"required 1000004 bytes.*of 1000003"):
             await fetch_snapshot(endpoint, wrong, timeout_s=30)
 
@@ -106,12 +106,12 @@ async def test_a_lost_chunk_is_asked_for_again(file, endpoint):
         async def forgetful():
             while True:
                 peer, data = await router.recv_multipart()
-                fetch = decoded(data, m.Fetch)
+                fetch = decoded(data, Fetch)
                 asked.append(fetch.offset)
                 if len(asked) == 2:
                     continue
                 part = DATA[fetch.offset : fetch.offset + fetch.length]
-                chunk = m.Chunk(
+                chunk = Chunk(
                     version=3, digest=DIGEST, offset=fetch.offset, total=len(DATA), data=part
                 )
                 await router.send_multipart([peer, wire.encode(chunk)])
@@ -134,15 +134,15 @@ async def test_bad_requests_are_counted_and_the_rest_goes_on(file, endpoint):
             raw.connect(endpoint)
             await raw.send(b"\xc1")
             await raw.send_multipart([b"a", b"b"])
-            await raw.send(wire.encode(m.Heartbeat(progress=1)))
+            await raw.send(wire.encode(Heartbeat(progress=1)))
             await raw.send(bytes(4097))
-            negative = m.Fetch(version=3, digest=DIGEST, offset=-1, length=5)
+            negative = Fetch(version=3, digest=DIGEST, offset=-1, length=5)
             await raw.send(wire.encode(negative))
-            refused = decoded(await raw.recv(), m.Chunk)
+            refused = decoded(await raw.recv(), Chunk)
             assert (refused.total, refused.data) == (0, b"")
-            huge = m.Fetch(version=3, digest=DIGEST, offset=len(DATA) - 3, length=1 << 60)
+            huge = Fetch(version=3, digest=DIGEST, offset=len(DATA) - 3, length=1 << 60)
             await raw.send(wire.encode(huge))
-            assert decoded(await raw.recv(), m.Chunk).data == DATA[-3:]
+            assert decoded(await raw.recv(), Chunk).data == DATA[-3:]
         assert dict(server.refusals) == {"undecodable": 2, "unknown": 1, "oversized": 1}
         assert await fetch_snapshot(endpoint, POLICY, timeout_s=5) == DATA
 

@@ -1,0 +1,66 @@
+"""The messages of the reward wire: JSON with a version of its own (see protocol/REWARDS.md).
+
+Unknown fields are ignored, so that reward servers can be written in any language.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+REWARD_PROTOCOL_VERSION = 1
+
+
+class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
+    """A reward function that gave no rewards for a group, and why."""
+
+    function: str
+    kind: Literal["timeout", "exception", "contract", "unreachable", "died"]
+    message: str
+
+
+class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of the reward wire's messages: unknown fields are ignored."""
+
+
+class ScoreRequest(RewardMessage, frozen=True, kw_only=True, tag="score"):
+    """Score the N completions of one group. `columns` holds every other dataset column, each a
+    list of N values. `prompts` and `completions` are strings, or lists of messages."""
+
+    reward_protocol_version: int = REWARD_PROTOCOL_VERSION
+    id: str
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    columns: dict[str, list[Any]] = {}
+    trainer_state: dict[str, Any] = {}
+    timeout_s: float = 60.0
+
+
+class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
+    """`rewards[f][n]` is function f's reward of completion n, or null."""
+
+    reward_protocol_version: int = REWARD_PROTOCOL_VERSION
+    id: str
+    names: list[str]
+    rewards: list[list[float | None]]
+    log_extra: dict[str, list[Any]] = {}
+    log_metric: dict[str, float] = {}
+    faults: list[RewardFault] = []
+    elapsed_s: float = 0.0
+
+
+class ScoreProgress(RewardMessage, frozen=True, kw_only=True, tag="progress"):
+    """The request is in the server's hands; `ahead` others are to be scored before it."""
+
+    reward_protocol_version: int = REWARD_PROTOCOL_VERSION
+    id: str
+    ahead: int = 0
+
+
+class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
+    """The request was not taken. `retry`: it may be, later or by another server."""
+
+    reward_protocol_version: int = REWARD_PROTOCOL_VERSION
+    id: str = ""
+    reason: str
+    retry: bool = False
