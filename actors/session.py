@@ -6,10 +6,10 @@ the learner acknowledges it. Time is passed in.
 """
 
 import logging
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
 from actors.engine import GenerationRequest, GenerationResult
 from actors.port import LeaseKey
 from protocol.arrays import ids_view
@@ -48,60 +48,6 @@ class Identity:
     host: str
     model_digest: str
     tokenizer_digest: str
-
-
-@dataclass(frozen=True)
-class Say:
-    """Send this message."""
-
-    message: ActorMessage
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Give this request to the engine."""
-
-    request: GenerationRequest
-
-
-@dataclass(frozen=True)
-class Abandon:
-    """Cancel this request in the engine."""
-
-    key: Hashable
-
-
-@dataclass(frozen=True)
-class HaveScored:
-    """Have this group's completions scored."""
-
-    task: Task
-    result: GenerationResult
-
-
-@dataclass(frozen=True)
-class Announced:
-    """A policy can be fetched."""
-
-    policy: Policy
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The learner accepted; its terms. `anew`: another incarnation, whose versions begin anew."""
-
-    welcome: Welcome
-    anew: bool
-
-
-@dataclass(frozen=True)
-class Leave:
-    """The run is over."""
-
-    reason: str
-
-
-Action = Say | Sample | Abandon | HaveScored | Announced | Joined | Leave
 
 
 @dataclass

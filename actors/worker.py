@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
+from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
 from actors.engine import Engine, GenerationResult
 from actors.policy_store import PolicyStore
 from actors.port import (
@@ -32,17 +33,7 @@ from actors.port import (
     Send,
     UseRewards,
 )
-from actors.session import (
-    Abandon,
-    Action,
-    Announced,
-    HaveScored,
-    Joined,
-    Leave,
-    Sample,
-    Say,
-    Session,
-)
+from actors.session import Session
 from protocol.arrays import ids_view
 from protocol.errors import DataError, ModelError
 from protocol.messages import Heartbeat, Task

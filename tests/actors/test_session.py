@@ -4,18 +4,9 @@ from typing import Any
 
 import pytest
 
+from actors.actions import Abandon, Announced, HaveScored, Joined, Leave, Sample, Say
 from actors.engine import GenerationResult
-from actors.session import (
-    Abandon,
-    Announced,
-    HaveScored,
-    Identity,
-    Joined,
-    Leave,
-    Sample,
-    Say,
-    Session,
-)
+from actors.session import Identity, Session
 from protocol.arrays import floats_bytes, floats_view, ids_bytes
 from protocol.errors import RefusedError
 from protocol.messages import (
