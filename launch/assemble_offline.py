@@ -18,6 +18,7 @@ from launch.assemble import (
     started_at,
 )
 from learner.forward import Head, choose_head
+from learner.interfaces import Objective
 from learner.objectives.preference import kto_weight_advice, needs_whole_batch
 from learner.records import Records
 from learner.reference import Reference, make_reference
@@ -28,7 +29,7 @@ from learner.sources.generated import DEFAULT_LENGTH, Answers
 from learner.sources.offline import OfflineSets, open_offline
 from learner.sources.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.sources.stored import StoredEvaluator, StoredSource
-from learner.trainer import Objective, Trainer
+from learner.trainer import Trainer
 from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.policy import LoadedPolicy, load_policy

@@ -18,10 +18,10 @@ from learner.batches import TokenBatch, aligned, padded_rows
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs
+from learner.interfaces import Arrays, Prepared
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
 from learner.shared_prompt import SharedPrompt, group_batch
-from learner.trainer import Arrays, Prepared
 from protocol.arrays import floats_view, ids_view
 from protocol.errors import RewardError
 from protocol.settings import GrpoSettings, TrainSettings

@@ -15,6 +15,7 @@ import numpy as np
 from learner.batches import TokenBatch, aligned
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
+from learner.interfaces import Arrays, Prepared
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
 from learner.objectives.preference import (
     finish_kto,
@@ -33,7 +34,6 @@ from learner.preference_batches import (
     pair_tokens,
 )
 from learner.sources.examples import Logps, PreferenceExample, UnpairedExample
-from learner.trainer import Arrays, Prepared
 from protocol.errors import ConfigError
 from protocol.preference_checks import check_preference, without_effect
 from protocol.settings import PreferenceSettings, TrainSettings

@@ -11,10 +11,10 @@ import numpy as np
 from learner.batches import sequence_batch
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
+from learner.interfaces import Arrays, Prepared
 from learner.objectives.metrics import finish_metrics, mean, merge_metrics
 from learner.objectives.sft import sft_loss
 from learner.sources.examples import SftExample
-from learner.trainer import Arrays, Prepared
 from protocol.settings import TrainSettings
 
 

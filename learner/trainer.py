@@ -6,17 +6,18 @@ program calls `advance` until `done`, and waits on the source in between.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.interfaces import Evaluator, Objective, Prepared, Source
 from learner.objectives.metrics import number
 from learner.records import Records
 from learner.step import Step, Update, random_state, set_random_state
@@ -26,86 +27,6 @@ from protocol.policy import trainable
 log = logging.getLogger("pippin.learner")
 
 BatchT = TypeVar("BatchT")
-BatchOut = TypeVar("BatchOut", covariant=True)
-BatchIn = TypeVar("BatchIn", contravariant=True)
-Arrays = dict[str, mx.array]
-
-
-@dataclass
-class Prepared:
-    """A batch as arrays: one mapping a micro-batch, and what is known before the step.
-
-    `step` False: nothing can be learned from it, so the optimiser does not move. `micro` may
-    leave out rows that contribute nothing; normalisers count them all the same. `again` brings
-    `micro` up to date with the policy before each further pass over the batch.
-    """
-
-    micro: list[Arrays]
-    metrics: dict[str, float]
-    step: bool = True
-    rollouts: list[dict[str, Any]] = field(default_factory=list)
-    again: Callable[[], None] | None = None
-
-
-class Source(Protocol[BatchOut]):
-    """Where batches come from."""
-
-    exhausted: bool
-
-    def poll(self, timeout_s: float = 0.0) -> BatchOut | None:
-        """Return the next batch, if it is there."""
-        ...
-
-    def stepped(self, version: int) -> None:
-        """Take note that a batch was consumed: `version` batches are, in all."""
-        ...
-
-    def figures(self) -> dict[str, float]:
-        """Return what the source measured for this batch."""
-        ...
-
-    def state(self) -> bytes:
-        """Return what a resume needs."""
-        ...
-
-
-class Objective(Protocol[BatchIn]):
-    """What is optimised."""
-
-    @property
-    def num_iterations(self) -> int:
-        """How often a batch is trained on."""
-        ...
-
-    def prepare(self, batch: BatchIn) -> Prepared:
-        """Turn a batch into arrays; may run the policy or its reference without a gradient."""
-        ...
-
-    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
-        """Return a micro-batch's share of the loss, and metrics that merge over micro-batches."""
-        ...
-
-    def merge(self, first: Arrays, second: Arrays) -> Arrays:
-        """Merge the metrics of two micro-batches."""
-        ...
-
-    def finish(self, metrics: Arrays) -> dict[str, float]:
-        """Turn merged metrics into logged ones."""
-        ...
-
-
-class Evaluator(Protocol):
-    """Held-out rows. `start` begins, `poll` returns metrics when they are there."""
-
-    pending: bool
-
-    def start(self, version: int) -> None:
-        """Begin the evaluation of the policy as it is."""
-        ...
-
-    def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
-        """Return (version, metrics, rollouts) of a finished evaluation."""
-        ...
 
 
 @dataclass

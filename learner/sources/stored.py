@@ -8,10 +8,10 @@ from typing import Any, Generic
 import mlx.nn as nn
 import msgspec
 
+from learner.interfaces import Objective, Prepared
 from learner.objectives.metrics import number
 from learner.sources.examples import E
 from learner.sources.offline import OfflineSource, OfflineState
-from learner.trainer import Objective, Prepared
 
 log = logging.getLogger("pippin.data")
 

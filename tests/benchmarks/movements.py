@@ -16,12 +16,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from learner.interfaces import Arrays
 from learner.objectives.metrics import number
 from learner.sft import SftObjective
 from learner.sources.examples import SftExample, sequences
 from learner.sources.offline import open_offline
 from learner.step import Step, should_compile
-from learner.trainer import Arrays
 from protocol.policy import load_policy
 from protocol.settings import DataSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.snapshots import trainable

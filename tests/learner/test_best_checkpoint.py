@@ -6,9 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, checkpoints, save_checkpoint
+from learner.interfaces import Arrays, Prepared
 from learner.records import Records
 from learner.step import Step
-from learner.trainer import Arrays, Prepared, Schedule, Trainer
+from learner.trainer import Schedule, Trainer
 from protocol.settings import OptimizerSettings
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load
 
+from learner.interfaces import Arrays, Prepared
 from learner.sources.examples import PreferenceExample, SftExample
 from learner.sources.generated import Answers, prompt_of
 from learner.sources.stored import StoredEvaluator
-from learner.trainer import Arrays, Prepared
 from tests.tiny import write_model_folder
 
 

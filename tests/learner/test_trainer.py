@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from learner.checkpoint import checkpoints, load_checkpoint
+from learner.interfaces import Arrays, Prepared
 from learner.records import Records
 from learner.step import Step, Update
-from learner.trainer import Arrays, Prepared, Schedule, Trainer
+from learner.trainer import Schedule, Trainer
 from protocol.errors import CheckpointError
 from protocol.settings import OptimizerSettings
 from protocol.snapshots import load_trainable, trainable

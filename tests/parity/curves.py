@@ -14,11 +14,11 @@ from learner.advantages import advantages
 from learner.batches import token_batch
 from learner.forward import choose_head, completion_logprobs
 from learner.grpo import GrpoObjective, to_device
+from learner.interfaces import Arrays
 from learner.objectives.grpo import grpo_normalisers
 from learner.preference import PreferenceObjective
 from learner.sft import SftObjective
 from learner.sources.examples import PreferenceExample, SftExample, UnpairedExample
-from learner.trainer import Arrays
 from protocol.settings import GrpoSettings, PreferenceSettings, TrainSettings
 
 Objective = SftObjective | PreferenceObjective | GrpoObjective
