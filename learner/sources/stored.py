@@ -1,10 +1,12 @@
 """The trainer's view of offline batches, and the evaluation of held-out examples."""
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+import mlx.core as mx
 import mlx.nn as nn
 import msgspec
 
@@ -53,6 +55,9 @@ class StoredSource(Generic[E]):
 class StoredEvaluator(Generic[E]):
     """Runs the objective over held-out examples, without a gradient, as training would.
 
+    Metrics are means over all that was counted, as one batch of all examples would have them; the
+    loss is the mean of the batches', weighted by rows, as TRL's.
+
     `answers`, if given, also answers their prompts: metrics and lines for rollouts.jsonl.
     """
 
@@ -68,22 +73,17 @@ class StoredEvaluator(Generic[E]):
 
     def start(self, version: int) -> None:
         """Evaluate at once."""
-        totals: dict[str, float] = {}
-        weight = 0.0
+        parts: dict[str, float] = {}
+        total = 0.0
         for start in range(0, len(self.examples), self.batch_size):
             batch = list(self.examples[start : start + self.batch_size])
-            prepared: Prepared = self.objective.prepare(batch)
-            loss, merged = 0.0, None
-            for arrays in prepared.micro:
-                value, metrics = self.objective.loss(self.model, arrays)
-                loss += number(value)
-                merged = metrics if merged is None else self.objective.merge(merged, metrics)
-            figures = {"loss": loss, **self.objective.finish(merged or {})}
-            share = prepared.metrics.get("eval_weight", float(len(batch)))
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value * share
-            weight += share
-        metrics = {f"eval/{name}": total / max(weight, 1.0) for name, total in totals.items()}
+            loss, found = self._batch(batch)
+            total += loss * len(batch)
+            for name, value in found.items():
+                parts[name] = parts.get(name, 0.0) + value
+        figures = self.objective.finish({name: mx.array(value) for name, value in parts.items()})
+        metrics = {f"eval/{name}": value for name, value in figures.items()}
+        metrics["eval/loss"] = total / max(len(self.examples), 1)
         metrics["eval/rows"] = float(len(self.examples))
         lines: list[dict[str, Any]] = []
         if self.answers is not None:
@@ -91,7 +91,37 @@ class StoredEvaluator(Generic[E]):
             metrics |= lengths
         self._result = (version, metrics, lines)
 
+    def _batch(self, batch: list[E]) -> tuple[float, dict[str, float]]:
+        """Return a batch's loss, and its metrics as sums and counts."""
+        prepared: Prepared = self.objective.prepare(batch)
+        loss = 0.0
+        merged: dict[str, mx.array] = {}
+        for arrays in prepared.micro:
+            value, metrics = self.objective.loss(self.model, arrays)
+            loss += number(value)
+            merged = self.objective.merge(merged, metrics)
+        values = {name: number(value) for name, value in merged.items()}
+        return loss, _means(values, float(len(batch)))
+
     def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
         """Return what `start` found."""
         result, self._result = self._result, None
         return result
+
+
+def _means(parts: Mapping[str, float], rows: float) -> dict[str, float]:
+    """Return parts (see `learner/objectives/metrics.py`) of which all are sums and counts, so that
+    those of batches add up to means over all that was counted.
+
+    What a batch gives as one value (a share of its loss, an extreme) counts once a row. What has
+    no value in this batch counts nothing.
+    """
+    found: dict[str, float] = {}
+    for key, value in parts.items():
+        kind, name = key.split(":", 1)
+        counted = kind == "count" or f"count:{name}" in parts
+        if counted:
+            found[key] = value
+        elif not math.isinf(value):
+            found |= {f"sum:{name}": value * rows, f"count:{name}": rows}
+    return found
