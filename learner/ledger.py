@@ -4,7 +4,8 @@
                      ▲                 │ failed, expire, actor_gone
                      └── same place ───┘ (after max_attempts: dropped)
 
-The proof of the staleness bound and the rules of the last batch are in `ledger_admission.py`.
+The proof of the staleness bound and the rules of the last batch are in `ledger_admission.py`,
+those of leases in `ledger_leases.py`.
 `finished` says that nothing is left. The caller drains the events, for its journal or the bin.
 """
 
@@ -28,6 +29,17 @@ from learner.ledger_events import (
     RowsEnded,
     apply,
 )
+from learner.ledger_leases import (
+    cancelled,
+    fits,
+    generations,
+    granted,
+    held,
+    is_open,
+    leasable,
+    leased,
+    outcome_of,
+)
 from learner.ledger_resume import resume
 from learner.ledger_state import Counters, LedgerState, RowKey, TaskRecord, require
 from learner.ledger_types import (
@@ -37,7 +49,6 @@ from learner.ledger_types import (
     Grant,
     LedgerSettings,
     LostReport,
-    Outcome,
     Receipt,
 )
 from protocol.errors import LedgerError
@@ -82,13 +93,9 @@ class Ledger:
         exhausted = not state.queue and needed(self.settings, state) <= 0
         return not state.training and (exhausted or done(self.settings, state))
 
-    def leases_of(self, actor: str) -> list[tuple[TaskId, int]]:
-        """Return the tasks and attempts that an actor holds."""
-        return [(self._id(r), len(r.floors)) for r in self._held(actor)]
-
     def leases_held(self, actor: str) -> list[Grant]:
         """Return the open leases of an actor as they were granted, to be told again."""
-        return [self._granted(r, len(r.floors), r.floors[-1]) for r in self._held(actor)]
+        return [granted(self._state, r) for r in held(self._state, actor)]
 
     # ---- tasks join ---------------------------------------------------------------------------
 
@@ -127,10 +134,10 @@ class Ledger:
         published = self._state.published
         if published is None or free_rows <= 0:
             return []
-        idle = not self._held(actor)
+        idle = not held(self._state, actor)
         grants: list[Grant] = []
-        for record in self._leasable():
-            rows = self._rows(record)
+        for record in leasable(self.settings, self._state):
+            rows = generations(self.settings, record)
             if rows > free_rows and not (idle and not grants):
                 break
             free_rows -= rows
@@ -141,19 +148,21 @@ class Ledger:
 
     def progressed(self, actor: str, now: float) -> None:
         """Renew an actor's leases: its main thread moved."""
-        if self._held(actor):
+        if held(self._state, actor):
             self._emit(Renewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
 
     def expire(self, now: float) -> list[Cancelled]:
         """End the leases that ran out."""
-        due = [r for r in self._out() if r.lease is not None and r.lease.expires_at <= now]
+        due = [r for r in leased(self._state) if r.lease is not None and r.lease.expires_at <= now]
         detail = f"no progress for {self.settings.lease_s:g} s"
         return [self._close(r, "expired", detail, now) for r in due]
 
     def actor_gone(self, actor: str, now: float, *, blamed: bool = True) -> list[Cancelled]:
         """End an actor's leases. `blamed` False (an orderly leave) spares `max_attempts`."""
         detail = f"actor {actor} {'was lost' if blamed else 'left'}"
-        return [self._close(r, "gone", detail, now, blamed=blamed) for r in self._held(actor)]
+        return [
+            self._close(r, "gone", detail, now, blamed=blamed) for r in held(self._state, actor)
+        ]
 
     # ---- what comes back ----------------------------------------------------------------------
 
@@ -161,27 +170,27 @@ class Ledger:
         self, task: TaskId, attempt: int, actor: str, now: float, versions: Iterable[int] = ()
     ) -> Receipt:
         """Take a group; `versions` are those of its policy spans, checked against the lease."""
-        outcome = self._outcome(task, attempt)
+        outcome = outcome_of(self._state, task, attempt)
         record = self._state.find(task.number)
         if outcome == "accepted" and record is not None:
-            if self._fits(record, attempt, versions):
+            if fits(self._state, record, attempt, versions):
                 return self._accept(record, attempt, actor, now)
             outcome = "stale"
         self._emit(
             Discarded(number=task.number, attempt=attempt, actor=actor, reason=outcome, at=now)
         )
-        if outcome == "stale" and record is not None and _is_open(record, attempt):
+        if outcome == "stale" and record is not None and is_open(record, attempt):
             closed = self._close(record, "stale", "sampled by a policy outside the lease", now)
             return Receipt(outcome=outcome, dropped=closed.dropped)
         return Receipt(outcome=outcome)
 
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
         """Take note that an attempt gave no group; news of a lease that ended changes nothing."""
-        outcome = self._outcome(task, attempt)
+        outcome = outcome_of(self._state, task, attempt)
         record = self._state.find(task.number)
         if outcome != "accepted" or record is None:
             return Receipt(outcome=outcome)
-        if not _is_open(record, attempt):
+        if not is_open(record, attempt):
             return Receipt(outcome="duplicate")
         closed = self._close(record, "failed", reason, now)
         return Receipt(outcome="accepted", dropped=closed.dropped)
@@ -277,73 +286,25 @@ class Ledger:
         self._emit(Joined(number=number, row_key=row_key, kind=kind, pinned_version=pinned, at=now))
         return self._state.task_id(number)
 
-    def _leasable(self) -> list[TaskRecord]:
-        train = list(self._state.queue.values())[: window(self.settings, self._state)]
-        evals = list(self._state.evals.values())
-        again = [r for r in (*train, *evals) if r.waiting and r.floors]
-        new = [r for r in (*evals, *train) if r.waiting and not r.floors]
-        return again + new
-
-    def _rows(self, record: TaskRecord) -> int:
-        settings = self.settings
-        return settings.num_generations if record.kind == "train" else settings.eval_generations
-
     def _grant(self, record: TaskRecord, actor: str, floor: int, now: float) -> Grant:
-        attempt = len(record.floors) + 1
         self._emit(
             Leased(
                 number=record.number,
-                attempt=attempt,
+                attempt=len(record.floors) + 1,
                 actor=actor,
                 min_policy_version=floor,
                 expires_at=now + self.settings.lease_s,
                 at=now,
             )
         )
-        return self._granted(record, attempt, floor)
-
-    def _granted(self, record: TaskRecord, attempt: int, floor: int) -> Grant:
-        return Grant(
-            task=self._id(record),
-            attempt=attempt,
-            kind=record.kind,
-            row_key=record.row_key,
-            min_policy_version=floor,
-            pinned_version=record.pinned_version,
-        )
-
-    def _out(self) -> list[TaskRecord]:
-        tables = (self._state.queue, self._state.evals)
-        return [r for table in tables for r in table.values() if r.lease is not None]
-
-    def _held(self, actor: str) -> list[TaskRecord]:
-        return [r for r in self._out() if r.lease is not None and r.lease.actor == actor]
-
-    def _outcome(self, task: TaskId, attempt: int) -> Outcome:
-        """Say what a message about this attempt can count for, before its versions are seen."""
-        state = self._state
-        known = task == state.task_id(task.number) and 0 <= task.number < state.next_number
-        record = state.find(task.number) if known else None
-        if not known or (record is not None and not 1 <= attempt <= len(record.floors)):
-            return "unknown"
-        if task.number in state.dropped:
-            return "dropped"
-        if record is None or record.ended:
-            return "duplicate"
-        return "accepted"
-
-    def _fits(self, record: TaskRecord, attempt: int, versions: Iterable[int]) -> bool:
-        floor, pinned = record.floors[attempt - 1], record.pinned_version
-        newest = self._state.version if pinned is None else pinned
-        return all(floor <= version <= newest for version in versions)
+        return granted(self._state, record)
 
     def _accept(self, record: TaskRecord, attempt: int, actor: str, now: float) -> Receipt:
-        lease, cancelled = record.lease, None
+        lease, needless = record.lease, None
         if lease is not None and lease.attempt != attempt:
-            reason = f"attempt {attempt} came first"
-            cancelled = self._cancelled(record, lease.attempt, lease.actor, reason)
+            needless = cancelled(self._state, record, lease, f"attempt {attempt} came first")
         self._emit(Received(number=record.number, attempt=attempt, actor=actor, at=now))
-        return Receipt(outcome="accepted", cancelled=cancelled)
+        return Receipt(outcome="accepted", cancelled=needless)
 
     def _close(
         self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
@@ -365,15 +326,4 @@ class Ledger:
         dropped = record.failures >= self.settings.max_attempts
         if dropped:
             self._emit(Dropped(number=number, cause=cause, detail=detail, at=now))
-        return self._cancelled(record, lease.attempt, lease.actor, detail, dropped=dropped)
-
-    def _cancelled(
-        self, record: TaskRecord, attempt: int, actor: str, reason: str, *, dropped: bool = False
-    ) -> Cancelled:
-        return Cancelled(
-            task=self._id(record), attempt=attempt, actor=actor, reason=reason, dropped=dropped
-        )
-
-
-def _is_open(record: TaskRecord, attempt: int) -> bool:
-    return record.lease is not None and record.lease.attempt == attempt
+        return cancelled(self._state, record, lease, detail, dropped=dropped)

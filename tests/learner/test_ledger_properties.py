@@ -229,7 +229,7 @@ class Simulation(RuleBasedStateMachine):
             self.cancel([receipt.cancelled])
 
     def give(self, name: str, free_rows: int) -> list[Grant]:
-        idle = not self.ledger.leases_of(name)
+        idle = not self.ledger.leases_held(name)
         grants = self.ledger.lease(name, free_rows, self.now)
         rows = sum(G if g.kind == "train" else EVAL_G for g in grants)
         assert rows <= free_rows or (idle and free_rows > 0 and len(grants) == 1)
