@@ -9,7 +9,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-from learner.experience import CoordinatorState, EvalResult, TrainBatch, TrainedGroup
+from learner.experience import CoordinatorState, EvalResult, TrainBatch
+from learner.holdings import Holdings
 from learner.ledger import Ledger
 from learner.ledger_events import AnyEvent
 from learner.ledger_types import Cancelled, Grant, LostReport, Receipt
@@ -50,12 +51,9 @@ class Coordinator:
     counters: Counter[str] = field(default_factory=Counter)
     policy: Policy | None = None
     position: int = 0
-    _tasks: dict[TaskId, Prompt] = field(default_factory=dict)
-    _train: set[TaskId] = field(default_factory=set)
-    _training: dict[TaskId, Prompt] = field(default_factory=dict)
+    _held: Holdings = field(default_factory=Holdings)
     _digests: dict[int, str] = field(default_factory=dict)
     _events: int = 0
-    _groups: dict[TaskId, Group] = field(default_factory=dict)
     _waiting: Policy | None = None
     _outgoing: list[tuple[bytes, LearnerMessage]] = field(default_factory=list)
 
@@ -132,7 +130,7 @@ class Coordinator:
             self.counters["groups_stale"] += 1
             reason = f"task {group.task} is of another learner; this one is {ours}"
             self._send(peer, Refuse(code="stale", reason=reason))
-        if group.task not in self._tasks:
+        if group.task not in self._held:
             self.ledger.received(group.task, group.attempt, actor.actor_id, now)
         elif fault := self._fault(group):
             self.counters["groups_invalid"] += 1
@@ -145,12 +143,12 @@ class Coordinator:
                 group.task, group.attempt, actor.actor_id, now, versions=sorted(versions)
             )
             if receipt.outcome == "accepted":
-                self._groups[group.task] = group
+                self._held.keep(group)
             self._settle(group.task, receipt)
         self._send(peer, Ack(task=group.task, attempt=group.attempt))
 
     def _fault(self, group: Group) -> str:
-        sampling = self.terms.sampling("train" if group.task in self._train else "eval")
+        sampling = self.terms.sampling(self._held.kind(group.task))
         return fault_of(group, sampling, self.terms.vocab_size, self._digests)
 
     def _failed(self, peer: bytes, actor: Peer, message: Failed, now: float) -> None:
@@ -164,7 +162,7 @@ class Coordinator:
         if receipt.cancelled is not None:
             self._cancel([receipt.cancelled])
         if receipt.dropped:
-            self._forget(task)
+            self._held.forget(task)
 
     def _cancel(self, ended: list[Cancelled]) -> None:
         holders = {actor.actor_id: peer for peer, actor in self.peers.items()}
@@ -172,7 +170,7 @@ class Coordinator:
             if lease.actor in holders:
                 self._send(holders[lease.actor], Cancel(task=lease.task, attempt=lease.attempt))
             if lease.dropped:
-                self._forget(lease.task)
+                self._held.forget(lease.task)
 
     def gone(
         self, peer: bytes, now: float, *, keep_leases: bool = False, blamed: bool = True
@@ -192,7 +190,7 @@ class Coordinator:
         """
         if policy.version > self.ledger.version:
             self.ledger.consumed()
-            self._training.clear()
+            self._held.consumed()
         self._waiting = policy
         self._announce(now)
 
@@ -209,7 +207,8 @@ class Coordinator:
     def evaluate(self, version: int, now: float) -> None:
         """Queue the held-out rows, pinned to a version."""
         tasks = self.ledger.join_eval(range(len(self.eval_prompts)), version, now)
-        self._tasks.update(zip(tasks, self.eval_prompts, strict=True))
+        for task, prompt in zip(tasks, self.eval_prompts, strict=True):
+            self._held.add(task, prompt, "eval")
         self.assign(now)
 
     def stop(self, reason: str) -> None:
@@ -241,8 +240,7 @@ class Coordinator:
                 break
             task = self.ledger.join(self.position, now)
             self.position += 1
-            self._tasks[task] = prompt
-            self._train.add(task)
+            self._held.add(task, prompt, "train")
         if self.policy is None:
             return
         for peer, actor in sorted(self.peers.items(), key=lambda item: -item[1].credit):
@@ -256,7 +254,7 @@ class Coordinator:
             self._send(peer, self._task(lease))
 
     def _task(self, lease: Grant) -> Task:
-        return task_message(lease, self._tasks[lease.task], self.terms, self.ledger)
+        return task_message(lease, self._held.prompt(lease.task), self.terms, self.ledger)
 
     # ---- durability ----------------------------------------------------------------------
 
@@ -266,10 +264,7 @@ class Coordinator:
             ledger=self.ledger.state(),
             prompts=self.prompts.state(),
             position=self.position,
-            outstanding={
-                **{task.number: prompt for task, prompt in self._training.items()},
-                **{task.number: self._tasks[task] for task in self._train},
-            },
+            outstanding=self._held.outstanding(),
             events=self._events,
         )
 
@@ -284,8 +279,7 @@ class Coordinator:
         self.prompts.restore(state.prompts)
         self.position = state.position
         for task in lost.rejoined:
-            self._tasks[task.new] = state.outstanding[task.old.number]
-            self._train.add(task.new)
+            self._held.add(task.new, state.outstanding[task.old.number], "train")
 
     # ---- results -------------------------------------------------------------------------
 
@@ -294,30 +288,16 @@ class Coordinator:
         if not self.ledger.batch_ready():
             return None
         formed = self.ledger.form_batch(now)
-        # A checkpoint may come before these are consumed, and must not lose them.
-        self._training = {task: self._tasks[task] for task in formed.tasks}
-        return TrainBatch([self._take(task) for task in formed.tasks], trained_at=formed.version)
+        return TrainBatch(self._held.form(formed.tasks), trained_at=formed.version)
 
     def next_eval(self, now: float) -> EvalResult | None:
         """Return a finished evaluation."""
         if not self.ledger.eval_ready():
             return None
         done = self.ledger.take_eval()
-        result = EvalResult(done.version, [self._take(t) for t in done.tasks], len(done.dropped))
-        for task in self._tasks.keys() - self._train:
-            del self._tasks[task]
+        result = EvalResult(done.version, self._held.evaluated(done.tasks), len(done.dropped))
         self._announce(now)
         return result
-
-    def _take(self, task: TaskId) -> TrainedGroup:
-        taken = TrainedGroup(self._tasks[task], self._groups[task])
-        self._forget(task)
-        return taken
-
-    def _forget(self, task: TaskId) -> None:
-        self._tasks.pop(task, None)
-        self._groups.pop(task, None)
-        self._train.discard(task)
 
     def take_outgoing(self) -> list[tuple[bytes, LearnerMessage]]:
         """Return and clear what must be sent, in order."""
