@@ -13,13 +13,12 @@ from collections.abc import Callable, Hashable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import GenerationBatch, StopSequences
 
 from actors.engine import NO_POLICY, GenerationRequest, GenerationResult, Step
 from actors.prefill import Prefiller, PromptCache, merge
-from actors.rows import Row, Sampled, Work
-from actors.sampling import RowParameters, draw, token_keys
+from actors.row_sampler import RowSampler
+from actors.rows import Row, Work
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
@@ -74,12 +73,10 @@ class MlxEngine:
         self._prefiller = Prefiller(model, prefill_step_size)
         self._works: dict[Hashable, Work] = {}
         self._lanes: list[tuple[_Lane, list[Row]]] = []
-        self._sampling: list[Row] = []  # whom the sampler's next call is for
-        self._parameters: tuple[list[Row], RowParameters, np.ndarray] | None = None
         self._version = NO_POLICY
         self._digest = ""
         self._steps = 0
-        self._sampler = self._sample  # one object: mlx-lm calls a shared sampler once a step
+        self._sampler = RowSampler(vocab_size)  # one object: mlx-lm calls it once a step
         model.eval()
 
     # ---- the interface -------------------------------------------------------------------
@@ -154,7 +151,7 @@ class MlxEngine:
         """Drop every request and forget the policy's version (versions begin anew)."""
         self._works.clear()
         self._lanes.clear()
-        self._parameters = None
+        self._sampler = RowSampler(self._vocab_size)
         self._version, self._digest = NO_POLICY, ""
 
     def step(self) -> Step:
@@ -259,7 +256,7 @@ class MlxEngine:
             self._lanes.append((lane, list(rows)))
 
     def _lane(self, rows: list[Row], cache: PromptCache) -> _Lane:
-        self._sampling = rows
+        self._sampler.expect(rows, self._version, self._digest)
         requests = [row.work.request for row in rows]
         return _Lane(
             self._decoder,
@@ -279,7 +276,7 @@ class MlxEngine:
     def _decode(self, lane: _Lane, rows: list[Row]) -> list[GenerationResult]:
         """Deliver one token a row; finished rows leave `rows`."""
         sources = [row.pending for row in rows]
-        self._sampling = rows
+        self._sampler.expect(rows, self._version, self._digest)
         finished: list[GenerationResult] = []
         keep: list[Row] = []
         for row, source, response in zip(rows, sources, lane.next(), strict=True):
@@ -292,27 +289,3 @@ class MlxEngine:
                 finished.append(row.work.result(self._clock()))
         rows[:] = keep
         return finished
-
-    def _sample(self, logprobs: mx.array) -> mx.array:
-        """Draw the next tokens (B,) of the rows in `_sampling` from log-probs (B, V)."""
-        rows = self._sampling
-        parameters, seeds = self._row_parameters(rows)
-        keys = token_keys(seeds, np.array([row.drawn for row in rows]))
-        drawn = draw(logprobs, keys, parameters)
-        kept = [] if drawn.kept_logmass is None else [drawn.kept_logmass]
-        mx.async_eval(drawn.tokens, drawn.logprobs, *kept)
-        sampled = Sampled(drawn, self._version, self._digest)
-        for i, row in enumerate(rows):
-            row.pending = (sampled, i)
-            row.drawn += 1
-        return drawn.tokens
-
-    def _row_parameters(self, rows: list[Row]) -> tuple[RowParameters, np.ndarray]:
-        """Return the rows' parameters and seeds, made anew only when the rows change."""
-        if self._parameters is None or self._parameters[0] != rows:
-            parameters = RowParameters.of(
-                [row.work.request.sampling for row in rows], self._vocab_size
-            )
-            seeds = np.array([row.seed for row in rows], dtype=np.uint64)
-            self._parameters = (list(rows), parameters, seeds)
-        return self._parameters[1], self._parameters[2]

@@ -86,8 +86,7 @@ class Work:
     waiting: list[int] = field(default_factory=list)  # positions that were not started
     running: list[Row] = field(default_factory=list)
     done: dict[int, Completion] = field(default_factory=dict)
-    prefix: PromptCache | None = None  # of the policy `prefix_version`
-    prefix_version: int = -1
+    prefix: PromptCache | None = None  # of the policy in force
     started_at: float = 0.0
 
     @property
