@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import platform
-import signal
 import sys
 import time
 import uuid
@@ -22,7 +21,7 @@ from actors.io import ActorIo, BridgePort
 from actors.port import Command, Event, Received, Send
 from actors.session import Identity, Session
 from actors.worker import Worker
-from protocol.blas import HINT, load_openblas
+from launch.boot import begin
 from protocol.bridge import Bridge
 from protocol.channel import Client
 from protocol.endpoints import reachable
@@ -61,13 +60,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Join, work until the learner says Stop or we are asked to leave, and leave."""
     args = arguments()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    lifeline = Lifeline(child=args.child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
-    if not load_openblas():
-        log.info(HINT)
+    lifeline = begin(child=args.child, mlx=True)
     worker: list[Worker] = []
     try:
         with Bridge[Command, Event]() as bridge:

@@ -9,7 +9,6 @@ given up, or it was asked to stop; 1: it failed.
 import argparse
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -17,7 +16,7 @@ from typing import Any, TextIO, cast
 import msgspec
 from msgspec import structs
 
-from protocol.blas import HINT, load_openblas
+from launch.boot import begin
 from protocol.config import load
 from protocol.errors import PippinError
 from protocol.lifeline import Lifeline
@@ -154,13 +153,7 @@ def continuation(
 def main() -> int:
     """Collect; errors of ours are one line in the log."""
     args = arguments()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    lifeline = Lifeline(child=args.child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
-    if not load_openblas():
-        log.info(HINT)
+    lifeline = begin(child=args.child, mlx=True)
     try:
         collect(args, lifeline)
     except PippinError as error:

@@ -7,16 +7,16 @@ are served by an I/O thread. Exit status 0: the run is done or was stopped on re
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.boot import begin
 from launch.resumed import settle
 from launch.sole import sole_learner
-from protocol.blas import HINT, bound_lookahead, load_openblas
+from protocol.blas import bound_lookahead
 from protocol.errors import PippinError, RewardError
 from protocol.lifeline import Lifeline
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("pippin.learner")
 POLL_S = 0.2
 TOTAL = "total_steps"
-OURS = ("pippin", "protocol", "actors", "learner", "launch")  # what the names of loggers begin with
 
 
 def arguments() -> argparse.Namespace:
@@ -45,12 +44,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Build the run, advance it to its end, and report how it ended by the exit status."""
     args = arguments()
-    start_log()
-    lifeline = Lifeline(child=args.child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
     bound_lookahead()
-    if not load_openblas():
-        log.info(HINT)
+    lifeline = begin(child=args.child, mlx=True)
     try:
         with sole_learner(args.run_dir), _assembled(args, lifeline) as run:
             settle(args.run_dir, begun=True)
@@ -65,13 +60,6 @@ def main() -> int:
         log.error("%s: %s", type(error).__name__, error)
         return 1
     return 0
-
-
-def start_log() -> None:
-    """Write our own messages to stderr from INFO on, those of libraries from WARNING on."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    for ours in OURS:
-        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 @contextmanager

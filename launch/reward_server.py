@@ -7,13 +7,13 @@ described in protocol/REWARDS.md.
 
 import argparse
 import logging
-import signal
 import sys
 
 import anyio
 import anyio.to_thread
 
 from actors.reward_server import RewardServer
+from launch.boot import begin
 from protocol.errors import PippinError, only_leaf
 from protocol.lifeline import Lifeline
 
@@ -48,11 +48,7 @@ async def serve(args: argparse.Namespace, lifeline: Lifeline) -> None:
 def main() -> int:
     """Serve; exit status 1 where the functions or the endpoint cannot be used."""
     args = arguments()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    lifeline = Lifeline(child=args.child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+    lifeline = begin(child=args.child, mlx=False)
     status = 0
     try:
         anyio.run(serve, args, lifeline)

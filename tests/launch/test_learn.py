@@ -1,9 +1,7 @@
 """The learner program with a real actor and a real reward server, over ipc, on a tiny model."""
 
 import json
-import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from launch.learn import OURS, start_log
 from protocol.endpoints import ipc_folder
 from tests.tiny import write_model_folder
 
@@ -157,25 +154,6 @@ def run_of(folder: Path, **options: object) -> Generator[Run]:
 
 def trained(run: Run) -> list[dict[str, Any]]:
     return [line for line in run.lines("rollouts.jsonl") if line["kind"] == "train"]
-
-
-def test_every_logger_of_ours_is_heard_and_no_other(monkeypatch):
-    for name in OURS:
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
-    named = re.compile(r"getLogger\((__name__|\"[^\"]+\")\)")
-    loggers: set[str] = set()
-    for path in (file for folder in OURS[1:] for file in (ROOT / folder).rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        loggers |= {
-            module if name == "__name__" else name.strip('"')
-            for name in named.findall(path.read_text())
-        }
-    assert {"pippin.learner", "pippin.data", "learner.memory", "protocol.policy"} <= loggers
-    start_log()
-    assert [
-        name for name in loggers if not logging.getLogger(name).isEnabledFor(logging.INFO)
-    ] == []
-    assert not logging.getLogger("datasets").isEnabledFor(logging.INFO)
 
 
 def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(tmp_path):
