@@ -7,7 +7,7 @@ import pytest
 from actors.actions import Abandon, Announced, HaveScored, Joined, Leave, Sample, Say
 from actors.engine import GenerationResult
 from actors.session import Identity, Session
-from protocol.arrays import floats_bytes, floats_view, ids_bytes
+from protocol.arrays import floats_view
 from protocol.errors import RefusedError
 from protocol.messages import (
     Ack,
@@ -15,66 +15,26 @@ from protocol.messages import (
     Failed,
     Group,
     Hello,
-    Policy,
     Refuse,
     Release,
     Request,
     Stop,
     Task,
-    Welcome,
 )
-from protocol.parts import Completion, PolicySpan, RewardResult, RewardService, Sampling, TaskId
+from protocol.parts import TaskId
+from tests.protocol.builders import a_completion, a_policy, a_reward, a_task, a_welcome
 
-REWARD = RewardResult(names=["exact"], rewards=floats_bytes([1.0, 0.0]))
-
-
-def welcome(incarnation: str = "L1", **changes: Any) -> Welcome:
-    fields: dict[str, Any] = {
-        "protocol_version": 1,
-        "run": "r",
-        "incarnation": incarnation,
-        "model": {},
-        "model_digest": "m",
-        "tokenizer_digest": "t",
-        "rewards": [RewardService(endpoints=["ipc://x"], timeout_s=1.0)],
-        "heartbeat_s": 2.0,
-        "seed": 0,
-    }
-    return Welcome(**(fields | changes))
-
-
-def task(number: int = 1, attempt: int = 1, *, incarnation: str = "L1", **changes: Any) -> Task:
-    fields: dict[str, Any] = {
-        "task": TaskId(run="r", incarnation=incarnation, number=number),
-        "attempt": attempt,
-        "kind": "train",
-        "prompt_ids": ids_bytes([4, 5]),
-        "row": b'{"prompt":"2+2","answer":"4"}',
-        "sampling": Sampling(num_generations=2, max_completion_length=4),
-        "seed": 11,
-        "min_policy_version": 3,
-        "lease_s": 60.0,
-    }
-    return Task(**(fields | changes))
+REWARD = a_reward([1.0, 0.0])
 
 
 def key_of(lease: Task) -> tuple[TaskId, int]:
     return (lease.task, lease.attempt)
 
 
-def completion(ids: list[int]) -> Completion:
-    return Completion(
-        token_ids=ids_bytes(ids),
-        behaviour_logprobs=floats_bytes([-0.5] * len(ids)),
-        policy_spans=[PolicySpan(start=0, version=3, digest="d3")],
-        finish_reason="length",
-    )
-
-
 def result_of(lease: Task) -> GenerationResult:
     return GenerationResult(
         key=key_of(lease),
-        completions=[completion([1, 2]), completion([3])],
+        completions=[a_completion([1, 2]), a_completion([3])],
         started_at=100.0,
         finished_at=102.5,
     )
@@ -87,7 +47,7 @@ def identity() -> Identity:
 def joined_session() -> Session:
     session = Session(identity())
     session.hello(0.0)
-    session.receive(welcome(), 0.0)
+    session.receive(a_welcome(), 0.0)
     session.take_actions()
     return session
 
@@ -114,8 +74,8 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     assert said(session) == []
     session.tick(5.0)
     assert said(session) == [hello]
-    session.receive(welcome(), 5.1)
-    assert session.take_actions() == [Joined(welcome(), anew=True)]
+    session.receive(a_welcome(), 5.1)
+    assert session.take_actions() == [Joined(a_welcome(), anew=True)]
     session.tick(60.0)
     assert said(session) == []
 
@@ -125,7 +85,7 @@ def test_credit_follows_free_rows_less_what_was_leased():
     session.credit(8)
     session.credit(8)
     assert said(session) == [Request(free_rows=8)]
-    session.receive(task(1), 0.0)
+    session.receive(a_task(1), 0.0)
     session.take_actions()
     session.credit(6)  # 8 offered, 2 leased: the learner knows
     assert said(session) == []
@@ -135,7 +95,7 @@ def test_credit_follows_free_rows_less_what_was_leased():
 
 def test_a_task_is_sampled_scored_sent_and_kept_until_acknowledged():
     session = joined_session()
-    lease = task()
+    lease = a_task()
     session.receive(lease, 1.0)
     (sample,) = session.take_actions()
     assert isinstance(sample, Sample)
@@ -167,8 +127,8 @@ def test_a_task_is_sampled_scored_sent_and_kept_until_acknowledged():
 def test_without_reward_services_a_group_has_no_rewards():
     session = Session(identity())
     session.hello(0.0)
-    session.receive(welcome(rewards=[]), 0.0)
-    lease = task()
+    session.receive(a_welcome(rewards=[]), 0.0)
+    lease = a_task()
     session.receive(lease, 0.0)
     session.take_actions()
     session.generated(key_of(lease), result_of(lease), 0.0)
@@ -178,7 +138,7 @@ def test_without_reward_services_a_group_has_no_rewards():
 
 def test_a_cancelled_lease_is_nobodys():
     session = joined_session()
-    sampling, scoring = task(1), task(2)
+    sampling, scoring = a_task(1), a_task(2)
     session.receive(sampling, 0.0)
     session.receive(scoring, 0.0)
     session.generated(key_of(scoring), result_of(scoring), 0.0)
@@ -195,7 +155,7 @@ def test_a_cancelled_lease_is_nobodys():
 
 def test_a_failure_is_owed_like_a_group():
     session = joined_session()
-    lease = task()
+    lease = a_task()
     session.receive(lease, 0.0)
     session.take_actions()
     session.failed(key_of(lease), "no room", 0.0)
@@ -210,7 +170,7 @@ def test_a_failure_is_owed_like_a_group():
 
 def test_after_a_reconnect_hello_comes_first_then_what_is_owed():
     session = joined_session()
-    group = owe_group(session, task(), 1.0)
+    group = owe_group(session, a_task(), 1.0)
     for _ in range(3):
         session.receive(Refuse(code="hello_required", reason="say Hello first"), 2.0)
     (hello,) = said(session)
@@ -218,7 +178,7 @@ def test_after_a_reconnect_hello_comes_first_then_what_is_owed():
     session.tick(6.5)
     session.credit(32)
     assert said(session) == []  # nothing before the welcome
-    session.receive(welcome(), 6.6)
+    session.receive(a_welcome(), 6.6)
     assert said(session) == [group]
     session.credit(32)
     assert said(session) == [Request(free_rows=32)]
@@ -226,18 +186,18 @@ def test_after_a_reconnect_hello_comes_first_then_what_is_owed():
 
 def test_a_new_learner_gets_a_new_hello_and_nothing_of_the_old():
     session = joined_session()
-    owe_group(session, task(1), 1.0)
-    session.receive(task(2), 1.0)
+    owe_group(session, a_task(1), 1.0)
+    session.receive(a_task(2), 1.0)
     session.take_actions()
-    session.receive(welcome("L2"), 2.0)
+    session.receive(a_welcome("L2"), 2.0)
     abandon, joined, hello = session.take_actions()
-    assert abandon == Abandon(key_of(task(2)))
-    assert joined == Joined(welcome("L2"), anew=True)
+    assert abandon == Abandon(key_of(a_task(2)))
+    assert joined == Joined(a_welcome("L2"), anew=True)
     assert isinstance(hello, Say)
     assert isinstance(hello.message, Hello)
     assert session.groups_held == 0
-    session.receive(welcome("L2"), 2.1)
-    assert session.take_actions() == [Joined(welcome("L2"), anew=False)]
+    session.receive(a_welcome("L2"), 2.1)
+    assert session.take_actions() == [Joined(a_welcome("L2"), anew=False)]
     assert session.joined
 
 
@@ -251,14 +211,14 @@ def test_refusals_that_are_final_end_the_actor():
 
 def test_policy_and_stop_are_passed_on_and_leaving_releases():
     session = joined_session()
-    policy = Policy(version=4, digest="d4", size=10)
+    policy = a_policy(4)
     session.receive(policy, 0.0)
     session.applied(4, "d4")
     session.receive(Stop(reason="done"), 0.0)
     first, second, third = session.take_actions()
     assert (first, third) == (Announced(policy), Leave("done"))
     assert isinstance(second, Say)
-    session.receive(task(), 0.0)
+    session.receive(a_task(), 0.0)
     session.take_actions()
     session.leave("done")
     assert said(session) == [Release(reason="done")]

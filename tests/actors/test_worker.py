@@ -22,7 +22,6 @@ from actors.port import (
 )
 from actors.session import Identity, Session
 from actors.worker import Worker, as_answers
-from protocol.arrays import floats_bytes, ids_bytes
 from protocol.errors import DataError, RefusedError, SnapshotError
 from protocol.messages import (
     Ack,
@@ -32,15 +31,12 @@ from protocol.messages import (
     Group,
     Heartbeat,
     Hello,
-    Policy,
     Refuse,
     Release,
     Request,
     Stop,
-    Task,
-    Welcome,
 )
-from protocol.parts import Completion, PolicySpan, RewardResult, RewardService, Sampling, TaskId
+from tests.protocol.builders import a_completion, a_policy, a_reward, a_task, a_welcome
 
 
 @dataclass
@@ -89,15 +85,7 @@ class FakeEngine:
 
 
 def finished(key: Hashable) -> GenerationResult:
-    completions = [
-        Completion(
-            token_ids=ids_bytes(ids),
-            behaviour_logprobs=floats_bytes([-0.5] * len(ids)),
-            policy_spans=[PolicySpan(start=0, version=0, digest="d0")],
-            finish_reason="length",
-        )
-        for ids in ([1, 2], [3])
-    ]
+    completions = [a_completion([1, 2]), a_completion([3])]
     return GenerationResult(key=key, completions=completions, started_at=1.0, finished_at=2.0)
 
 
@@ -137,7 +125,7 @@ class House:
             clock=lambda: self.now,
         )
         self.worker.start()
-        self.hear(welcome())
+        self.hear(a_welcome())
         self.port.take()
 
     def load(self, source: bytes, digest: str) -> Callable[[], None]:
@@ -159,40 +147,7 @@ class House:
         return self.worker.advance()
 
 
-def welcome(incarnation: str = "L1") -> Welcome:
-    return Welcome(
-        protocol_version=1,
-        run="r",
-        incarnation=incarnation,
-        model={},
-        model_digest="m",
-        tokenizer_digest="t",
-        rewards=[RewardService(endpoints=["ipc://x"], timeout_s=1.0)],
-        heartbeat_s=2.0,
-        seed=0,
-    )
-
-
-def task(number: int = 1, prompt: tuple[int, ...] = (4, 5), row: bytes = b'{"prompt":"q"}') -> Task:
-    return Task(
-        task=TaskId(run="r", incarnation="L1", number=number),
-        attempt=1,
-        kind="train",
-        prompt_ids=ids_bytes(prompt),
-        row=row,
-        sampling=Sampling(num_generations=2, max_completion_length=4),
-        seed=11,
-        min_policy_version=0,
-        lease_s=60.0,
-        trainer_state={"global_step": 3},
-    )
-
-
-def policy(version: int) -> Policy:
-    return Policy(version=version, digest=f"d{version}", size=1)
-
-
-REWARD = RewardResult(names=["f"], rewards=floats_bytes([1.0, 0.0]))
+REWARD = a_reward([1.0, 0.0])
 
 
 def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
@@ -206,11 +161,11 @@ def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
         clock=lambda: 0.0,
     )
     worker.start()
-    house.port.events.append(Received(welcome()))
+    house.port.events.append(Received(a_welcome()))
     assert worker.advance()
     hello, rewards, request = house.port.take()
     assert isinstance(hello, Hello)
-    assert rewards == UseRewards(welcome().rewards)
+    assert rewards == UseRewards(a_welcome().rewards)
     assert request == Request(free_rows=8)
     assert not worker.advance()
     assert worker.heartbeat is not None
@@ -219,7 +174,7 @@ def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
 
 def test_a_group_from_lease_to_acknowledgement():
     house = House()
-    lease = task()
+    lease = a_task(trainer_state={"global_step": 3})
     key = (lease.task, 1)
     assert house.hear(lease)
     assert house.engine.log == ["reset", ("add", key)]
@@ -229,7 +184,7 @@ def test_a_group_from_lease_to_acknowledgement():
     score, request = house.port.take()
     assert score == Score(
         key=key,
-        row=b'{"prompt":"q"}',
+        row=lease.row,
         completions=["1 2", "3"],
         completion_ids=[[1, 2], [3]],
         trainer_state={"global_step": 3},
@@ -252,7 +207,7 @@ def test_a_group_from_lease_to_acknowledgement():
 
 def test_what_fails_here_is_reported_and_the_rest_goes_on():
     house = House()
-    bad, good = task(1, prompt=(99,)), task(2)
+    bad, good = a_task(1, prompt=(99,)), a_task(2)
     house.hear(bad, good)
     failed = next(m for m in house.port.take() if isinstance(m, Failed))
     assert failed.reason == "token IDs must lie in [0, 50), got 99"
@@ -264,46 +219,46 @@ def test_what_fails_here_is_reported_and_the_rest_goes_on():
 
 def test_a_policy_is_fetched_put_in_force_and_reported():
     house = House()
-    house.hear(policy(0))
-    assert house.port.take() == [Fetch(policy(0))]
-    house.tell(Fetched(policy(0), b"p0"))
+    house.hear(a_policy(0))
+    assert house.port.take() == [Fetch(a_policy(0))]
+    house.tell(Fetched(a_policy(0), b"p0"))
     assert house.applied == [(b"p0", "d0")]
     assert house.port.take() == [Applied(version=0, digest="d0")]
     house.engine.pinned = True
-    house.hear(policy(1))
+    house.hear(a_policy(1))
     assert house.port.take() == []
     house.engine.pinned = False
     house.worker.advance()
-    assert house.port.take() == [Fetch(policy(1))]
-    house.tell(FetchFailed(policy(1), "no longer served"))
+    assert house.port.take() == [Fetch(a_policy(1))]
+    house.tell(FetchFailed(a_policy(1), "no longer served"))
     assert house.port.take() == []
     house.now = 1.0
     house.worker.advance()
-    assert house.port.take() == [Fetch(policy(1))]
+    assert house.port.take() == [Fetch(a_policy(1))]
     with pytest.raises(SnapshotError):
-        house.tell(Fetched(policy(1), b"bad"))
+        house.tell(Fetched(a_policy(1), b"bad"))
     assert house.engine.version == 0
 
 
 def test_a_new_learner_starts_everything_anew():
     house = House()
-    house.hear(policy(7))
-    house.tell(Fetched(policy(7), b"w"))
-    house.hear(task())
+    house.hear(a_policy(7))
+    house.tell(Fetched(a_policy(7), b"w"))
+    house.hear(a_task())
     house.port.take()
     house.engine.log.clear()
-    house.hear(welcome("L2"), policy(0))
-    assert house.engine.log == [("cancel", (task().task, 1)), "reset"]
+    house.hear(a_welcome("L2"), a_policy(0))
+    assert house.engine.log == [("cancel", (a_task().task, 1)), "reset"]
     rewards, hello, fetch = house.port.take()
-    assert (rewards, fetch) == (UseRewards(welcome().rewards), Fetch(policy(0)))
+    assert (rewards, fetch) == (UseRewards(a_welcome().rewards), Fetch(a_policy(0)))
     assert isinstance(hello, Hello)
-    house.tell(Fetched(policy(0), b"w0"))
+    house.tell(Fetched(a_policy(0), b"w0"))
     assert house.engine.version == 0
 
 
 def test_cancel_stop_and_refusal():
     house = House()
-    lease = task()
+    lease = a_task()
     house.hear(lease, Cancel(task=lease.task, attempt=1))
     assert house.engine.log[-1] == ("cancel", (lease.task, 1))
     assert house.worker.stopped is None

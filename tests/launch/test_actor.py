@@ -11,7 +11,7 @@ import numpy as np
 
 from actors.engine import GenerationRequest
 from actors.mlx_engine import MlxEngine
-from protocol.arrays import floats_view, ids_bytes
+from protocol.arrays import floats_view
 from protocol.channel import Server
 from protocol.endpoints import ipc_folder
 from protocol.messages import (
@@ -28,9 +28,10 @@ from protocol.messages import (
     Task,
     Welcome,
 )
-from protocol.parts import Sampling, TaskId
+from protocol.parts import Sampling
 from protocol.policy import LoadedPolicy, load_policy, write_snapshot
 from protocol.settings import ModelSettings, builtins
+from tests.protocol.builders import a_task, a_welcome
 from tests.tiny import write_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,30 +81,22 @@ async def next_of(server: Server, kind: type[T]) -> tuple[bytes, T]:
 
 
 def welcome_of(settings: ModelSettings, policy: LoadedPolicy) -> Welcome:
-    return Welcome(
-        protocol_version=1,
-        run="r",
-        incarnation="L1",
+    return a_welcome(
         model=builtins(settings),
         model_digest=policy.model_digest,
         tokenizer_digest=policy.tokenizer_digest,
         rewards=[],
-        heartbeat_s=2.0,
         seed=3,
     )
 
 
 def task() -> Task:
-    return Task(
-        task=TaskId(run="r", incarnation="L1", number=1),
-        attempt=1,
-        kind="train",
-        prompt_ids=ids_bytes([5, 9, 2]),
+    return a_task(
+        prompt=[5, 9, 2],
         row=b'{"prompt":"w5 w9 w2"}',
         sampling=SAMPLING,
         seed=17,
         min_policy_version=4,
-        lease_s=60.0,
     )
 
 

@@ -1,7 +1,10 @@
 """The coordinator against hand-made actors: what is sent, in what order, what a resume keeps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from learner.coordinator import Coordinator
 from learner.experience import CoordinatorState
@@ -13,7 +16,6 @@ from learner.sources.feed import ListFeed
 from learner.sources.prompts import Prompt, PromptSource
 from learner.sources.sieve import Report
 from learner.tasks import task_seed
-from protocol.arrays import floats_bytes, ids_bytes
 from protocol.messages import (
     Ack,
     Applied,
@@ -22,15 +24,15 @@ from protocol.messages import (
     Group,
     Heartbeat,
     Hello,
-    Policy,
     Refuse,
     Release,
     Request,
     Task,
     Welcome,
 )
-from protocol.parts import Completion, PolicySpan, RewardResult, Sampling
+from protocol.parts import PolicySpan, Sampling
 from protocol.settings import DataSettings
+from tests.protocol.builders import a_completion, a_group, a_policy, a_reward, a_welcome, task_id
 
 A, B = b"a", b"b"
 G = 2
@@ -48,19 +50,8 @@ def prompts(count: int = 8) -> PromptSource:
 
 
 def terms(incarnation: str = "L1") -> Terms:
-    welcome = Welcome(
-        protocol_version=1,
-        run="r",
-        incarnation=incarnation,
-        model={},
-        model_digest="m",
-        tokenizer_digest="t",
-        rewards=[],
-        heartbeat_s=1.0,
-        seed=7,
-    )
     return Terms(
-        welcome=welcome,
+        welcome=a_welcome(incarnation),
         train=Sampling(num_generations=G, max_completion_length=4),
         evaluate=Sampling(num_generations=1, max_completion_length=4, temperature=0.0),
         seed=7,
@@ -77,12 +68,8 @@ LIMITS = LedgerSettings(
 def coordinator(*, eval_rows: int = 0) -> Coordinator:
     held_out = [prompt(40 + number) for number in range(eval_rows)]
     made = Coordinator(Ledger(LIMITS, "r", "L1"), prompts(), held_out, terms())
-    made.advance(policy(0), 0.0)
+    made.advance(a_policy(0), 0.0)
     return made
-
-
-def policy(version: int) -> Policy:
-    return Policy(version=version, digest=f"d{version}", size=1)
 
 
 def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
@@ -90,32 +77,10 @@ def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
     return Hello(actor_id=name, actor_incarnation=incarnation, **fields)  # type: ignore[arg-type]
 
 
-def group(task: Task, version: int = 0, name: str = "a", **changes: object) -> Group:
-    completion = Completion(
-        token_ids=ids_bytes([5, 1]),
-        behaviour_logprobs=floats_bytes([-1.0, -2.0]),
-        policy_spans=[PolicySpan(start=0, version=version, digest=f"d{version}")],
-        finish_reason="stop",
-    )
-    fields = {
-        "completions": [completion] * task.sampling.num_generations,
-        "reward": RewardResult(
-            names=["f"], rewards=floats_bytes([1.0] * task.sampling.num_generations)
-        ),
-        **changes,
-    }
-    return Group(
-        task=task.task,
-        attempt=task.attempt,
-        actor_id=name,
-        actor_incarnation="1",
-        learner_incarnation="L1",
-        started_at=0.0,
-        finished_at=1.0,
-        generation_s=1.0,
-        reward_s=0.0,
-        **fields,  # type: ignore[arg-type]
-    )
+def group(task: Task, name: str = "a", **changes: Any) -> Group:
+    completions = [a_completion([5, 1], version=0)] * task.sampling.num_generations
+    fields = {"attempt": task.attempt, "actor_id": name, "completions": completions} | changes
+    return a_group(task=task.task, **fields)
 
 
 def said(made: Coordinator, peer: bytes) -> list[object]:
@@ -137,7 +102,7 @@ def test_hello_then_policy_then_work_within_credit_and_the_bound():
     made.receive(A, hello(), 0.0)
     welcome, announced = said(made, A)
     assert isinstance(welcome, Welcome)
-    assert announced == policy(0)
+    assert announced == a_policy(0)
     made.receive(A, Request(free_rows=5), 0.0)
     first = tasks(made, A)
     assert [t.task.number for t in first] == [0, 1]  # two groups of two completions fit in five
@@ -260,7 +225,7 @@ def test_an_actor_whose_leases_ran_out_gets_others_only_once_it_moves():
     ("changes", "words"),
     [
         ({"completions": []}, None),
-        ({"reward": RewardResult(names=["f"], rewards=floats_bytes([1.0, np.inf]))}, "finite"),
+        ({"reward": a_reward([1.0, np.inf])}, "finite"),
     ],
 )
 def test_a_group_that_cannot_be_trained_is_refused_and_leased_again(changes, words):
@@ -268,10 +233,7 @@ def test_a_group_that_cannot_be_trained_is_refused_and_leased_again(changes, wor
     first, *_ = join(made, free_rows=2)
     if words is None:
         one = group(first).completions[:1]
-        changes = {
-            "completions": one,
-            "reward": RewardResult(names=["f"], rewards=floats_bytes([1.0])),
-        }
+        changes = {"completions": one, "reward": a_reward([1.0])}
         words = "2 completions are required, got 1"
     made.receive(A, group(first, **changes), 1.0)
     refused, ack = said(made, A)
@@ -285,14 +247,8 @@ def test_a_group_that_cannot_be_trained_is_refused_and_leased_again(changes, wor
 def test_tokens_of_an_unknown_digest_are_refused():
     made = coordinator()
     first, *_ = join(made)
-    done = group(first).completions[0]
     spans = [PolicySpan(start=0, version=0, digest="other")]
-    strange = Completion(
-        token_ids=done.token_ids,
-        behaviour_logprobs=done.behaviour_logprobs,
-        policy_spans=spans,
-        finish_reason="stop",
-    )
+    strange = a_completion([5, 1], policy_spans=spans)
     made.receive(A, group(first, completions=[strange] * G), 1.0)
     refused = said(made, A)[0]
     assert isinstance(refused, Refuse)
@@ -302,17 +258,7 @@ def test_tokens_of_an_unknown_digest_are_refused():
 def test_a_group_of_another_learner_is_stale_and_acknowledged():
     made = coordinator()
     first, *_ = join(made)
-    other = Task(
-        task=type(first.task)(run="r", incarnation="L0", number=0),
-        attempt=1,
-        kind="train",
-        prompt_ids=first.prompt_ids,
-        row=first.row,
-        sampling=first.sampling,
-        seed=0,
-        min_policy_version=0,
-        lease_s=1.0,
-    )
+    other = replace(first, task=task_id(0, incarnation="L0"))
     made.receive(A, group(other), 1.0)
     refused, ack = said(made, A)
     assert isinstance(refused, Refuse)
@@ -353,8 +299,8 @@ def test_the_policy_waits_for_an_open_evaluation_whose_actor_died():
         if task.kind == "train":
             made.receive(A, group(task), 1.0)
     assert made.next_batch(1.0) is not None
-    made.advance(policy(1), 2.0)
-    assert made.policy == policy(0)
+    made.advance(a_policy(1), 2.0)
+    assert made.policy == a_policy(0)
     made.gone(A, 3.0)
     made.take_outgoing()
     made.receive(B, hello("b"), 3.0)
@@ -367,7 +313,7 @@ def test_the_policy_waits_for_an_open_evaluation_whose_actor_died():
     assert result is not None
     assert (result.version, result.dropped) == (0, 0)
     assert [item.prompt.row_key for item in result.groups] == [40, 41]
-    assert policy(1) in said(made, B)
+    assert a_policy(1) in said(made, B)
 
 
 def test_snapshots_are_needed_until_every_actor_applied_a_newer_one():
@@ -397,7 +343,7 @@ def test_a_checkpoint_while_a_batch_is_formed_keeps_its_rows_and_seeds():
         made.receive(A, group(task), 1.0)
     assert made.next_batch(1.0) is not None  # formed, not consumed: a stop saves now
     again, _ = resumed(made.state())
-    again.advance(policy(0), 0.0)
+    again.advance(a_policy(0), 0.0)
     new = join(again)
     assert [t.row for t in new] == [t.row for t in leased]
     assert [t.seed for t in new] == [t.seed for t in leased]
@@ -414,7 +360,7 @@ def test_what_was_lost_is_read_from_the_journal(tmp_path):
     for task in leased[:3]:
         made.receive(A, group(task), 1.0)
     made.next_batch(1.0)
-    made.advance(policy(1), 2.0)  # two rows more join
+    made.advance(a_policy(1), 2.0)  # two rows more join
     with journal.open("ab") as file:
         file.writelines(encode_line("L1", e) for e in made.drain_journal())
         file.write(b'{"incarnation":"L1","ev')  # killed in the middle of a line

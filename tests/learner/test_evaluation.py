@@ -10,33 +10,13 @@ from learner.evaluation import OnlineEvaluator, reward_matrix
 from learner.experience import EvalResult, TrainedGroup
 from learner.sources.online import OnlineSource
 from learner.sources.prompts import Prompt
-from protocol.arrays import floats_bytes, ids_bytes
-from protocol.messages import Group
-from protocol.parts import Completion, PolicySpan, RewardResult, TaskId
+from tests.protocol.builders import a_completion, a_group, a_reward
 
 
 def trained(names, rewards):
     """Make a group of two completions with these rewards (2, F)."""
-    one = Completion(
-        token_ids=ids_bytes([1]),
-        behaviour_logprobs=floats_bytes([0.0]),
-        policy_spans=[PolicySpan(start=0, version=0, digest="")],
-        finish_reason="stop",
-    )
-    table = np.array(rewards, np.float32).reshape(-1)
-    group = Group(
-        task=TaskId(run="r", incarnation="i", number=0),
-        attempt=0,
-        actor_id="a",
-        actor_incarnation="i",
-        learner_incarnation="i",
-        completions=[one, one],
-        reward=RewardResult(names=names, rewards=floats_bytes(table)),
-        started_at=0.0,
-        finished_at=0.0,
-        generation_s=0.0,
-        reward_s=0.0,
-    )
+    flat = [value for row in rewards for value in row]
+    group = a_group([a_completion([1])] * 2, reward=a_reward(flat, names))
     return TrainedGroup(Prompt(0, [1], {"prompt": "1+2=", "answer": 3}), group)
 
 

@@ -9,12 +9,11 @@ from learner.experience import EvalResult, TrainBatch, TrainedGroup
 from learner.grpo import GrpoObjective
 from learner.rollouts import describe
 from learner.sources.prompts import Prompt
-from protocol.arrays import floats_bytes, ids_bytes
+from protocol.arrays import floats_bytes
 from protocol.errors import RewardError
-from protocol.messages import Group
-from protocol.parts import Completion, PolicySpan, RewardResult, TaskId
 from protocol.reward_messages import RewardFault
 from protocol.settings import GrpoSettings, TrainSettings
+from tests.protocol.builders import a_completion, a_group, a_reward, task_id
 from tests.tiny import tensors, tiny_model
 
 NONE = float("nan")
@@ -25,21 +24,17 @@ def group(
     cut: tuple[int, ...] = (), names: tuple[str, ...] = ("f",), faults: tuple[RewardFault, ...] = ()
 ) -> TrainedGroup:  # fmt: skip
     completions = [
-        Completion(
-            token_ids=ids_bytes([5] * length),
+        a_completion(
+            [5] * length,
+            version,
             behaviour_logprobs=floats_bytes([-1.0] * length),
-            policy_spans=[PolicySpan(start=0, version=version, digest="d")],
             finish_reason="length" if index in cut else "stop",
         )
         for index, length in enumerate(lengths)
     ]
     flat = [value for row in rewards for value in row]
-    made = Group(
-        task=TaskId(run="r", incarnation="L", number=number), attempt=1, actor_id="a",
-        actor_incarnation="1", learner_incarnation="L", completions=completions,
-        reward=RewardResult(names=list(names), rewards=floats_bytes(flat), faults=list(faults)),
-        started_at=1.0, finished_at=2.0, generation_s=1.0, reward_s=0.5,
-    )  # fmt: skip
+    reward = a_reward(flat, names, faults=list(faults))
+    made = a_group(completions, task_id(number), reward=reward)
     return TrainedGroup(Prompt(row_key=number, prompt_ids=[2, 3, 4], row={"prompt": "p"}), made)
 
 
@@ -199,8 +194,8 @@ class Words:
 
 def test_a_rollout_line_has_identity_spans_times_and_the_asked_texts():
     line = describe(group(4, [[1.0], [NONE]], [1, 2], cut=(1,)), 6, Words(), 1)
-    assert (line["task"], line["trained_at"], line["incarnation"]) == (4, 6, "L")
-    assert line["policy_spans"] == [[{"start": 0, "version": 3, "digest": "d"}]] * 2
+    assert (line["task"], line["trained_at"], line["incarnation"]) == (4, 6, "L1")
+    assert line["policy_spans"] == [[{"start": 0, "version": 3, "digest": "d3"}]] * 2
     assert line["rewards"] == [[1.0], [None]]
     assert line["completions"] == ["w5"]
     assert (line["lengths"], line["finish_reasons"]) == ([1, 2], ["stop", "length"])

@@ -28,8 +28,8 @@ from learner.sources.sieve import Report
 from learner.step import Step
 from learner.trainer import Schedule, Trainer
 from protocol.arrays import floats_bytes
-from protocol.messages import ActorMessage, Policy, Welcome
-from protocol.parts import RewardResult, RewardService, Sampling
+from protocol.messages import ActorMessage, Policy
+from protocol.parts import RewardResult, Sampling
 from protocol.policy import LoadedPolicy, apply_snapshot, load_policy, read_snapshot, write_snapshot
 from protocol.settings import (
     DataSettings,
@@ -40,6 +40,7 @@ from protocol.settings import (
     TrainSettings,
 )
 from protocol.snapshots import load_trainable, trainable
+from tests.protocol.builders import a_welcome
 from tests.tiny import VOCAB, write_model_folder
 
 ACTOR = b"actor"
@@ -147,11 +148,12 @@ def build(
     limits = LedgerSettings(
         batch_size=batch, max_staleness=eta, num_generations=G, total_batches=None
     )
-    welcome = Welcome(
-        protocol_version=1, run="r", incarnation=incarnation, model={},
-        model_digest=learner.model_digest, tokenizer_digest=learner.tokenizer_digest,
-        rewards=[RewardService(endpoints=["memory"], timeout_s=1.0)], heartbeat_s=1.0, seed=5,
-    )  # fmt: skip
+    welcome = a_welcome(
+        incarnation,
+        model_digest=learner.model_digest,
+        tokenizer_digest=learner.tokenizer_digest,
+        seed=5,
+    )
     terms = Terms(
         welcome=welcome, train=sampling, evaluate=sampling, seed=5, lease_s=1e6, vocab_size=VOCAB,
         actor_timeout_s=1e6,
