@@ -8,7 +8,6 @@ care here: actors keep their groups until acknowledged and say Hello again after
 from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 import anyio.lowlevel
@@ -109,12 +108,7 @@ class Server:
             self._resources = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close, giving what is in the outboxes (such as `Stop`) a second to leave."""
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)
@@ -199,12 +193,7 @@ class Client:
             self._resources = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close, giving what is in the outbox (such as `Release`) a second to leave."""
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)

@@ -7,7 +7,6 @@ ends from one event loop.
 import asyncio
 import time
 from collections import Counter, deque
-from types import TracebackType
 from typing import Self
 
 from protocol import wire
@@ -42,12 +41,7 @@ class MemoryServer:
         """Return the server, which is open from the start."""
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Forget the clients."""
         self._clients.clear()
 
@@ -107,12 +101,7 @@ class MemoryClient:
         """Return the client, which is open from the start."""
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Leave the server."""
         self._open = False
         self._server.leave(self._peer)

@@ -15,23 +15,11 @@ import zmq
 from actors.reward_client import RewardClient
 from actors.reward_server import RewardServer
 from protocol.arrays import floats_view
-from protocol.endpoints import bind_all, ipc_folder, open_socket
+from protocol.endpoints import bind_all, open_socket
 from protocol.parts import RewardService
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")
-
-
-@pytest.fixture
-def anyio_backend():
-    """Name the only backend of the reward client."""
-    return "asyncio"
-
-
-@pytest.fixture
-def folder():
-    with ipc_folder() as path:
-        yield path
 
 
 @asynccontextmanager

@@ -24,12 +24,6 @@ SAMPLES = Path(__file__).with_name("sample_rewards.py")
 NUMBERS = itertools.count()
 
 
-@pytest.fixture
-def anyio_backend():
-    """Name the only backend of the reward server."""
-    return "asyncio"
-
-
 def named(*functions):
     return [f"{SAMPLES}:{name}" for name in functions]
 

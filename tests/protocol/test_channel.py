@@ -19,19 +19,6 @@ pytestmark = pytest.mark.anyio
 HELLO = Hello(protocol_version=1, actor_id="a", actor_incarnation="i")
 
 
-@pytest.fixture
-def anyio_backend():
-    """Name the only backend of the channel."""
-    return "asyncio"
-
-
-@pytest.fixture
-def folder():
-    """Make a short folder for sockets."""
-    with ipc_folder() as path:
-        yield path
-
-
 async def greet(server, client):
     """Have the server learn the client's routing ID."""
     assert client.send(HELLO)

@@ -20,12 +20,6 @@ ROOT = PROGRAM.parents[2]
 HEARTBEAT = Heartbeat(progress=1)
 
 
-@pytest.fixture
-def anyio_backend():
-    """Name the only backend of the channel."""
-    return "asyncio"
-
-
 def resident_bytes():
     """Return the memory that this process holds, or its peak where the system has no /proc."""
     statm = Path("/proc/self/statm")

@@ -10,12 +10,6 @@ from protocol.messages import Request, Stop
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend():
-    """Name the only backend of the channel."""
-    return "asyncio"
-
-
 async def test_messages_go_both_ways_and_peers_end_alone():
     server, client = memory_pair(outbox_bound=2)
     typed_server: ServerChannel = server

@@ -24,12 +24,6 @@ POLICY = Policy(version=3, digest=DIGEST, size=len(DATA))
 
 
 @pytest.fixture
-def anyio_backend():
-    """Name the only backend of the channel."""
-    return "asyncio"
-
-
-@pytest.fixture
 def file():
     """Make a snapshot in a short folder."""
     with ipc_folder() as folder:
