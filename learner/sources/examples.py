@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from learner.sources.dataset import RawRow
 from learner.sources.prompts import json_row
+from learner.sources.rows import RawRow
 from learner.sources.sieve import Report
 from protocol.preference_tokens import (
     SideTokens,

@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from learner.sources.dataset import RawRow, Rows
 from learner.sources.order import IndexArray, epoch_order
+from learner.sources.rows import Raw, Rows
 from learner.sources.sieve import Sieve, require_some, stream_epoch
 from protocol.errors import CheckpointError, DataError
 from protocol.settings import DataSettings
@@ -161,7 +161,8 @@ class StreamFeed(Generic[T]):
             self._words += f", run.seed {seed}, data.shuffle_buffer {settings.shuffle_buffer}"
         self._epoch = 0
         self._taken = 0
-        self._source: Iterator[tuple[int, RawRow]] | None = None
+        self._resumed = False  # in the midst of this pass
+        self._source: Iterator[tuple[int, Raw]] | None = None
 
     def next(self) -> T | None:
         """Return the next example, or None at the end of an epoch; refuse an empty stream."""
@@ -177,7 +178,9 @@ class StreamFeed(Generic[T]):
                     log.info("    row %d: %s; dropped from the stream", bad.row, bad.reason)
             if example is not None:
                 return example
-        require_some(self._sieve.report)
+        if not self._resumed:  # the report is of less than a pass then, or of nothing
+            require_some(self._sieve.report)
+        self._resumed = False
         if self._taken == 0:
             raise DataError(
                 f"{self._rows.name}: the stream gave no row in pass {self._epoch + 1}, though it "
@@ -204,3 +207,4 @@ class StreamFeed(Generic[T]):
             )
         _require_order(state, self._words)
         self._epoch, self._taken, self._source = state.epoch, state.taken, None
+        self._resumed = state.taken > 0

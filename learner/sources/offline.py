@@ -9,10 +9,11 @@ from typing import Any, Generic, overload
 
 import msgspec
 
-from learner.sources.dataset import Rows, open_rows
+from learner.sources.dataset import open_rows
 from learner.sources.examples import AnswerBuild, Build, E, UnpairedExample, with_rows
 from learner.sources.feed import Feed, FeedState, ListFeed, StreamFeed
 from learner.sources.prepare import PAIR_COLUMNS, column_notes, preparation
+from learner.sources.rows import Rows
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
 from learner.sources.unpaired import UnpairedFeed, in_blocks, in_file_blocks
 from protocol.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from learner.experience import EvalResult, TrainBatch
-from learner.service import (
+from learner.port import (
     Evaluate,
     Exhausted,
     Finish,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from learner.sources.dataset import RawRow, Rows
 from learner.sources.functions import load_function
+from learner.sources.rows import RawRow, Rows
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from learner.sources.dataset import RawRow, open_rows
+from learner.sources.dataset import open_rows
 from learner.sources.feed import FeedState, ListFeed, StreamFeed
 from learner.sources.prepare import Preparation, preparation
+from learner.sources.rows import RawRow
 from learner.sources.sieve import Report, Sieve, kept, read_split, require_some
 from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError, Tokenizer, check_text, render_prompt

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from learner.sources.dataset import RawRow, Rows
 from learner.sources.order import buffered_shuffle, epoch_order
 from learner.sources.prepare import Preparation
+from learner.sources.rows import Raw, RawRow, Rows
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 from protocol.tokens import RowError
@@ -94,8 +94,10 @@ class Sieve(Generic[T]):
     on_bad_row: Literal["drop", "error"]
     policies: dict[str, Literal["drop", "error"]] = field(default_factory=dict)
 
-    def __call__(self, number: int, raw: RawRow) -> T | None:
+    def __call__(self, number: int, raw: Raw) -> T | None:
         try:
+            if isinstance(raw, RowError):
+                raise raw
             row = self.prepare(raw)
             if row is None:
                 self.report.left_out += 1
@@ -171,9 +173,7 @@ def read_split(
     return Split(list(kept(sieve, picked(rows, rest))), held_out)
 
 
-def _first(
-    sieve: Sieve[T], numbered: Iterable[tuple[int, RawRow]], count: int
-) -> tuple[list[T], int]:
+def _first(sieve: Sieve[T], numbered: Iterable[tuple[int, Raw]], count: int) -> tuple[list[T], int]:
     """Return the first `count` usable examples, and how many rows they took."""
     examples: list[T] = []
     used = 0
@@ -191,7 +191,7 @@ def _first(
     )
 
 
-def picked(rows: Rows, numbers: Iterable[int]) -> Iterator[tuple[int, RawRow]]:
+def picked(rows: Rows, numbers: Iterable[int]) -> Iterator[tuple[int, Raw]]:
     """Rows by number, with their numbers."""
     get = rows.get
     if get is None:
@@ -199,7 +199,7 @@ def picked(rows: Rows, numbers: Iterable[int]) -> Iterator[tuple[int, RawRow]]:
     return ((number, get(number)) for number in numbers)
 
 
-def kept(sieve: Sieve[T], numbered: Iterable[tuple[int, RawRow]]) -> Iterator[T]:
+def kept(sieve: Sieve[T], numbered: Iterable[tuple[int, Raw]]) -> Iterator[T]:
     """Yield the examples of the rows that can be used."""
     for number, raw in numbered:
         example = sieve(number, raw)
@@ -209,7 +209,7 @@ def kept(sieve: Sieve[T], numbered: Iterable[tuple[int, RawRow]]) -> Iterator[T]
 
 def stream_epoch(
     rows: Rows, settings: DataSettings, *, skip: int, seed: int, epoch: int
-) -> Iterator[tuple[int, RawRow]]:
+) -> Iterator[tuple[int, Raw]]:
     """One pass over a stream after its held-out rows: capped, then shuffled in a finite buffer."""
 
     def numbered() -> Iterator[tuple[int, Any]]:

@@ -62,6 +62,43 @@ def test_a_folder_of_files_is_a_dataset(tmp_path):
     assert [row["answer"] for row in rows.scan(0)] == list("01234")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_text_of_a_folder_of_tables_stays_text(tmp_path, ending, streaming):
+    comma = {".csv": ",", ".tsv": "\t"}[ending]
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for split, row in (("train", ["12", "007", "NA"]), ("test", ["3", "4", "5"])):
+        lines = [["prompt", "chosen", "rejected"], row]
+        text = "".join(f"{comma.join(line)}\n" for line in lines)
+        (folder / f"{split}{ending}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    path = str(folder)
+    rows = open_rows(DataSettings(path=path, streaming=streaming))
+    assert list(rows.scan(0)) == [{"prompt": "12", "chosen": "007", "rejected": "NA"}]
+    held_out = open_rows(DataSettings(path=path, streaming=streaming), split="test")
+    assert [row["prompt"] for row in held_out.scan(0)] == ["3"]
+    gc.collect()
+
+
+def test_a_saved_set_is_no_other_split_and_streams_if_asked(tmp_path):
+    path = _write(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"no split 'test'; it has \['train'\]"):
+        open_rows(DataSettings(path=path), split="test")
+    assert open_rows(DataSettings(path=path, streaming=True)).length is None
+    import datasets
+
+    part = datasets.Dataset.from_list(ROWS, split="train_sft")
+    part.save_to_disk(tmp_path / "part")
+    for split in ("train", "train_sft"):
+        rows = open_rows(DataSettings(path=str(tmp_path / "part")), split=split)
+        assert rows.length == len(ROWS)
+    splits = datasets.DatasetDict(train=part.select([0, 1]), test=part.select([2]))
+    splits.save_to_disk(tmp_path / "splits")
+    rows = open_rows(DataSettings(path=str(tmp_path / "splits")), split="test")
+    assert list(rows.scan(0)) == [ROWS[2]]
+
+
 def test_json_rows_keep_their_types_and_surrogates(tmp_path):
     rows = [{"a": "x"}, {"a": 3}, {"b": "\ud800"}]
     path = _write_text(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
@@ -77,12 +114,15 @@ def _write_text(path, text):
     ("name", "text", "words"),
     [
         ("a.json", "[{", r"a\.json: malformed JSON"),
-        ("a.json", "[3]", "row 0 is int"),
-        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is malformed JSON"),
+        (
+            "a.json",
+            '{"a": 1}\n{"a": \n',
+            r"a\.json, line 2 is malformed JSON: .*or the file one array",
+        ),
+        ("a.json", '{"a": 1}\n[{"a": 1}]\n', r"a\.json, line 2 is list; it must be an object"),
         ("a.jsonl", "\n", "the file is empty"),
         ("a.parquet", "no parquet", r"a\.parquet: cannot be read"),
         ("a.jsonl", "{\0}\0", "holds NUL bytes, as UTF-16 does; save it as UTF-8"),
-        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1 is malformed JSON: maximum recursion"),
         ("a.json", '[{"a": ' + "[" * 100_000, "malformed JSON: maximum recursion"),
         ("a.jsonl.gz", "packed", r"a\.jsonl\.gz: a compressed file; unpack it"),
     ],
@@ -127,6 +167,9 @@ def test_what_cannot_be_reached_says_what_to_do(tmp_path):
     _write(tmp_path / "train.parquet")
     with pytest.raises(DataError, match="split"):
         open_rows(DataSettings(path=str(tmp_path), split="test"))
+    for path in (tmp_path / "*.jsonl", tmp_path / "*.csv"):
+        with pytest.raises(DataError, match="no data files"):
+            open_rows(DataSettings(path=str(path)))
 
 
 def test_columns_are_renamed_and_a_missing_one_names_the_nearest(tmp_path):
