@@ -14,6 +14,17 @@ import msgspec
 
 from learner.coordinator import Coordinator
 from learner.lost import encode_line
+from learner.port import (
+    Command,
+    Evaluate,
+    Exhausted,
+    Finish,
+    Publish,
+    Rates,
+    SourceState,
+    WantBatch,
+    WantState,
+)
 from protocol.bridge import Bridge
 from protocol.channel import Server
 from protocol.messages import Policy
@@ -21,60 +32,6 @@ from protocol.snapshot_channel import SnapshotServer
 
 log = logging.getLogger("pippin.learner")
 TICK_S = 0.25
-
-
-@dataclass(frozen=True)
-class WantBatch:
-    """The trainer is free: hand over the next batch as soon as its groups are there."""
-
-
-@dataclass(frozen=True)
-class Publish:
-    """A policy can be fetched; one of a new version says that the batch in training is consumed."""
-
-    policy: Policy
-    path: Path
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Evaluate the policy of this version on the held-out rows."""
-
-    version: int
-
-
-@dataclass(frozen=True)
-class WantState:
-    """Hand over the state of ledger and prompts, for a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The run is over: tell the actors, then end."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class SourceState:
-    """An encoded `CoordinatorState`."""
-
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Figures of actors, queue and wire, sent with every batch."""
-
-    figures: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Exhausted:
-    """No batch will come: the rows are used up."""
-
-
-Command = WantBatch | Publish | Evaluate | WantState | Finish
 
 
 @dataclass
