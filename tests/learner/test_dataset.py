@@ -7,6 +7,7 @@ import pytest
 
 from learner.sources.dataset import open_rows
 from learner.sources.prepare import preparation, with_system_prompt
+from learner.sources.rows import Raw, RawRow
 from protocol.errors import DataError
 from protocol.settings import DataSettings
 from protocol.tokens import RowError
@@ -20,6 +21,11 @@ def _offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def good(row: Raw) -> RawRow:
+    assert not isinstance(row, RowError)
+    return row
 
 
 def _write(path, rows=ROWS):
@@ -46,20 +52,20 @@ def _write(path, rows=ROWS):
 def test_local_rows_come_in_the_files_order(tmp_path, name, streaming):
     path = _write(tmp_path / name)
     rows = open_rows(DataSettings(path=path, streaming=streaming))
-    found = [{key: str(value) for key, value in row.items()} for row in rows.scan(0)]
+    found = [{key: str(value) for key, value in row.items()} for row in map(good, rows.scan(0))]
     assert found == ROWS
-    assert [row["question"] for row in rows.scan(3)] == ["3?", "4?"]
+    assert [row["question"] for row in map(good, rows.scan(3))] == ["3?", "4?"]
     assert rows.columns == ["question", "answer"]
     if rows.get is not None:
         assert rows.length == 5
-        assert rows.get(2)["question"] == "2?"
+        assert good(rows.get(2))["question"] == "2?"
     gc.collect()  # `datasets` leaves streamed CSV files open: let their warning fall in here
 
 
 def test_a_folder_of_files_is_a_dataset(tmp_path):
     _write(tmp_path / "train.parquet")
     rows = open_rows(DataSettings(path=str(tmp_path)))
-    assert [row["answer"] for row in rows.scan(0)] == list("01234")
+    assert [row["answer"] for row in map(good, rows.scan(0))] == list("01234")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -77,7 +83,7 @@ def test_text_of_a_folder_of_tables_stays_text(tmp_path, ending, streaming):
     rows = open_rows(DataSettings(path=path, streaming=streaming))
     assert list(rows.scan(0)) == [{"prompt": "12", "chosen": "007", "rejected": "NA"}]
     held_out = open_rows(DataSettings(path=path, streaming=streaming), split="test")
-    assert [row["prompt"] for row in held_out.scan(0)] == ["3"]
+    assert [row["prompt"] for row in map(good, held_out.scan(0))] == ["3"]
     gc.collect()
 
 
@@ -88,12 +94,12 @@ def test_a_saved_set_is_no_other_split_and_streams_if_asked(tmp_path):
     assert open_rows(DataSettings(path=path, streaming=True)).length is None
     import datasets
 
-    part = datasets.Dataset.from_list(ROWS, split="train_sft")
+    part = datasets.Dataset.from_list(ROWS, split=datasets.NamedSplit("train_sft"))
     part.save_to_disk(tmp_path / "part")
     for split in ("train", "train_sft"):
         rows = open_rows(DataSettings(path=str(tmp_path / "part")), split=split)
         assert rows.length == len(ROWS)
-    splits = datasets.DatasetDict(train=part.select([0, 1]), test=part.select([2]))
+    splits = datasets.DatasetDict({"train": part.select([0, 1]), "test": part.select([2])})
     splits.save_to_disk(tmp_path / "splits")
     rows = open_rows(DataSettings(path=str(tmp_path / "splits")), split="test")
     assert list(rows.scan(0)) == [ROWS[2]]
