@@ -1,100 +1,24 @@
-"""The coordinator against hand-made actors: what is sent, in what order, what a resume keeps."""
-
-from typing import Any
+"""The coordinator against hand-made actors: what is sent, in what order."""
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from learner.coordinator import Coordinator
-from learner.experience import CoordinatorState
-from learner.ledger import Ledger
-from learner.ledger_types import LedgerSettings
-from learner.lost import encode_line, read_journal, since
-from learner.peers import Terms
-from learner.sources.feed import ListFeed
-from learner.sources.prompts import Prompt, PromptSource
-from learner.sources.sieve import Report
 from learner.tasks import task_seed
 from protocol.messages import (
     Ack,
     Applied,
     Cancel,
     Failed,
-    Group,
     Heartbeat,
-    Hello,
     Refuse,
     Release,
     Request,
-    Task,
     Welcome,
 )
-from protocol.parts import PolicySpan, Sampling
-from protocol.settings import DataSettings
-from tests.protocol.builders import a_completion, a_group, a_policy, a_reward, a_welcome, task_id
-
-A, B = b"a", b"b"
-G = 2
-
-
-def prompt(number: int) -> Prompt:
-    return Prompt(row_key=number, prompt_ids=[2, 3 + number], row={"prompt": f"p{number}"})
-
-
-def prompts(count: int = 8) -> PromptSource:
-    settings = DataSettings(order="sequential")
-    rows = [prompt(number) for number in range(count)]
-    feed = ListFeed(rows, settings, seed=0, batch_size=1, length=lambda p: len(p.prompt_ids))
-    return PromptSource(feed, Report("rows"), None)
-
-
-def terms(incarnation: str = "L1") -> Terms:
-    return Terms(
-        welcome=a_welcome(incarnation),
-        train=Sampling(num_generations=G, max_completion_length=4),
-        evaluate=Sampling(num_generations=1, max_completion_length=4, temperature=0.0),
-        seed=7,
-        lease_s=60.0,
-        vocab_size=64,
-    )
-
-
-LIMITS = LedgerSettings(
-    batch_size=2, max_staleness=1, num_generations=G, total_batches=3, lease_s=60.0
-)
-
-
-def coordinator(*, eval_rows: int = 0) -> Coordinator:
-    held_out = [prompt(40 + number) for number in range(eval_rows)]
-    made = Coordinator(Ledger(LIMITS, "r", "L1"), prompts(), held_out, terms())
-    made.advance(a_policy(0), 0.0)
-    return made
-
-
-def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
-    fields = {"protocol_version": 1, "model_digest": "m", "tokenizer_digest": "t", **changes}
-    return Hello(actor_id=name, actor_incarnation=incarnation, **fields)  # type: ignore[arg-type]
-
-
-def group(task: Task, name: str = "a", **changes: Any) -> Group:
-    completions = [a_completion([5, 1], version=0)] * task.sampling.num_generations
-    fields = {"attempt": task.attempt, "actor_id": name, "completions": completions} | changes
-    return a_group(task=task.task, **fields)
-
-
-def said(made: Coordinator, peer: bytes) -> list[object]:
-    return [message for to, message in made.take_outgoing() if to == peer]
-
-
-def tasks(made: Coordinator, peer: bytes) -> list[Task]:
-    return [message for message in said(made, peer) if isinstance(message, Task)]
-
-
-def join(made: Coordinator, peer: bytes = A, name: str = "a", free_rows: int = 8) -> list[Task]:
-    made.receive(peer, hello(name), 0.0)
-    made.receive(peer, Request(free_rows=free_rows), 0.0)
-    return tasks(made, peer)
+from protocol.parts import PolicySpan
+from tests.learner.small_run import A, B, G, coordinator, group, hello, join, said, tasks
+from tests.protocol.builders import a_completion, a_policy, a_reward, task_id
 
 
 def test_hello_then_policy_then_work_within_credit_and_the_bound():
@@ -327,49 +251,3 @@ def test_snapshots_are_needed_until_every_actor_applied_a_newer_one():
     assert made.oldest_needed() == 3
     made.gone(A, 1.0)
     assert made.oldest_needed() == 0  # no actor: the policy that is announced to the next
-
-
-def resumed(state: CoordinatorState) -> tuple[Coordinator, object]:
-    ledger, lost = Ledger.restore(LIMITS, state.ledger, "L2")
-    made = Coordinator(ledger, prompts(), [], terms("L2"))
-    made.adopt(state, lost)
-    return made, lost
-
-
-def test_a_checkpoint_while_a_batch_is_formed_keeps_its_rows_and_seeds():
-    made = coordinator()
-    leased = join(made)
-    for task in leased[:3]:
-        made.receive(A, group(task), 1.0)
-    assert made.next_batch(1.0) is not None  # formed, not consumed: a stop saves now
-    again, _ = resumed(made.state())
-    again.advance(a_policy(0), 0.0)
-    new = join(again)
-    assert [t.row for t in new] == [t.row for t in leased]
-    assert [t.seed for t in new] == [t.seed for t in leased]
-    assert [t.task.number for t in new] == [4, 5, 6, 7]
-    assert {t.task.incarnation for t in new} == {"L2"}
-
-
-def test_what_was_lost_is_read_from_the_journal(tmp_path):
-    made = coordinator()
-    leased = join(made)
-    journal = tmp_path / "ledger.jsonl"
-    journal.write_bytes(b"".join(encode_line("L1", e) for e in made.drain_journal()))
-    state = made.state()
-    for task in leased[:3]:
-        made.receive(A, group(task), 1.0)
-    made.next_batch(1.0)
-    made.advance(a_policy(1), 2.0)  # two rows more join
-    with journal.open("ab") as file:
-        file.writelines(encode_line("L1", e) for e in made.drain_journal())
-        file.write(b'{"incarnation":"L1","ev')  # killed in the middle of a line
-    events = read_journal(journal, "L1")[state.events :]
-    _, report = Ledger.restore(LIMITS, state.ledger, "L2")
-    lost = since(report, "r", "L1", state.ledger.version, events)
-    assert (lost.version, lost.version_reached) == (0, 1)
-    assert [t.number for t in lost.trained_since] == [0, 1]
-    assert [t.number for t in lost.received_since] == [2]
-    assert [t.number for t in lost.joined_since] == [4, 5]
-    assert len(lost.checkpoint.leases) == 4
-    assert read_journal(journal, "L0") == []

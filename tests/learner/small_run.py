@@ -1,0 +1,86 @@
+"""A coordinator of a run of three batches of two groups, and actors that a test plays by hand."""
+
+from typing import Any
+
+from learner.coordinator import Coordinator
+from learner.ledger import Ledger
+from learner.ledger_types import LedgerSettings
+from learner.peers import Terms
+from learner.sources.feed import ListFeed
+from learner.sources.prompts import Prompt, PromptSource
+from learner.sources.sieve import Report
+from protocol.messages import Group, Hello, Request, Task
+from protocol.parts import Sampling
+from protocol.settings import DataSettings
+from tests.protocol.builders import a_completion, a_group, a_policy, a_welcome
+
+A, B = b"a", b"b"
+G = 2
+
+
+def prompt(number: int) -> Prompt:
+    """Make row `number` of the dataset."""
+    return Prompt(row_key=number, prompt_ids=[2, 3 + number], row={"prompt": f"p{number}"})
+
+
+def prompts(count: int = 8) -> PromptSource:
+    """Make the training rows, in order."""
+    settings = DataSettings(order="sequential")
+    rows = [prompt(number) for number in range(count)]
+    feed = ListFeed(rows, settings, seed=0, batch_size=1, length=lambda p: len(p.prompt_ids))
+    return PromptSource(feed, Report("rows"), None)
+
+
+def terms(incarnation: str = "L1") -> Terms:
+    """Make the terms of the run."""
+    return Terms(
+        welcome=a_welcome(incarnation),
+        train=Sampling(num_generations=G, max_completion_length=4),
+        evaluate=Sampling(num_generations=1, max_completion_length=4, temperature=0.0),
+        seed=7,
+        lease_s=60.0,
+        vocab_size=64,
+    )
+
+
+LIMITS = LedgerSettings(
+    batch_size=2, max_staleness=1, num_generations=G, total_batches=3, lease_s=60.0
+)
+
+
+def coordinator(*, eval_rows: int = 0) -> Coordinator:
+    """Make a coordinator that has announced version 0."""
+    held_out = [prompt(40 + number) for number in range(eval_rows)]
+    made = Coordinator(Ledger(LIMITS, "r", "L1"), prompts(), held_out, terms())
+    made.advance(a_policy(0), 0.0)
+    return made
+
+
+def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
+    """Make an actor's first word."""
+    fields = {"protocol_version": 1, "model_digest": "m", "tokenizer_digest": "t", **changes}
+    return Hello(actor_id=name, actor_incarnation=incarnation, **fields)  # type: ignore[arg-type]
+
+
+def group(task: Task, name: str = "a", **changes: Any) -> Group:
+    """Make the finished task of an actor, sampled by version 0."""
+    completions = [a_completion([5, 1], version=0)] * task.sampling.num_generations
+    fields = {"attempt": task.attempt, "actor_id": name, "completions": completions} | changes
+    return a_group(task=task.task, **fields)
+
+
+def said(made: Coordinator, peer: bytes) -> list[object]:
+    """Take what was sent, and return what this peer got."""
+    return [message for to, message in made.take_outgoing() if to == peer]
+
+
+def tasks(made: Coordinator, peer: bytes) -> list[Task]:
+    """Take what was sent, and return this peer's leases."""
+    return [message for message in said(made, peer) if isinstance(message, Task)]
+
+
+def join(made: Coordinator, peer: bytes = A, name: str = "a", free_rows: int = 8) -> list[Task]:
+    """Have an actor join with room for `free_rows` completions; return its leases."""
+    made.receive(peer, hello(name), 0.0)
+    made.receive(peer, Request(free_rows=free_rows), 0.0)
+    return tasks(made, peer)
