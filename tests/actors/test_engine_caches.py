@@ -4,22 +4,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, llama, mamba
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
-from actors.engine import GenerationRequest, GenerationResult
-from actors.mlx_engine import MlxEngine
+from actors.engine import GenerationRequest
 from protocol.arrays import floats_view, ids_view
 from protocol.parts import Completion, Sampling
-
-VOCAB = 50
-
-
-def sharpen(model: nn.Module) -> nn.Module:
-    model.update(tree_map(lambda w: w * 3 if w.ndim == 2 else w, model.parameters()))
-    mx.eval(model.parameters())
-    return model
+from tests.actors.engines import VOCAB, engine_of, sharpen
+from tests.actors.engines import run as run_out
 
 
 def sliding_window() -> nn.Module:
@@ -90,14 +82,10 @@ def pinned_window() -> nn.Module:
 
 
 def run(model: nn.Module, requests: list[GenerationRequest], rows: int = 16):
-    engine = MlxEngine(model, stop_token_ids=[], vocab_size=VOCAB, max_rows=rows)
-    engine.set_policy(lambda: None, 0, "d0")
+    engine = engine_of(model, stop_token_ids=[], max_rows=rows)
     for request in requests:
         engine.add(request)
-    results: dict[str, GenerationResult] = {}
-    while (step := engine.step()).progressed:
-        results.update({str(result.key): result for result in step.finished})
-    return results
+    return run_out(engine)
 
 
 def request(key: str, prompt: list[int], seed: int, **kwargs) -> GenerationRequest:
