@@ -120,6 +120,7 @@ def report_memory(
             gradient_checkpointing=settings.train.gradient_checkpointing,
             reference=reference.model if reference is not None else None,
             shared_prompt=shared_prompt,
+            length_bucket=settings.train.length_bucket,
         )
     )
 

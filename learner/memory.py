@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from learner.batches import bucketed
 from learner.chunked import CHUNK
 from learner.forward import Head
 from protocol.snapshots import trainable
@@ -75,14 +76,17 @@ def estimate_memory(
     gradient_checkpointing: bool,
     reference: nn.Module | None = None,
     shared_prompt: bool = False,
+    length_bucket: int = 1,
 ) -> MemoryEstimate:
     """Estimate a step over micro-batches of `rows` rows of `length` tokens in all.
 
     `config` is the model's config.json; `completion_length` of the tokens go through the head. With
-    `shared_prompt`, the others are the same in all rows and computed once.
+    `shared_prompt`, the others are the same in all rows and computed once. Both lengths are before
+    their padding to multiples of `length_bucket`.
     """
     prompt = length - completion_length if shared_prompt else 0
-    length -= prompt
+    length = bucketed(length - prompt, length_bucket)
+    completion_length = bucketed(completion_length, length_bucket)
     text = {**config, **(config.get("text_config") or {})}
     arrays = _arrays(model)
     trained = trainable(model)

@@ -13,7 +13,7 @@ import gc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from protocol.blas import HINT, load_openblas
+from protocol.blas import HINT, bound_lookahead, load_openblas
 
 if TYPE_CHECKING:
     from learner.memory import MemoryEstimate
@@ -96,7 +96,7 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
 
     def loss(model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         ids, positions = arrays["ids"], arrays["positions"]
-        logps, _ = completion_logprobs(model, ids, positions, ids, prompt=before, head=case.head)
+        logps, *_ = completion_logprobs(model, ids, positions, ids, prompt=before, head=case.head)
         return -logps.mean(), {}
 
     step = Step(
@@ -134,6 +134,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(Case, name))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Case.dtype)
     shape = Case(**vars(parser.parse_args()))
+    bound_lookahead()
     if not load_openblas():
         print(HINT)
     for name, changes in VARIANTS.items():

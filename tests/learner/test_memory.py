@@ -48,6 +48,16 @@ def test_counts_by_hand():
     assert estimate(model, gradient_checkpointing=True).activations == kept + 2 * layer
 
 
+def test_lengths_count_with_their_padding():
+    model = tiny_model()
+    padded = estimate(model, length=42, completion_length=16, length_bucket=32)
+    assert padded == estimate(model, length=64, completion_length=32)
+    # Of a shared prompt nothing is padded: 26 tokens, then 16 in 32 places.
+    shared = {"shared_prompt": True, "length": 42, "completion_length": 16, "length_bucket": 32}
+    whole = {"shared_prompt": True, "length": 58, "completion_length": 32}
+    assert estimate(model, **shared) == estimate(model, **whole)
+
+
 def test_full_fine_tuning_keeps_a_copy_for_the_reference_and_masters_below_float32():
     model = tiny_model()
     model.set_dtype(mx.bfloat16)
