@@ -18,12 +18,11 @@ from learner.shared_prompt import SharedPrompt, after_prompt, group_batch, share
 from learner.sources.prompts import Prompt
 from learner.step import Step
 from protocol.adapters import attach_adapters
-from protocol.arrays import floats_bytes, ids_bytes
+from protocol.arrays import floats_bytes
 from protocol.errors import ModelError
-from protocol.messages import Group
-from protocol.parts import Completion, PolicySpan, RewardResult, TaskId
 from protocol.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.snapshots import trainable
+from tests.protocol.builders import a_completion, a_group, a_reward, task_id
 from tests.tiny import VOCAB, on_device, tiny_model
 
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -160,20 +159,15 @@ def test_a_window_is_refused_whatever_the_cache():
 def trained_group(number, rewards, lengths, prompt, cut=()):
     rng = np.random.default_rng(number)
     completions = [
-        Completion(
-            token_ids=ids_bytes(rng.integers(2, VOCAB, length).tolist()),
+        a_completion(
+            rng.integers(2, VOCAB, length).tolist(),
+            version=0,
             behaviour_logprobs=floats_bytes([-3.0] * length),
-            policy_spans=[PolicySpan(start=0, version=0, digest="d")],
             finish_reason="length" if index in cut else "stop",
         )
         for index, length in enumerate(lengths)
     ]
-    made = Group(
-        task=TaskId(run="r", incarnation="L", number=number), attempt=1, actor_id="a",
-        actor_incarnation="1", learner_incarnation="L", completions=completions,
-        reward=RewardResult(names=["f"], rewards=floats_bytes(rewards), faults=[]),
-        started_at=1.0, finished_at=2.0, generation_s=1.0, reward_s=0.5,
-    )  # fmt: skip
+    made = a_group(completions, task_id(number), reward=a_reward(rewards))
     return TrainedGroup(Prompt(row_key=number, prompt_ids=prompt, row={"prompt": "p"}), made)
 
 
