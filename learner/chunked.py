@@ -1,4 +1,4 @@
-"""Log-probs and entropies of tokens through a head, chunk by chunk.
+"""Log-probs, entropies and metrics of tokens through a head, chunk by chunk.
 
 Evaluation is breadth-first, so the chunks are chained with `mx.depends`: without that, the logits
 of all chunks would be alive at once.
@@ -6,7 +6,7 @@ of all chunks would be alive at once.
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,19 @@ CHUNK = 128  # tokens whose logits exist at once
 Logits = Callable[[mx.array], mx.array]
 
 
+class TokenScores(NamedTuple):
+    """What a head says of tokens: four float32 arrays of one shape, zeros where not asked for.
+
+    Of logits / temperature: `logps` of the targets and `entropies`, nats; `mean_logits`, their mean
+    over the vocabulary; `top1`, 1 where the target has the largest, of equal ones as the first.
+    """
+
+    logps: mx.array
+    entropies: mx.array
+    mean_logits: mx.array
+    top1: mx.array
+
+
 def chunked_logprobs(
     split: SplitModel,
     hidden: mx.array,
@@ -28,31 +41,50 @@ def chunked_logprobs(
     inverse_temperature: float,
     entropy: bool,
     entropy_gradient: bool,
+    logit_metrics: bool,
     gradient: bool,
-) -> tuple[mx.array, mx.array]:
-    """Log-probs of `targets` and entropies, at most `CHUNK` tokens at a time.
+) -> TokenScores:
+    """Scores (N,) of `targets` (N,) int32 after `hidden` (N, D), at most `CHUNK` tokens at a time.
 
-    `hidden` (N, D), `targets` (N,) int32; returns (N,) float32, nats, twice. Entropies are zeros
-    without `entropy`; they carry a gradient only with `entropy_gradient`.
+    Entropies are zeros without `entropy` and carry a gradient only with `entropy_gradient`;
+    `mean_logits` and `top1` are zeros without `logit_metrics` and never carry one.
     """
 
     def stats(logits: mx.array, chunk_targets: mx.array) -> _Stats:
-        return _Stats(logits, chunk_targets, inverse_temperature, entropy)
+        return _Stats(logits, chunk_targets, inverse_temperature, entropy, logit_metrics)
 
     factor = -inverse_temperature
+    owner = split.owner(hidden) if gradient else nn.Module()
     if not gradient:
-        return _values(partial(logits_of, split.head), hidden, targets, stats)
-    owner = split.owner(hidden)
-    if trainable(owner):
-        return _recomputed(split.head, owner, hidden, targets, stats, factor, entropy_gradient)
-    return _built_forward(split.head, hidden, targets, stats, factor, entropy_gradient)
+        outputs = _values(partial(logits_of, split.head), hidden, targets, stats)
+    elif trainable(owner):
+        outputs = _recomputed(split.head, owner, hidden, targets, stats, factor, entropy_gradient)
+    else:
+        outputs = _built_forward(split.head, hidden, targets, stats, factor, entropy_gradient)
+    return token_scores(*outputs, entropy_gradient=entropy_gradient)
+
+
+def token_scores(
+    logps: mx.array, entropies: mx.array, *metrics: mx.array, entropy_gradient: bool
+) -> TokenScores:
+    """Return scores with gradients only where they belong, and zeros for `metrics` left out."""
+    if not entropy_gradient:
+        entropies = mx.stop_gradient(entropies)
+    if not metrics:
+        return TokenScores(logps, entropies, *[mx.zeros_like(logps)] * 2)
+    return TokenScores(logps, entropies, *(mx.stop_gradient(metric) for metric in metrics))
 
 
 class _Stats:
-    """Log-probs and entropies of n tokens, and their gradients with respect to the logits."""
+    """Scores of n tokens, and the gradients of the first two with respect to the logits."""
 
     def __init__(
-        self, logits: mx.array, targets: mx.array, inverse_temperature: float, entropy: bool
+        self,
+        logits: mx.array,
+        targets: mx.array,
+        inverse_temperature: float,
+        entropy: bool,
+        logit_metrics: bool,
     ) -> None:
         # Every array here is (n, V): on CPU some ten of them wait in the queue, so none is made
         # that need not be.
@@ -68,6 +100,11 @@ class _Stats:
             self.entropies = -(mx.exp(logs) * logs).sum(axis=-1)
         else:
             self.entropies = mx.zeros_like(self.logps)
+        self.metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
+
+    def values(self) -> list[mx.array]:
+        """Return all scores that were asked for."""
+        return [self.logps, self.entropies, *self.metrics]
 
     def logps_slope(self) -> mx.array:
         """Return p minus one-hot (n, V): -T times the gradient of each log-prob.
@@ -83,6 +120,12 @@ class _Stats:
         """Return p (log p + H) (n, V): -T times the gradient of each entropy."""
         logs = self.logits.astype(mx.float32) - self.total
         return (mx.exp(logs) * (logs + self.entropies[:, None])).astype(self.dtype)
+
+
+def logit_metrics_of(logits: mx.array, scaled: mx.array, targets: mx.array) -> list[mx.array]:
+    """Return `mean_logits` and `top1` of (…, V) logits, as they are and scaled, without a copy."""
+    top1 = mx.argmax(logits, axis=-1) == targets
+    return [scaled.mean(axis=-1), top1.astype(mx.float32)]
 
 
 def _times(array: mx.array, factor: float) -> mx.array:
@@ -115,19 +158,18 @@ def _starts(array: mx.array) -> range:
     return range(0, array.shape[0], _size())
 
 
-def _values(
-    logits: Logits, hidden: mx.array, targets: mx.array, stats: _StatsOf
-) -> tuple[mx.array, mx.array]:
-    logps: list[mx.array] = []
-    entropies: list[mx.array] = []
+def _values(logits: Logits, hidden: mx.array, targets: mx.array, stats: _StatsOf) -> list[mx.array]:
+    columns: list[list[mx.array]] = []
     previous: list[mx.array] = []
     for start in _starts(hidden):
         chunk, chunk_targets = _chunk(hidden, targets, start, previous)
-        result = stats(logits(chunk), chunk_targets)
-        previous = [result.logps, result.entropies]
-        logps.append(result.logps)
-        entropies.append(result.entropies)
-    return mx.concatenate(logps), mx.concatenate(entropies)
+        previous = stats(logits(chunk), chunk_targets).values()
+        columns.append(previous)
+    return _joined(columns)
+
+
+def _joined(columns: list[list[mx.array]]) -> list[mx.array]:
+    return [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
 
 
 def _built_forward(
@@ -137,7 +179,7 @@ def _built_forward(
     stats: _StatsOf,
     factor: float,
     entropy_gradient: bool,
-) -> tuple[mx.array, mx.array]:
+) -> list[mx.array]:
     """Frozen head: the gradient is a (N, D) array made with the values, then only scaled.
 
     `factor` is what the slopes of `_Stats` leave out.
@@ -153,8 +195,9 @@ def _built_forward(
             previous = [result.logps, result.entropies, _pull(head, chunk, result.logps_slope())]
             if entropy_gradient:
                 previous.append(_pull(head, chunk, result.entropies_slope()))
+            previous += result.metrics
             columns.append(previous)
-        return [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
+        return _joined(columns)
 
     @both.vjp
     def scale(
@@ -165,9 +208,8 @@ def _built_forward(
             slope = slope + outputs[3] * (cotangents[1] * factor)[:, None]
         return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
 
-    outputs = cast(list[mx.array], both(hidden, targets))
-    entropies = outputs[1] if entropy_gradient else mx.stop_gradient(outputs[1])
-    return outputs[0], entropies
+    logps, entropies, _, *rest = cast(list[mx.array], both(hidden, targets))
+    return [logps, entropies, *rest[int(entropy_gradient) :]]
 
 
 def _recomputed(
@@ -178,7 +220,7 @@ def _recomputed(
     stats: _StatsOf,
     factor: float,
     entropy_gradient: bool,
-) -> tuple[mx.array, mx.array]:
+) -> list[mx.array]:
     """Trainable head: the backward pass computes the logits again, adding up chunk by chunk."""
     held = trainable(owner)
 
@@ -190,7 +232,7 @@ def _recomputed(
 
     @mx.custom_function
     def values(hidden: mx.array, targets: mx.array, *parameters: mx.array) -> list[mx.array]:
-        return list(_values(lambda chunk: logits(chunk, *parameters), hidden, targets, stats))
+        return _values(lambda chunk: logits(chunk, *parameters), hidden, targets, stats)
 
     @values.vjp
     def again(
@@ -214,8 +256,7 @@ def _recomputed(
         to_parameters = [s.astype(p.dtype) for s, p in zip(sums, parameters, strict=True)]
         return (mx.concatenate(slopes), mx.zeros_like(targets), *to_parameters)
 
-    logps, entropies = cast(list[mx.array], values(hidden, targets, *held.values()))
-    return logps, entropies if entropy_gradient else mx.stop_gradient(entropies)
+    return cast(list[mx.array], values(hidden, targets, *held.values()))
 
 
 def _pull(head: nn.Module, hidden: mx.array, cotangent: mx.array) -> mx.array:

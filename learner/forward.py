@@ -1,4 +1,4 @@
-"""Log-probs and entropies of completion tokens, without the logits of the whole batch.
+"""Log-probs, entropies and metrics of completion tokens, without the logits of the whole batch.
 
 `head = "chunked"` (the default) runs the trunk, picks the hidden states that predict completion
 tokens, and takes these through the head a chunk at a time (`learner/chunked.py`). `head = "full"`
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from learner.chunked import chunked_logprobs
+from learner.chunked import TokenScores, chunked_logprobs, logit_metrics_of, token_scores
 from learner.head import split_head
 from learner.shared_prompt import Recorder, SharedPrompt, after_prompt
 from protocol.errors import ModelError
@@ -38,14 +38,16 @@ def completion_logprobs(
     head: Head = "chunked",
     entropy: bool = False,
     entropy_gradient: bool = False,
+    logit_metrics: bool = False,
     gradient: bool = True,
-) -> tuple[mx.array, mx.array]:
-    """Log-probs of `targets` under logits / `temperature`, and the entropies of that distribution.
+) -> TokenScores:
+    """Log-probs of `targets` under logits / `temperature`, the entropies of that distribution, and
+    with `logit_metrics` what TRL's `logits/*` and `mean_token_accuracy` average.
 
     `input_ids` (B, T) int32; `positions` and `targets` (B, C) int32, as `TokenBatch` has them.
     With `prompt`, all rows go on from it: their own prompts are its last token alone.
-    Returns two (B, C) float32 arrays in nats; entropies are zeros unless `entropy`, and carry a
-    gradient only with `entropy_gradient`. `gradient=False` saves work where none will be taken.
+    Returns (B, C) float32 arrays; entropies are zeros unless `entropy`, and carry a gradient only
+    with `entropy_gradient`. `gradient=False` saves work where none will be taken.
     """
 
     def run(network: Callable[..., mx.array]) -> mx.array:
@@ -55,19 +57,20 @@ def completion_logprobs(
 
     if head == "full":
         logits = mx.take_along_axis(run(cast(Any, model)), positions[..., None], axis=1)
-        return _plain(logits, targets, temperature, entropy, entropy_gradient)
+        return _plain(logits, targets, temperature, entropy, entropy_gradient, logit_metrics)
     split = split_head(model)
     hidden = states_at(run(split.states), positions)
-    logps, entropies = chunked_logprobs(
+    scores = chunked_logprobs(
         split,
         hidden.reshape(-1, hidden.shape[-1]),
         targets.reshape(-1),
         inverse_temperature=1 / temperature,
         entropy=entropy or entropy_gradient,
         entropy_gradient=entropy_gradient,
+        logit_metrics=logit_metrics,
         gradient=gradient,
     )
-    return logps.reshape(targets.shape), entropies.reshape(targets.shape)
+    return TokenScores(*(values.reshape(targets.shape) for values in scores))
 
 
 def states_at(states: mx.array, positions: mx.array) -> mx.array:
@@ -172,14 +175,16 @@ def _plain(
     temperature: float,
     entropy: bool,
     entropy_gradient: bool,
-) -> tuple[mx.array, mx.array]:
-    logits = logits.astype(mx.float32) * (1 / temperature)
-    logps = -nn.losses.cross_entropy(logits, targets)
-    if not (entropy or entropy_gradient):
-        return logps, mx.zeros_like(logps)
-    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    entropies = -(mx.exp(logs) * logs).sum(axis=-1)
-    return logps, entropies if entropy_gradient else mx.stop_gradient(entropies)
+    logit_metrics: bool,
+) -> TokenScores:
+    scaled = logits.astype(mx.float32) * (1 / temperature)
+    logps = -nn.losses.cross_entropy(scaled, targets)
+    entropies = mx.zeros_like(logps)
+    if entropy or entropy_gradient:
+        logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+        entropies = -(mx.exp(logs) * logs).sum(axis=-1)
+    metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
+    return token_scores(logps, entropies, *metrics, entropy_gradient=entropy_gradient)
 
 
 def drops(model: nn.Module) -> bool:

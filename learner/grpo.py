@@ -17,7 +17,7 @@ from learner.advantages import advantages
 from learner.batches import TokenBatch, aligned, padded_rows
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
-from learner.forward import Head, completion_logprobs
+from learner.forward import Head, TokenScores, completion_logprobs
 from learner.interfaces import Arrays, Prepared
 from learner.objectives import grpo as objective
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
@@ -160,7 +160,7 @@ class GrpoObjective:
     def _score_again(self, micro: list[Arrays]) -> None:
         """Take the entropy quantile of the policy as it is now."""
         for arrays in micro:
-            _, arrays["entropies"] = self._logprobs(self.model, arrays)
+            arrays["entropies"] = self._scores(self.model, arrays).entropies
         self._find_threshold(micro)
 
     def _arrays(
@@ -186,11 +186,11 @@ class GrpoObjective:
         arrays["sampling_logps"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
-            old, entropies = self._logprobs(self.model, arrays)
+            scores = self._scores(self.model, arrays)
             if settings.old_logprobs == "recompute":
-                arrays["old_logps"] = old
+                arrays["old_logps"] = scores.logps
             if settings.top_entropy_quantile < 1:
-                arrays["entropies"] = entropies
+                arrays["entropies"] = scores.entropies
         if settings.importance_sampling_correction:
             arrays["ratio"] = objective.importance_ratio(
                 arrays["old_logps"], arrays["sampling_logps"], arrays["mask"], settings
@@ -198,11 +198,11 @@ class GrpoObjective:
         if settings.beta > 0:
             if self.reference is None:
                 raise ValueError("objective.beta > 0 needs a reference policy")
-            arrays["ref_logps"], _ = self._logprobs(self.reference, arrays)
+            arrays["ref_logps"] = self._scores(self.reference, arrays).logps
         mx.eval(arrays)
         return arrays
 
-    def _logprobs(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+    def _scores(self, model: nn.Module, arrays: Arrays) -> TokenScores:
         return completion_logprobs(
             model,
             arrays["input_ids"],
@@ -217,7 +217,7 @@ class GrpoObjective:
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        logps, entropies = completion_logprobs(
+        logps, entropies, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],

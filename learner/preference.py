@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.batches import TokenBatch, aligned
-from learner.forward import Head, completion_logprobs
+from learner.forward import Head, TokenScores, completion_logprobs
 from learner.grpo import to_device
 from learner.interfaces import Arrays, Prepared
-from learner.objectives.metrics import finish_metrics, mean, merge_metrics
+from learner.objectives.metrics import finish_metrics, merge_metrics, token_mean
 from learner.objectives.preference import (
     finish_kto,
     kto_kl,
@@ -89,13 +89,14 @@ class PreferenceObjective:
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        logps, entropies = completion_logprobs(
+        scores = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
             head=self.head,
             entropy=True,
+            logit_metrics=True,
         )
         normalisers = {
             key.removeprefix(_NORMALISER): value
@@ -103,29 +104,45 @@ class PreferenceObjective:
             if key.startswith(_NORMALISER)
         }
         if not self._unpaired:
-            return preference_loss(
-                logps,
+            loss, metrics = preference_loss(
+                scores.logps,
                 mask=arrays["mask"],
                 ref_logps=arrays.get("ref_logps"),
                 log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
                 nll_mask=arrays.get("nll_mask"),
                 scores=arrays.get("scores"),
-                entropies=entropies,
+                entropies=scores.entropies,
                 normalisers=normalisers,
                 settings=self.settings,
             )
-        loss, metrics = kto_loss(
-            logps,
-            ref_logps=arrays["ref_logps"],
-            mask=arrays["mask"],
-            labels=arrays["labels"],
-            kl=arrays["kl"],
-            normalisers=normalisers,
-            settings=self.settings,
-        )
+        else:
+            loss, metrics = kto_loss(
+                scores.logps,
+                ref_logps=arrays["ref_logps"],
+                mask=arrays["mask"],
+                labels=arrays["labels"],
+                kl=arrays["kl"],
+                normalisers=normalisers,
+                settings=self.settings,
+            )
+            metrics |= token_mean("entropy", scores.entropies, arrays["mask"])
+        return loss, metrics | self._logit_metrics(scores, arrays)
+
+    def _logit_metrics(self, scores: TokenScores, arrays: Arrays) -> Arrays:
+        """Return means over completion tokens: `logits/*` of each side, and the accuracy of chosen.
+
+        TRL's DPO and KTO (which has no accuracy) do so; its ORPO and CPO take prompts and padding
+        into `logits/*`, which would depend on the micro-batches.
+        """
         mask = arrays["mask"]
-        entropy = mean("entropy", mx.where(mask > 0, entropies, 0.0).sum(), mask.sum())
-        return loss, metrics | {name: mx.stop_gradient(v) for name, v in entropy.items()}
+        half = mask.shape[0] // 2
+        good = arrays["labels"] if self._unpaired else mx.arange(mask.shape[0]) < half
+        chosen = mx.where(good[:, None] > 0, mask, 0.0)
+        metrics = token_mean("logits/chosen", scores.mean_logits, chosen)
+        metrics |= token_mean("logits/rejected", scores.mean_logits, mask - chosen)
+        if not self._unpaired:
+            metrics |= token_mean("mean_token_accuracy", scores.top1, chosen)
+        return metrics
 
     def merge(self, first: Arrays, second: Arrays) -> Arrays:
         """Merge the metrics of two micro-batches."""
@@ -228,7 +245,7 @@ class PreferenceObjective:
                 "these examples have no precomputed reference log-probs, and there is no reference "
                 "policy to compute them with"
             )
-        logps, _ = completion_logprobs(
+        logps, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],

@@ -111,7 +111,7 @@ def _trial(
 
     def loss(parameters: dict[str, Any], ids: mx.array) -> tuple[mx.array, mx.array]:
         owner.update(parameters)
-        logps, _ = completion_logprobs(model, ids, positions, targets, prompt=prompt, head=head)
+        logps, *_ = completion_logprobs(model, ids, positions, targets, prompt=prompt, head=head)
         return (logps * weights).sum(), logps * mask
 
     def run(parameters: dict[str, Any], ids: mx.array) -> tuple[mx.array, dict[str, Any]]:

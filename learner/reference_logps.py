@@ -61,7 +61,7 @@ class Scorer:
     def score(self, tokens: TokenBatch) -> Logps:
         """Return the log-probs (tokens,) of the rows one after the other, without padding."""
         arrays = to_device(tokens)
-        logps, _ = completion_logprobs(
+        logps, *_ = completion_logprobs(
             self.reference.model,
             arrays["input_ids"],
             arrays["positions"],

@@ -12,7 +12,7 @@ from learner.batches import sequence_batch
 from learner.forward import Head, completion_logprobs
 from learner.grpo import to_device
 from learner.interfaces import Arrays, Prepared
-from learner.objectives.metrics import finish_metrics, mean, merge_metrics
+from learner.objectives.metrics import finish_metrics, merge_metrics, token_mean
 from learner.objectives.sft import sft_loss
 from learner.sources.examples import SftExample
 from protocol.settings import TrainSettings
@@ -22,7 +22,8 @@ from protocol.settings import TrainSettings
 class SftObjective:
     """Cross-entropy of the tokens that count, averaged over those of the whole batch.
 
-    Equal to TRL 1.16.0's SFTTrainer, which divides by the label tokens of the accumulation window.
+    Equal to TRL 1.16.0's SFTTrainer, which divides by the label tokens of the accumulation window;
+    so do `entropy` and `mean_token_accuracy`.
     """
 
     train: TrainSettings
@@ -49,17 +50,19 @@ class SftObjective:
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        logps, entropies = completion_logprobs(
+        scores = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
             head=self.head,
             entropy=True,
+            logit_metrics=True,
         )
         mask = arrays["mask"]
-        metrics: Arrays = mean("entropy", (entropies * mask).sum(), mask.sum())
-        return sft_loss(logps, mask=mask, tokens=arrays["normaliser"]), metrics
+        metrics: Arrays = token_mean("entropy", scores.entropies, mask)
+        metrics |= token_mean("mean_token_accuracy", scores.top1, mask)
+        return sft_loss(scores.logps, mask=mask, tokens=arrays["normaliser"]), metrics
 
     def merge(self, first: Arrays, second: Arrays) -> Arrays:
         """Merge the metrics of two micro-batches."""

@@ -22,6 +22,11 @@ def mean(name: str, total: mx.array, count: mx.array) -> Metrics:
     return {f"sum:{name}": total, f"count:{name}": count}
 
 
+def token_mean(name: str, values: mx.array, mask: mx.array) -> Metrics:
+    """Return the mean of `values` (B, C) over the tokens that `mask` (B, C) counts, in parts."""
+    return mean(name, mx.where(mask > 0, values, 0.0).sum(), mask.sum())
+
+
 def minimum(name: str, value: mx.array) -> Metrics:
     """Return a smallest value; inf where there is none."""
     return {f"min:{name}": value}
@@ -47,15 +52,18 @@ def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
     return merged
 
 
-def finish_metrics(metrics: Metrics) -> dict[str, float]:
-    """Return the metrics as numbers under their own names; NaN where nothing was counted."""
+def finish_metrics(metrics: Metrics, *, empty: float = 0.0) -> dict[str, float]:
+    """Return the metrics as numbers under their own names.
+
+    A mean of nothing is `empty`: 0 in TRL's trainers, but KTO's. An extreme of nothing is NaN.
+    """
     values = {name: number(value) for name, value in metrics.items()}
     finished: dict[str, float] = {}
     for key, value in values.items():
         kind, name = key.split(":", 1)
         if kind == "sum":
             count = values.get(f"count:{name}", 1.0)
-            finished[name] = value / count if count else math.nan
+            finished[name] = value / count if count else empty
         elif kind in ("min", "max"):
             finished[name] = value if math.isfinite(value) else math.nan
     return finished

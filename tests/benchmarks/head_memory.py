@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
 
     def loss(hidden: mx.array, parameters: dict) -> mx.array:
         model.update(parameters)
-        logps, _ = completion_logprobs(
+        logps, *_ = completion_logprobs(
             model, hidden, positions, targets, head="full" if options.way == "full" else "chunked"
         )
         return -logps.mean()

@@ -142,7 +142,7 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
     )
 
     def loss(model: "nn.Module", arrays: dict[str, mx.array]) -> tuple[mx.array, dict]:
-        logps, _ = completion_logprobs(
+        logps, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],

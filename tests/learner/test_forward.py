@@ -34,6 +34,8 @@ COHERE = {
 HELIUM = {"model_type": "helium", "attention_bias": False, "mlp_bias": False}
 PHI = {"model_type": "phi", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}
 
+HEADS: tuple[Head, ...] = ("chunked", "full")
+
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
@@ -83,7 +85,7 @@ def gradients(model, arrays, forward):
     weights = mx.random.normal((2, *arrays["mask"].shape)) * arrays["mask"]
 
     def loss(model):
-        logps, entropies = forward(model)
+        logps, entropies, *_ = forward(model)
         return (logps * weights[0]).sum() + (entropies * weights[1]).sum()
 
     value, tree = nn.value_and_grad(model, loss)(model)
@@ -136,7 +138,7 @@ def test_chunked_head_equals_log_softmax(case):
         completion_logprobs(model, *ids, temperature=0.7, entropy=True, gradient=False),
         completion_logprobs(model, *ids, temperature=0.7, entropy=True, head="full"),
     ):
-        for value, wanted in zip(got, expected, strict=True):
+        for value, wanted in zip(got[:2], expected, strict=True):
             assert value.dtype == mx.float32
             np.testing.assert_allclose(value, wanted, rtol=2e-6, atol=5e-6)
     value, grads = gradients(model, arrays, chunked)
@@ -145,12 +147,86 @@ def test_chunked_head_equals_log_softmax(case):
     assert_close(grads, wanted_grads, 5e-6)
 
 
+@pytest.mark.parametrize("case", ["lora", "lora, untied, 4 bits", "full, tied", "soft cap"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_logit_metrics_equal_those_of_all_logits(case, gradient):
+    model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
+    logits = model(arrays["input_ids"])
+    logits = np.take_along_axis(np.array(logits), np.array(arrays["positions"])[..., None], axis=1)
+    targets = np.array(arrays["targets"])
+    best = np.argmax(logits, axis=-1)
+    targets[:, ::2] = best[:, ::2]  # every other token is the likeliest
+    for head in HEADS:
+        got = completion_logprobs(
+            model, arrays["input_ids"], arrays["positions"], mx.array(targets),
+            temperature=0.7, head=head, gradient=gradient, logit_metrics=True,
+        )  # fmt: skip
+        np.testing.assert_allclose(got.mean_logits, logits.mean(-1) / 0.7, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(np.array(got.top1), targets == best)
+        assert not np.array(got.entropies).any()
+        assert got.top1.dtype == got.mean_logits.dtype == mx.float32
+
+
+class Table(nn.Module):
+    """A model whose logits are the rows of a table; the tokens of `masked` are never likely."""
+
+    def __init__(self, rows, masked=()):
+        super().__init__()
+        self.model = nn.Embedding(len(rows), len(rows[0]))
+        self.model.weight = mx.array(rows)
+        self.lm_head = nn.Linear(len(rows[0]), len(rows[0]), bias=False)
+        self.lm_head.weight = mx.eye(len(rows[0]))
+        self.masked = masked
+
+    def __call__(self, tokens):
+        logits = self.lm_head(self.model(tokens))
+        if self.masked:
+            logits[..., mx.array(self.masked)] = -mx.inf
+        return logits
+
+
+def row_of(model, targets, head: Head, **asked):
+    """Scores of `targets` after the tokens 0, 1, 2 and so on."""
+    here = mx.arange(len(targets))[None]
+    return completion_logprobs(model, here, here, mx.array([targets]), head=head, **asked)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_of_equal_logits_the_first_is_the_likeliest(head, frozen):
+    model = Table([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [0.0, -1.0, 5.0], [3.0, 3.0, 1.0]])
+    if frozen:
+        model.freeze()
+    got = row_of(model, [1, 1, 2, 1], head, logit_metrics=True)
+    assert got.top1.tolist() == [[1.0, 0.0, 1.0, 0.0]]
+    np.testing.assert_allclose(got.mean_logits, [[7 / 3, 2.0, 4 / 3, 7 / 3]], rtol=1e-6)
+    unasked = row_of(model, [1, 1, 2, 1], head)
+    assert not mx.stack(list(unasked[1:])).any().item()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_logit_metrics_have_no_gradient_and_leave_the_others_alone(kind):
+    model, arrays = trained(kind), on_device(ragged_batch())
+    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
+
+    def scores(model, **asked):
+        return completion_logprobs(model, *ids, temperature=0.7, entropy_gradient=True, **asked)
+
+    wanted = gradients(model, arrays, scores)[1]
+    assert_close(gradients(model, arrays, partial(scores, logit_metrics=True))[1], wanted, 0.0)
+    for head in HEADS:
+
+        def metrics(model, head=head):
+            return scores(model, logit_metrics=True, head=head)[2:]
+
+        assert not any(g.any().item() for g in gradients(model, arrays, metrics)[1].values())
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_entropy_without_gradient_leaves_the_log_prob_gradient_alone(kind):
     model, arrays = trained(kind), on_device(ragged_batch())
     by_head = {}
-    heads: tuple[Head, ...] = ("chunked", "full")
-    for head in heads:
+    for head in HEADS:
         with_entropy, without = (
             gradients(
                 model, arrays, partial(logprobs_of, arrays=arrays, head=head, entropy=entropy)
@@ -188,7 +264,7 @@ def test_padding_changes_nothing():
     for bucket in (1, 8, 32):
         batch = ragged_batch(bucket=bucket)
         arrays = on_device(batch)
-        values, entropies = completion_logprobs(
+        values, entropies, *_ = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"], entropy=True
         )
         assert mx.isfinite(values).all().item()
@@ -221,7 +297,7 @@ def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
     logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
     logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
     wanted = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
-    got, _ = completion_logprobs(model, *ids, temperature=0.7, gradient=False)
+    got, *_ = completion_logprobs(model, *ids, temperature=0.7, gradient=False)
     assert got.dtype == mx.float32
     # The head sees another number of rows at once, which moves bfloat16 roundings of the logits.
     difference = mx.abs(got - wanted) * arrays["mask"]
@@ -337,7 +413,7 @@ def test_models_that_cannot_be_split_take_the_plain_way_and_say_so(kind, caplog)
         assert choose_head(model, "chunked") == "full"
     assert "The memory-bounded head is off" in caplog.text
     arrays = on_device(ragged_batch())
-    got, _ = completion_logprobs(
+    got, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"], head="full"
     )
     np.testing.assert_allclose(got, plain(model, arrays, 1.0)[0], rtol=0, atol=5e-6)

@@ -1,5 +1,7 @@
 """The preference objective on a tiny model: splits, the first loss, KTO's KL, WPO and ORPO."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from learner.forward import Head
 from learner.preference import PreferenceObjective
 from learner.reference import view
 from learner.sources.examples import PreferenceExample, UnpairedExample
+from learner.sources.stored import StoredEvaluator
 from learner.step import Step
 from protocol.errors import ConfigError
 from protocol.settings import OptimizerSettings, PreferenceSettings, TrainSettings
@@ -93,6 +96,50 @@ def direct(model, prompt, completion):
     logits = model(mx.array([prompt + completion]))[0].astype(mx.float32)
     rows = logits[len(prompt) - 1 : len(prompt) + len(completion) - 1]
     return np.array(rows - mx.logsumexp(rows, axis=-1, keepdims=True), np.float64)
+
+
+def logits_of(model, prompt, completion):
+    """Return the logits (C, V) that predict a completion."""
+    logits = np.array(model(mx.array([prompt + completion]))[0], np.float64)
+    return logits[len(prompt) - 1 : len(prompt) + len(completion) - 1]
+
+
+@pytest.mark.parametrize("head", ["full", "chunked"])
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "kto"])
+def test_logits_and_accuracy_are_means_over_completion_tokens(method, head):
+    model = tiny_model()
+    objective = objective_of(PreferenceSettings(method=method), model, 3, head)
+    if method == "kto":
+        batch = answers()
+        rows = [(e.label, e.prompt_ids, e.completion_ids) for e in batch]
+    else:
+        batch = pairs(scored=False)
+        for pair in batch[::2]:  # the first token of every other chosen answer is the likeliest
+            pair.chosen_ids[0] = int(logits_of(model, pair.prompt_ids, pair.chosen_ids)[0].argmax())
+        rows = [(True, e.prompt_ids, e.chosen_ids) for e in batch]
+        rows += [(False, e.rejected_prompt_ids, e.rejected_ids) for e in batch]
+    means: dict[bool, list[float]] = {True: [], False: []}
+    hits: list[bool] = []
+    for good, prompt, ids in rows:
+        logits = logits_of(model, prompt, ids)
+        means[good] += logits.mean(axis=1).tolist()
+        hits += (logits.argmax(axis=1) == ids).tolist() if good else []
+    evaluator: StoredEvaluator[Any] = StoredEvaluator(model, objective, batch, batch_size=5)
+    evaluator.start(1)
+    result = evaluator.poll()
+    assert result is not None
+    merged = {}
+    for arrays in objective.prepare(batch).micro:
+        merged = objective.merge(merged, objective.loss(model, arrays)[1])
+    for prefix, metrics in (("", objective.finish(merged)), ("eval/", result[1])):
+        for name, good in (("chosen", True), ("rejected", False)):
+            wanted = np.mean(means[good])
+            assert metrics[f"{prefix}logits/{name}"] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        if method == "kto":  # as in TRL
+            assert f"{prefix}mean_token_accuracy" not in metrics
+        else:
+            assert metrics[f"{prefix}mean_token_accuracy"] == pytest.approx(np.mean(hits), rel=1e-6)
+            assert np.mean(hits) >= 4 / len(hits)
 
 
 def test_kto_kl_is_of_prompts_with_their_predecessors_answer():

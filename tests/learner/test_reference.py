@@ -27,7 +27,7 @@ def settings_of(folder, **changes):
 
 
 def nll(model, arrays):
-    logps, _ = completion_logprobs(
+    logps, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"]
     )
     return -(logps * arrays["mask"]).sum(), {}

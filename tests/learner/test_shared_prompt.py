@@ -64,11 +64,11 @@ def results(
     weights = mx.random.normal((2, mask.shape[0], 32))[:, :, : mask.shape[1]] * mask
 
     def loss(model: nn.Module) -> tuple[mx.array, mx.array]:
-        both = completion_logprobs(
+        scores = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"],
             prompt=SharedPrompt.of(arrays), temperature=0.7, head=head, entropy_gradient=True,
         )  # fmt: skip
-        values = mx.stack(list(both))
+        values = mx.stack([scores.logps, scores.entropies])
         return (values * weights).sum(), values * mask
 
     with layer_by_layer(model, recompute=recompute):
@@ -227,7 +227,7 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
     for arrays in micro:
         if "old_logps" in arrays:
             with layer_by_layer(made.model, recompute=recompute):
-                logps, _ = completion_logprobs(
+                logps, *_ = completion_logprobs(
                     made.model, arrays["input_ids"], arrays["positions"], arrays["targets"],
                     prompt=SharedPrompt.of(arrays), temperature=0.8, entropy=True,
                 )  # fmt: skip

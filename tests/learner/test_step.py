@@ -154,7 +154,7 @@ def test_skip_moves_the_schedule_only():
 
 def nll(model, arrays):
     """Negative log-likelihood over a normaliser of the whole batch."""
-    logps, _ = completion_logprobs(
+    logps, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"]
     )
     return -(logps * arrays["mask"]).sum() / arrays["count"], {
@@ -231,7 +231,7 @@ def test_a_state_of_another_run_is_refused():
 
 def sft_loss(head):
     def loss(model, arrays):
-        logps, _ = completion_logprobs(
+        logps, *_ = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"], head=head
         )
         return -(logps * arrays["mask"]).sum() / arrays["mask"].sum(), {}

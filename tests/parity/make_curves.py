@@ -8,9 +8,10 @@ drawn from seeds (`curve_inputs.py`). The trainers are subclassed to note what `
 given, and GRPO takes its fixed rollouts through `rollout_func`; nothing else is replaced.
 
 Writes `model/`, `init_lora.safetensors` and, a run, two files for `run_curves.py` to replay:
-`RUN.json` (settings; a step: loss, gradient norm before clipping, learning rate and, a micro-batch,
-the `inputs` of `compute_loss`; GRPO also `rollout`, each line's row and number in its group, and
-`rewards`) and `RUN.safetensors` (`final.NAME`: adapters after the last step, in PEFT's layout).
+`RUN.json` (settings; a step: loss, gradient norm before clipping, learning rate, in `logs` what TRL
+logs of `METRICS` and, a micro-batch, the `inputs` of `compute_loss`; GRPO also `rollout`, each
+line's row and number in its group, and `rewards`) and `RUN.safetensors` (`final.NAME`: adapters
+after the last step, in PEFT's layout).
 """
 
 # pyright: reportMissingImports=false
@@ -76,6 +77,7 @@ TWICE = GRPO | {
     "steps_per_generation": 2, "per_device_train_batch_size": 4,
 }  # fmt: skip
 RUNS["grpo_dapo_beta0.04_twice"] = (GRPOTrainer, GRPOConfig, TWICE, BASE)
+METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 COLUMNS = {SFTTrainer: ["prompt", "completion"], GRPOTrainer: ["prompt"]}
 
 
@@ -113,6 +115,7 @@ class Curve(TrainerCallback):
             return  # the summary at the end
         step = {"step": state.global_step}
         step |= {name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}
+        step["logs"] = {name: logs[name] for name in METRICS if name in logs}
         self.steps.append(step | {"micro": self.micro})
         self.micro = []
 

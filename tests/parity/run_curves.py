@@ -3,8 +3,9 @@
 DIR holds the runs (JSON and safetensors, `init_lora.safetensors`); `make_curves.py` writes such a
 folder. `--model`: by default DIR/model, else DIR/../../models/NAME, of DIR's name. `--head`: by
 default "full", for TRL computes all logits too. Prints, a run, the root-mean-square difference of
-the curves of loss and gradient norm, and of the final tensors relative to the update; then
-passed/total. Exits 1 on any failure or where nothing ran.
+the curves of loss and gradient norm, of the final tensors relative to the update, and the largest
+difference of a metric, relative from 1 on; then passed/total. Exits 1 on any failure or where
+nothing ran.
 
 What is left is rounding: in AdamW's first steps an entry whose gradient is below it moves by up to
 the learning rate either way. Of IPO's difference in the final tensors one number in 58,368 makes
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from tests.parity.curves import OldLogps, Recording, micro_batches, objective_of
 LOSS_BAR, NORM_BAR, FINAL_BAR = 1e-5, 3e-4, 5e-4
 IPO_LOSS_BAR = 3e-5  # the loss itself is near 25
 FULL_BETA_BAR = 1e-4  # relative, of full fine-tuning with beta 0.04
+METRIC_BAR = 1e-4
+METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 SIDES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 
 
@@ -46,6 +50,7 @@ class Outcome:
     loss: float
     norm: float
     final: float
+    metric: float
     passed: bool
     losses: list[float]
 
@@ -135,14 +140,33 @@ def replay(
     before = trainable(policy.model)
     losses: list[float] = []
     norms: list[float] = []
+    metric = 0.0
     old: OldLogps = {}
     for step in steps:
         micro = micro_batches(recording, step, objective, old)
-        losses.append(sum(float(np.array(updater.accumulate(a, objective.loss)[0])) for a in micro))
+        parts = [updater.accumulate(arrays, objective.loss) for arrays in micro]
+        losses.append(sum(float(np.array(loss)) for loss, _ in parts))
         norms.append(updater.apply().grad_norm)
+        metrics = objective.finish(reduce(objective.merge, (found for _, found in parts)))
+        metric = max(metric, metric_difference(recording, step, metrics))
     theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
     final = final_difference(recording, before, trainable(policy.model))
-    return judge(path.stem, np.array([losses, norms]), np.array(theirs), final)
+    return judge(path.stem, np.array([losses, norms]), np.array(theirs), final, metric)
+
+
+def metric_difference(
+    recording: Recording, step: dict[str, Any], metrics: Mapping[str, float]
+) -> float:
+    """Return the largest difference of a metric that TRL averages over the same tokens as we do.
+
+    It averages micro-batches, we their tokens; ORPO and CPO take prompts and padding into `logits`.
+    """
+    same = recording.trainer in ("SFTTrainer", "DPOTrainer", "KTOTrainer")
+    if not same or len(step["micro"]) > 1:
+        return 0.0
+    theirs = {name: value for name, value in step["logs"].items() if name in METRICS}
+    gaps = [abs(metrics[name] - value) / max(abs(value), 1.0) for name, value in theirs.items()]
+    return max(gaps)
 
 
 def optimizer_of(recording: Recording) -> OptimizerSettings:
@@ -159,15 +183,18 @@ def reads_reference(recording: Recording) -> bool:
     return recording.trainer in ("DPOTrainer", "KTOTrainer")
 
 
-def judge(name: str, curves: np.ndarray, theirs: np.ndarray, final: float) -> Outcome:
-    """Compare the (2, steps) curves of loss and gradient norm with the bars."""
+def judge(
+    name: str, curves: np.ndarray, theirs: np.ndarray, final: float, metric: float
+) -> Outcome:
+    """Compare the (2, steps) curves of loss and gradient norm, and the rest, with the bars."""
     loss, norm = np.sqrt(((curves - theirs) ** 2).mean(axis=1)).tolist()
     loss_bar, norm_bar = (IPO_LOSS_BAR if "ipo" in name else LOSS_BAR), NORM_BAR
     sizes = np.sqrt((theirs**2).mean(axis=1)).tolist()
     if name.startswith("fullft") and "beta0.04" in name:
         loss_bar, norm_bar = FULL_BETA_BAR * sizes[0], FULL_BETA_BAR * sizes[1]
     within = loss <= loss_bar and norm <= norm_bar and final <= FINAL_BAR
-    return Outcome(loss, norm, final, within, curves[0].tolist())
+    within = within and metric <= METRIC_BAR
+    return Outcome(loss, norm, final, metric, within, curves[0].tolist())
 
 
 def model_of(folder: Path) -> Path:
@@ -185,11 +212,13 @@ def main(folder: Path, model: Path, wanted: list[str], head: Head) -> int:
         if path.with_suffix(".safetensors").is_file() and (not wanted or path.stem in wanted)
     ]
     outcomes: list[Outcome] = []
-    print(f"{'run':44} loss      grad_norm final")
+    print(f"{'run':44} loss      grad_norm final     metric")
     for path in paths:
         outcome = replay(path, model, head=head)
         outcomes.append(outcome)
-        figures = f"{outcome.loss:.2e}  {outcome.norm:.2e}  {outcome.final:.2e}"
+        figures = (
+            f"{outcome.loss:.2e}  {outcome.norm:.2e}  {outcome.final:.2e}  {outcome.metric:.2e}"
+        )
         print(f"{path.stem:44} {figures}{'' if outcome.passed else '  FAIL'}", flush=True)
     passed = sum(outcome.passed for outcome in outcomes)
     print(f"{passed}/{len(outcomes)}")
