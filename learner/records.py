@@ -1,16 +1,21 @@
 """What a run writes as it goes: `metrics.jsonl` and `rollouts.jsonl`, one object a line."""
 
+import logging
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
+log = logging.getLogger("pippin.learner")
+
 
 class Records:
-    """Appends to the run folder; each line is written whole and flushed.
+    """Appends to the run folder; each line is written whole and flushed. A step is there once:
+    what a resume does again moves to `metrics.undone.jsonl` and `rollouts.undone.jsonl`.
 
     `started_at` is Unix time, so that `time_s` goes on where an earlier incarnation ended.
     """
@@ -31,6 +36,27 @@ class Records:
         """Append groups: what was sampled, by which policy, and what it was worth."""
         self._append("rollouts.jsonl", lines)
 
+    def undo(self, step: int, evaluated: int) -> None:
+        """Move away what came after a checkpoint of `step`, of which `evaluated` is the step of the
+        newest evaluation begun: from there on the run goes on, and writes it anew.
+
+        Raises OSError where the disk does not take it; then nothing is moved.
+        """
+
+        def measured(line: dict[str, Any]) -> bool:
+            held_out = any(key.startswith("eval/") for key in line)
+            return line["step"] > (evaluated if held_out else step)
+
+        def sampled(line: dict[str, Any]) -> bool:
+            if line["kind"] == "eval":
+                return line["trained_at"] > evaluated
+            return line["trained_at"] >= step  # the version before the step
+
+        for name, undone in (("metrics.jsonl", measured), ("rollouts.jsonl", sampled)):
+            moved = move_lines(self.folder / name, undone)
+            if moved:
+                log.info("%s: %d lines after step %d moved to %s", name, moved, step, _aside(name))
+
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         with (self.folder / name).open("ab") as file:
             for line in lines:
@@ -46,6 +72,60 @@ def mend(path: Path) -> None:
     if whole != len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
+    """Move the lines of a JSONL file for which `away` holds to `<name>.undone.jsonl`, in order, and
+    return how many; a line that lacks what `away` reads stays.
+
+    A writer that is killed in between leaves the lines in the file, and perhaps beside it as well;
+    the next call does not add them there twice.
+    """
+    if not path.is_file():
+        return 0
+    moved: list[bytes] = []
+    fresh = path.with_name(
+        f".{path.name}"
+    )  # of the run's one learner; a killed one's is written over
+    try:
+        with path.open("rb") as old, fresh.open("wb") as new:
+            for line in old:
+                if _holds(away, line):
+                    moved.append(line)
+                else:
+                    new.write(line)
+            _sync(new)
+        if moved:
+            _add_once(path.with_name(_aside(path.name)), b"".join(moved))
+            fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return len(moved)
+
+
+def _aside(name: str) -> str:
+    return f"{name.removesuffix('.jsonl')}.undone.jsonl"
+
+
+def _holds(away: Callable[[dict[str, Any]], bool], line: bytes) -> bool:
+    try:
+        return away(msgspec.json.decode(line, type=dict[str, Any]))
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return False
+
+
+def _add_once(path: Path, data: bytes) -> None:
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(data)))
+        if file.read() != data:
+            file.write(data)
+        _sync(file)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _finite(value: object) -> object:

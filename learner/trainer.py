@@ -246,3 +246,4 @@ class Trainer(Generic[BatchT]):
         self.best = dict(checkpoint.state.get("best", {}))
         self.updater.load_state(checkpoint.optimizer)
         set_random_state(int(checkpoint.state["random"]))
+        self.records.undo(self.step, self._evaluated)

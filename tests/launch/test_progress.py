@@ -77,6 +77,21 @@ def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp
     ]
 
 
+def test_lines_that_a_resume_leaves_in_their_place_are_not_shown_again(tmp_path: Path):
+    out = io.StringIO()
+    metrics, fresh = tmp_path / "metrics.jsonl", tmp_path / "fresh"
+    old = [f'{{"step": {step}, "time_s": {step}, "loss": {step}.5}}\n' for step in (1, 2, 3)]
+    metrics.write_text("".join(old))
+    with Progress(tmp_path, max_steps=3, out=out) as progress:
+        progress.update()
+        fresh.write_text(old[0] + '{"step": 2, "time_s": 9, "loss": 7.5}\n')
+        fresh.replace(metrics)
+        progress.update()
+        with metrics.open("a") as file:
+            file.write('{"step": 3, "time_s": 10, "loss": 6.5}\n')
+    assert out.getvalue().splitlines()[1:] == ["step 2/3  loss 7.5", "step 3/3  loss 6.5"]
+
+
 def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_the_last_step(
     tmp_path: Path,
 ):

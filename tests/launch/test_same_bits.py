@@ -3,6 +3,7 @@
 Rows are counted from 0 in the file. Dropout is on, so that the random state counts too.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,11 @@ class Bench:
         seed: int = 42,
         order: str = "shuffled",
         stop_after: int | None = None,
+        kill_after: int | None = None,
         resume: bool = False,
         dropout: float = 0.25,
     ) -> Result:
-        """Assemble run `name` and take it to its end, or stop it as Ctrl-C does."""
+        """Assemble run `name` and take it to its end, stop it as Ctrl-C does, or leave it."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(
@@ -67,13 +69,16 @@ class Bench:
             return prepare(batch)
 
         run.trainer.objective.prepare = noted
-        while not run.trainer.done:
+        while not run.trainer.done and len(rows) != kill_after:
             run.trainer.stopping = len(rows) == stop_after
             run.trainer.advance()
-        run.complete()
+        if kill_after is None:
+            run.complete()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return Result(
-            (folder / "adapters" / "adapters.safetensors").read_bytes(),
+            (folder / "adapters" / "adapters.safetensors").read_bytes()
+            if run.trainer.done
+            else b"",
             [line["loss"] for line in lines],
             [line["epoch"] for line in lines],
             rows,
@@ -113,6 +118,16 @@ def test_a_seed_decides_every_bit_and_a_resume_changes_none(bench: Bench):
     assert resumed.rows == first.rows[3:]
     assert resumed.losses == first.losses  # of both incarnations: one file
     assert resumed.adapters == first.adapters
+
+
+def test_steps_that_a_killed_run_did_in_vain_are_recorded_once(bench: Bench):
+    first = bench.run("first")
+    killed = bench.run("killed", kill_after=5)  # saved at steps 2 and 4
+    assert killed.losses == first.losses[:5]
+    resumed = bench.run("killed", resume=True)
+    assert resumed == dataclasses.replace(first, rows=first.rows[4:])
+    undone = (bench.folder / "killed" / "metrics.undone.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in undone] == first.losses[4:5]
 
 
 def test_sequential_follows_the_file_and_shuffled_epochs_differ(bench: Bench):

@@ -1,8 +1,11 @@
 """What a run writes as it goes."""
 
 import json
+from pathlib import Path
 
-from learner.records import Records, mend
+import pytest
+
+from learner.records import Records, mend, move_lines
 
 
 def test_lines_are_appended_whole_and_what_is_not_finite_is_null(tmp_path):
@@ -25,3 +28,79 @@ def test_a_line_that_a_killed_writer_left_is_cut_off(tmp_path):
     mend(whole)
     assert whole.read_text() == '{"step":1}\n'
     mend(tmp_path / "absent")
+
+
+METRICS = [
+    {"step": 0, "eval/loss": 3.0},
+    {"step": 1, "loss": 2.0},
+    {"step": 2, "loss": 1.0},
+    {"step": 2, "eval/loss": 1.5},
+    {"step": 3, "loss": 0.5},
+]
+SAMPLED = [
+    {"kind": "eval", "trained_at": 0},
+    {"kind": "train", "trained_at": 0},  # step 1
+    {"kind": "train", "trained_at": 1},
+    {"kind": "eval", "trained_at": 2},
+    {"kind": "train", "trained_at": 2},
+    {"note": "by hand"},
+]
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("evaluated", [0, 2])
+def test_what_a_resume_does_again_moves_aside(tmp_path, evaluated):
+    metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
+    write(metrics, METRICS)
+    write(rollouts, SAMPLED)
+    records = Records(tmp_path, started_at=0.0)
+    records.undo(2, evaluated)
+    again = [3, 4] if evaluated == 0 else [4]  # the evaluation of step 2 too, or not
+    stay = [line for index, line in enumerate(METRICS) if index not in again]
+    assert read(metrics) == stay
+    assert read(tmp_path / "metrics.undone.jsonl") == [METRICS[index] for index in again]
+    stay = [line for index, line in enumerate(SAMPLED) if index not in again]
+    assert read(rollouts) == stay
+    assert read(tmp_path / "rollouts.undone.jsonl") == [SAMPLED[index] for index in again]
+
+    records.undo(2, evaluated)  # nothing more to move
+    records.metrics(3, {"loss": 0.25})
+    records.undo(2, 2)  # and killed once more
+    assert [line["loss"] for line in read(tmp_path / "metrics.undone.jsonl")[-2:]] == [0.5, 0.25]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl", "metrics.undone.jsonl", "rollouts.jsonl", "rollouts.undone.jsonl",
+    ]  # fmt: skip
+
+
+def test_nothing_is_lost_or_doubled_if_moving_is_cut_short(tmp_path, monkeypatch):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.undone.jsonl"
+    write(aside, [{"step": 9, "loss": 0.0}])  # of an earlier resume
+    write(path, METRICS)
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            move_lines(path, lambda line: line["step"] > 1)
+    assert read(path) == METRICS
+    assert move_lines(path, lambda line: line["step"] > 1) == 3
+    assert read(path) == METRICS[:2]
+    assert read(aside) == [{"step": 9, "loss": 0.0}, *METRICS[2:]]
+
+
+def test_a_run_that_was_not_ahead_keeps_its_files(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, METRICS)
+    before = path.stat().st_ino
+    Records(tmp_path, started_at=0.0).undo(3, 2)
+    assert path.stat().st_ino == before
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
