@@ -79,8 +79,11 @@ def f_score(ratio: mx.array, settings: PreferenceSettings) -> mx.array:
 
 def _exo_pair(pairs: Pairs, s: PreferenceSettings) -> mx.array:
     z = s.beta * pairs.delta(s)
-    won = mx.sigmoid(z) * (log_sigmoid(z) - math.log1p(-s.label_smoothing))
-    return won + mx.sigmoid(-z) * (log_sigmoid(-z) - math.log(s.label_smoothing))
+    won, lost = log_sigmoid(z), log_sigmoid(-z)
+    # Not mx.sigmoid: its gradient y (1 - y) has no digits left where y is near 1
+    return mx.exp(won) * (won - math.log1p(-s.label_smoothing)) + mx.exp(lost) * (
+        lost - math.log(s.label_smoothing)
+    )
 
 
 def _nca_pair(pairs: Pairs, s: PreferenceSettings) -> mx.array:

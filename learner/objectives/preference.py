@@ -263,7 +263,8 @@ def kto_loss(
 
 def finish_kto(metrics: Metrics) -> dict[str, float]:
     """Turn merged metrics into TRL's: a margin of means, and nothing of a side without answers."""
-    finished = {k: value for k, value in finish_metrics(metrics).items() if not math.isnan(value)}
+    found = finish_metrics(metrics, empty=math.nan)
+    finished = {name: value for name, value in found.items() if not math.isnan(value)}
     if {"rewards/chosen", "rewards/rejected"} <= finished.keys():
         margin = finished["rewards/chosen"] - finished["rewards/rejected"]
         finished["rewards/margins"] = margin

@@ -207,3 +207,17 @@ def test_importance_ratio_modes(mode, expected):
     gap = mx.array([[math.log(4.0), -math.log(2.0)]])
     ratio = importance_ratio(gap, mx.zeros((1, 2)), mx.ones((1, 2)), settings)
     assert np.array(ratio) == pytest.approx(np.array(expected), rel=1e-4)
+
+
+def test_a_batch_of_masked_rows_has_means_of_zero_and_no_extremes():
+    """TRL divides by at least one token; its smallest and largest of no sequence are NaN."""
+    data = batch()
+    data["mask"] = np.zeros_like(data["mask"])
+    loss, grad, metrics = run(data, GrpoSettings(beta=0.1, entropy_coef=0.1))
+    assert loss == 0.0
+    assert not grad.any()
+    finished = finish_metrics(metrics)
+    for name in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/region_mean"):
+        assert finished[name] == 0.0
+    assert math.isnan(finished["clip_ratio/low_min"])
+    assert math.isnan(finished["clip_ratio/high_max"])

@@ -144,6 +144,18 @@ def test_dpo_begins_at_log_two():
     )
 
 
+@pytest.mark.parametrize("z", [-16.0, 4.0, 16.0])
+def test_exo_pair_keeps_the_digits_of_its_gradient_in_the_tails(z):
+    logps = np.array([[-0.5], [-1.0]], np.float32)
+    ref = np.array([[-0.5 - z], [-1.0]], np.float32)
+    settings = settings_for("dpo", ["exo_pair"], beta=1.0)
+    _, grad, _ = gradient(logps, ref, np.ones((2, 1), np.float32), settings)
+    # d/dz of KL(softmax || (0.9, 0.1)): p (1 - p) (z - log 9)
+    p = 1 / (1 + math.exp(-z))
+    q = 1 / (1 + math.exp(z))
+    assert grad[0, 0] == pytest.approx(p * q * (z - math.log(9)), rel=1e-5)
+
+
 def test_orpo_ratio_of_certain_answers_is_its_limit():
     # p_c = 1: odds_c / (odds_c + odds_r) = 1, and its gradient is odds_r = 1 at p_r = 1/2
     half = mx.array([-math.log(2)])
