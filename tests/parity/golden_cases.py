@@ -6,6 +6,7 @@ with its cases, or a list of batches. Preference gradients are compared where th
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,18 @@ RESULT = {"loss", "grad", "metrics"}
 STUBBED = {"logits/chosen", "logits/rejected", "mean_token_accuracy"}  # of TRL's stand-in model
 
 Found = Iterator[tuple[str, Any, Any]]  # quantity, ours, TRL's
-Evaluate = Callable[[mx.Dtype], Found]  # in this precision
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recorded case: where it is, and what recomputes it in a precision.
+
+    `single`: TRL itself computed it in float32, for its alpha divergence takes no float64.
+    """
+
+    where: str
+    evaluate: Callable[[mx.Dtype], Found]
+    single: bool = False
 
 
 class FormatError(Exception):
@@ -230,14 +242,21 @@ def masked(grad: Any, mask: np.ndarray) -> np.ndarray:
     return np.where(mask > 0, np.asarray(grad, np.float64), 0.0)
 
 
+def objects(values: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects as it is; refuse anything else."""
+    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+        return values
+    raise FormatError(f"{where}: a list of objects is required")
+
+
 def batches(data: Any, section: str) -> list[Any]:
     """Return a section's batches: it may be one, or a list of them."""
     found = data.get(section, [])
     return found if isinstance(found, list) else [found]
 
 
-def preference_cases(data: Any, name: str) -> Iterator[tuple[str, Evaluate]]:
-    """Yield the cases of every section, with where they are."""
+def preference_cases(data: Any, name: str) -> Iterator[Case]:
+    """Yield the cases of every section."""
     shared = {"logps", "ref", "completion_mask", "cases"}
     own = {
         "dpo": (dpo_case, {"log_sum_sq_probs"}, set[str]()),
@@ -248,29 +267,30 @@ def preference_cases(data: Any, name: str) -> Iterator[tuple[str, Evaluate]]:
         for index, batch in enumerate(batches(data, section)):
             at = f"{name} {section}[{index}]"
             keys(batch, shared | needed, optional, at)
-            for number, case in enumerate(batch["cases"]):
+            for number, case in enumerate(objects(batch["cases"], f"{at} cases")):
                 where = f"{at}[{number}] {case.get('loss_type')}"
-                yield where, partial(evaluate, batch, case, where)
+                single = "alpha_divergence" in dict(case.get("kw", {})).values()
+                yield Case(where, partial(evaluate, batch, case, where), single)
     for index, case in enumerate(batches(data, "orpo")):
         where = f"{name} orpo[{index}]"
-        yield where, partial(orpo_case, case, where)
+        yield Case(where, partial(orpo_case, case, where))
     sides = batches(data, "orpo")[0] if len(batches(data, "orpo")) == 1 else None
-    for index, case in enumerate(batches(data, "cpo")):
+    for index, case in enumerate(objects(batches(data, "cpo"), f"{name} cpo")):
         where = f"{name} cpo[{index}] {case.get('loss_type')}"
-        yield where, partial(cpo_case, sides, case, where)
+        yield Case(where, partial(cpo_case, sides, case, where))
 
 
-def grpo_cases(data: Any, name: str) -> Iterator[tuple[str, Evaluate]]:
-    """Yield the cases of a GRPO file, with where they are."""
+def grpo_cases(data: Any, name: str) -> Iterator[Case]:
+    """Yield the cases of a GRPO file."""
     keys(data, {"inputs", "cases"}, {"trl"}, name)
     needed = {"logps", "old", "ref", "adv", "mask", "ent", "n_items"}
     keys(data["inputs"], needed, {"sampling"}, f"{name} inputs")
-    for index, case in enumerate(data["cases"]):
+    for index, case in enumerate(objects(data["cases"], f"{name} cases")):
         where = f"{name} cases[{index}] {case.get('cfg', {}).get('loss')}"
-        yield where, partial(grpo_case, data["inputs"], case, where)
+        yield Case(where, partial(grpo_case, data["inputs"], case, where))
 
 
-def cases_of(data: Any, name: str) -> Iterator[tuple[str, Evaluate]]:
+def cases_of(data: Any, name: str) -> Iterator[Case]:
     """Yield the cases of a file, whose format its keys tell."""
     keys(data, set(), {"trl", "inputs", "cases", "dpo", "orpo", "cpo", "kto"}, name)
     grpo = "inputs" in data or "cases" in data

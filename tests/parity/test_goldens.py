@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from tests.parity.golden_cases import Case
 from tests.parity.run_goldens import check, difference, main
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -47,6 +48,7 @@ def first(data):
         (lambda data: first(data)["metrics"].update(kl=0.1), "kl: ours is missing, TRL 0.1"),
         (lambda data: data["dpo"].update(ref=[[0.0]]), "FAIL preference.json dpo[0][3]"),
         (lambda data: data.update(bco=[]), "unknown keys ['bco']"),
+        (lambda data: data.update(cpo=[3]), "cpo: a list of objects is required"),
         (lambda data: data.update(kto=[3]), "an object is required, got int"),
         (lambda data: data["kto"][1]["cases"][0].update(loss=0.5), "FAIL preference.json kto[1]"),
         (lambda data: data["kto"][0]["cases"][1]["metrics"].pop("kl"), "kl: ours"),
@@ -110,16 +112,18 @@ def test_the_bar(name, ours, theirs, equal):
 
 
 @pytest.mark.parametrize(
-    ("single", "double", "faults", "rounded"),
+    ("float32", "float64", "single", "faults", "rounded"),
     [
-        (1.0, 1.5, 0, 0),  # within the bar: float64 is not asked
-        (1.0 + 1e-5, 1.0, 0, 1),
-        (1.0 + 1e-5, 1.0 + 1e-5, 1, 0),  # wrong in float64 too
-        (1.01, 1.0, 1, 0),  # more than rounding
+        (1.0, 1.5, False, 0, 0),  # within the bar: float64 is not asked
+        (1.0 + 1e-5, 1.0, False, 0, 1),
+        (1.0 + 1e-5, 1.0 + 5e-6, False, 2, 0),  # wrong in float64 too
+        (1.0 + 1e-5, 1.0 + 5e-6, True, 0, 1),  # TRL's own rounding
+        (1.0 + 1e-5, 1.0 + 5e-5, True, 2, 0),
+        (1.01, 1.0, False, 1, 0),  # more than rounding
     ],
 )
-def test_float64_decides_what_float32_rounds(single, double, faults, rounded):
+def test_float64_decides_what_float32_rounds(float32, float64, single, faults, rounded):
     def evaluate(dtype):
-        yield "loss", single if dtype == mx.float32 else double, 1.0
+        yield "loss", float32 if dtype == mx.float32 else float64, 1.0
 
-    assert tuple(map(len, check(evaluate))) == (faults, rounded)
+    assert tuple(map(len, check(Case("here", evaluate, single)))) == (faults, rounded)
