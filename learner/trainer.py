@@ -5,6 +5,7 @@ program calls `advance` until `done`, and waits on the source in between.
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -188,15 +189,20 @@ class Trainer(Generic[BatchT]):
         return self._keep_best(version, metrics) and version == self.step
 
     def _keep_best(self, version: int, metrics: dict[str, float]) -> bool:
-        """Remember the best evaluation: the highest reward or accuracy, or else the lowest loss."""
-        for name, sign in (("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)):
-            if name in metrics:
-                value = sign * metrics[name]
-                if value > self.best.get("value", -float("inf")):
-                    self.best = {"value": value, "step": float(version)}
-                    return True
-                return False
-        return False
+        """Remember the best evaluation of a trained policy: the highest reward or accuracy, of
+        equals the lowest loss; or else the lowest loss alone.
+
+        Step 0 is not ranked: it has no checkpoint, for it is what the run began with.
+        """
+        merits = ("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)
+        found = [sign * metrics[name] for name, sign in merits if name in metrics]
+        if version == 0 or not found or not math.isfinite(found[0]):
+            return False
+        rank = {"value": found[0], "tie": found[-1]}
+        if tuple(rank.values()) <= tuple(self.best.get(key, -math.inf) for key in rank):
+            return False
+        self.best = {**rank, "step": float(version)}
+        return True
 
     def _finish(self, timeout_s: float) -> bool:
         """Evaluate the last policy, save, and be done."""

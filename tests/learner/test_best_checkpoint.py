@@ -50,10 +50,11 @@ class Ones:
 
 
 class Known:
-    """Accuracies that are known beforehand, by version."""
+    """Accuracies, and losses where there are any, that are known beforehand, by version."""
 
-    def __init__(self, values: dict[int, float]) -> None:
+    def __init__(self, values: dict[int, float], losses: dict[int, float]) -> None:
         self.values = values
+        self.losses = losses
         self.pending = False
         self.ready: list[int] = []
 
@@ -64,10 +65,13 @@ class Known:
         if not self.ready:
             return None
         version = self.ready.pop()
-        return version, {"eval/rewards/accuracies": self.values[version]}, []
+        metrics = {"eval/rewards/accuracies": self.values[version]}
+        if version in self.losses:
+            metrics["eval/loss"] = self.losses[version]
+        return version, metrics, []
 
 
-def run(folder, values: dict[int, float], limit: int = 1) -> Trainer[Any]:
+def run(folder, values: dict[int, float], losses: dict[int, float] | None = None) -> Trainer[Any]:
     model = nn.Linear(2, 1)
     trainer: Trainer[Any] = Trainer(
         model,
@@ -75,8 +79,8 @@ def run(folder, values: dict[int, float], limit: int = 1) -> Trainer[Any]:
         Linear(),
         Step(model, OptimizerSettings(), total_steps=6, compiled=False),
         Records(folder, 0.0),
-        Schedule(6, save_steps=0, save_total_limit=limit, eval_steps=1, eval_at_start=True),
-        Known(values),
+        Schedule(6, save_steps=0, save_total_limit=1, eval_steps=1, eval_at_start=True),
+        Known(values, losses or {}),
     )
     while not trainer.done:
         trainer.advance()
@@ -86,7 +90,8 @@ def run(folder, values: dict[int, float], limit: int = 1) -> Trainer[Any]:
 def test_best_and_last_are_left(tmp_path):
     values = {0: 0.5, 1: 0.6, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8, 6: 0.2}
     trainer = run(tmp_path, values)
-    assert trainer.best == {"value": 0.9, "step": 2.0}
+    assert trainer.best["value"] == 0.9
+    assert trainer.best["step"] == 2.0
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-000002", "step-000006"]
 
@@ -96,6 +101,21 @@ def test_a_last_policy_that_is_best_is_saved_once(tmp_path):
     assert trainer.best["step"] == 6.0
     names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-000006"]
+
+
+def test_of_equal_accuracies_the_lower_loss_is_best(tmp_path):
+    values = {0: 0.8, 1: 0.7, 2: 0.75, 3: 0.7, 4: 0.75, 5: 0.75, 6: 0.2}
+    trainer = run(tmp_path, values, {2: 0.6, 4: 0.5, 5: 0.7})
+    assert trainer.best["step"] == 4.0
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000004", "step-000006"]
+
+
+def test_the_best_is_of_trained_policies_though_the_start_was_better(tmp_path):
+    trainer = run(tmp_path, {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.2, 6: 0.1})
+    assert trainer.best["step"] == 2.0
+    names = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000002", "step-000006"]
 
 
 def test_spared_steps_do_not_count_against_the_limit(tmp_path):
