@@ -34,6 +34,7 @@ from protocol.config import load
 from protocol.errors import ConfigError
 from protocol.policy import LoadedPolicy, load_policy
 from protocol.settings import PreferenceRun, SftRun
+from protocol.unread import unread
 
 log = logging.getLogger("pippin.learner")
 
@@ -48,6 +49,8 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     """
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
+    for line in unread(settings):
+        log.warning(line)
     mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = _reference(settings, policy)

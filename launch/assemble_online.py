@@ -47,6 +47,7 @@ from protocol.messages import PROTOCOL_VERSION, Welcome
 from protocol.parts import RewardService, Sampling
 from protocol.policy import LoadedPolicy, load_policy
 from protocol.settings import GrpoRun, TrainSettings, builtins
+from protocol.unread import unread
 
 log = logging.getLogger("pippin.learner")
 
@@ -55,6 +56,8 @@ log = logging.getLogger("pippin.learner")
 def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
     """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
     settings = load(GrpoRun, args.run_dir / "config.toml")
+    for line in unread(settings):
+        log.warning(line)
     mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None

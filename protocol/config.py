@@ -21,6 +21,7 @@ from protocol.fields import (
     defaults,
     leaf_fields,
     nearest,
+    nearest_choice,
     section_fields,
     type_name,
     without_none,
@@ -186,7 +187,8 @@ def _convert(cls: type[RunT], tree: dict[str, Any], origin: Mapping[str, str]) -
         try:
             msgspec.convert(value, field.annotation)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{label} must be {required}, got {value!r}") from error
+            hint = nearest_choice(value, field.annotation)
+            raise ConfigError(f"{label} must be {required}, got {value!r}{hint}") from error
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{label} must be a finite {required}, got {value!r}")
     return msgspec.convert(tree, cls)

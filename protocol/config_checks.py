@@ -17,11 +17,13 @@ from protocol.settings import (
     TrainSettings,
     TransportSettings,
 )
+from protocol.unread import check_read
 
 
 def check(run: AnyRun) -> None:
     """Refuse settings that cannot be run, with the path of the field and what it needs."""
     _check_required(run)
+    check_read(run)
     _check_model(run.model)
     _check_optimizer(run.optimizer)
     _check_train(run.train)
@@ -43,7 +45,6 @@ def check(run: AnyRun) -> None:
         require(one or shared != "on", "train.shared_prompt", rule, shared)
         _check_grpo(run)
         return
-    require(shared == "auto", "train.shared_prompt", "is read by GRPO alone: leave it out", shared)
     if isinstance(run, PreferenceRun):
         check_preference_run(run)
 
@@ -122,12 +123,9 @@ def _check_data(run: AnyRun) -> None:
             data.order,
         )
     has_eval = bool(data.eval_path or data.eval_split or data.eval_rows)
-    require(
-        run.eval.steps == 0 or has_eval,
-        "eval.steps",
-        "needs data.eval_path, data.eval_split or data.eval_rows",
-        run.eval.steps,
-    )
+    rule = "needs data.eval_path, data.eval_split or data.eval_rows"
+    require(run.eval.steps == 0 or has_eval, "eval.steps", rule, run.eval.steps)
+    require(not run.eval.generate or has_eval, "eval.generate", rule, run.eval.generate)
     require(
         (data.eval_rows == 0) or not (data.eval_path or data.eval_split),
         "data.eval_rows",

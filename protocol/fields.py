@@ -91,6 +91,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, close[:2]))}?" if close else ""
 
 
+def nearest_choice(value: object, annotation: object) -> str:
+    """Return a clause that names the choice nearest to a value, or "" where none is near."""
+    inner, _ = without_none(annotation)
+    choices = get_args(inner) if get_origin(inner) is Literal else ()
+    close = difflib.get_close_matches(str(value), map(str, choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def defaults(cls: type[Section]) -> dict[str, Any]:
     """Return a run's defaults as nested plain values, with those it sets for its sections."""
     return msgspec.to_builtins(cls())

@@ -70,10 +70,17 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
 def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str]) -> list[str]:
     """Say which columns nothing reads where training reads `reads`, and that a prompt is implicit.
 
-    A function of the user's may read any column; nothing is said then.
+    A function of the user's may read any column; nothing is said then. Raises DataError where
+    data.columns gives a name that is nearly one of `reads`.
     """
     if settings.prepare:
         return []
+    for ours in settings.columns:
+        near = difflib.get_close_matches(ours, reads, n=1, cutoff=0.8)
+        if near and ours not in reads:
+            raise DataError(
+                f"data.columns.{ours}: nothing reads a column {ours!r}; did you mean {near[0]!r}?"
+            )
     renamed = set(settings.columns.values())
     columns = (set(rows.columns) - renamed) | set(settings.columns)
     notes: list[str] = []

@@ -130,3 +130,10 @@ def test_columns_of_other_methods_are_read_by_nothing(
     assert len(open_examples(run, policy).train.first_batches()) == 1
     assert caplog.messages[0] == f"{path}: nothing reads the columns {unread}; {SET}"
     assert "no column prompt" not in caplog.text
+
+
+def test_a_name_of_ours_that_is_misspelt_is_refused(tmp_path: Path):
+    rows = [{"question": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(DataError, match=r"nothing reads a column 'promt'; did you mean 'prompt'"):
+        opened(tmp_path, rows, columns={"promt": "question"})
+    opened(tmp_path, rows, columns={"prompt": "question", "note": "question"})

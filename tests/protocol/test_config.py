@@ -40,7 +40,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path):
         ("--data.columns=prompt=question,answer=a", "data.columns",
          {"prompt": "question", "answer": "a"}),
         ("--data.columns={prompt = 'q'}", "data.columns", {"prompt": "q"}),
-        ("--data.max_length=none", "data.max_length", None),
+        ("--data.max_prompt_length=none", "data.max_prompt_length", None),
         ("--train.max_steps=-1", "train.max_steps", -1),
         ("--eval.at_start=false", "eval.at_start", False),
         ("--model.quantize_bits=4", "model.quantize_bits", 4),
@@ -123,10 +123,12 @@ def test_bad_flags_are_refused(flags: list[str], message: str):
     ("flags", "message"),
     [
         (["--objective.loss_type=sigmoid,sft", "--objective.loss_weights=1"], "each of the 2"),
-        (["--objective.loss_type=sigmod"], "must be of sigmoid"),
+        (["--objective.loss_type=sigmod"], "must be of sigmoid.*; did you mean 'sigmoid'"),
+        (["--data.order=shufled"], "got 'shufled'; did you mean 'shuffled'"),
+        (["--eval.generate=true"], "eval.generate needs data.eval_path"),
         (["--objective.method=orpo", "--objective.loss_type=ipo"], "is not used"),
         (["--objective.beta=0"], "objective.beta must be positive"),
-        (["--train.shared_prompt=off"], "train.shared_prompt is read by GRPO alone"),
+        (["--train.shared_prompt=off"], "train.shared_prompt is read by launch/grpo.py and"),
     ],
 )
 def test_preference_clashes_are_refused(flags: list[str], message: str):
@@ -136,7 +138,7 @@ def test_preference_clashes_are_refused(flags: list[str], message: str):
 
 def test_toml_round_trips_with_none_lists_tables_and_odd_strings(tmp_path: Path):
     run = load(GrpoRun, None, [
-        *GRPO, "--data.system_prompt=a \"b\"\\\n\x7f\u2028é", "--data.max_length=none",
+        *GRPO, "--data.system_prompt=a \"b\"\\\n\x7f\u2028é", "--data.max_rows=none",
         "--data.columns=prompt=my question", "--rewards.reward_weights=1e-30",
         "--model.lora.keys=q,v", "--objective.epsilon_high=0.28",
     ])  # fmt: skip
