@@ -16,6 +16,7 @@ from learner.head import SplitModel, logits_of
 from protocol.snapshots import trainable
 
 CHUNK = 128  # tokens whose logits exist at once
+LEAST = -1e3  # log-probs below are as good as this: exp of it is 0 in float32
 
 Logits = Callable[[mx.array], mx.array]
 
@@ -95,11 +96,7 @@ class _Stats:
         self.total = mx.logsumexp(scaled, axis=-1, keepdims=True)
         self.logps = mx.take_along_axis(scaled, self.targets, axis=-1) - self.total
         self.logps = self.logps.squeeze(-1)
-        if entropy:
-            logs = scaled - self.total
-            self.entropies = -(mx.exp(logs) * logs).sum(axis=-1)
-        else:
-            self.entropies = mx.zeros_like(self.logps)
+        self.entropies = entropies_of(scaled, self.total) if entropy else mx.zeros_like(self.logps)
         self.metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
 
     def values(self) -> list[mx.array]:
@@ -118,8 +115,17 @@ class _Stats:
 
     def entropies_slope(self) -> mx.array:
         """Return p (log p + H) (n, V): -T times the gradient of each entropy."""
-        logs = self.logits.astype(mx.float32) - self.total
+        logs = mx.maximum(self.logits.astype(mx.float32) - self.total, LEAST)
         return (mx.exp(logs) * (logs + self.entropies[:, None])).astype(self.dtype)
+
+
+def entropies_of(scaled: mx.array, total: mx.array) -> mx.array:
+    """Return the entropies (…) of float32 logits (…, V) with log-sum-exps (…, 1).
+
+    Logits of -inf, with which some models mask tokens, count nothing: 0 log 0 is 0.
+    """
+    logs = mx.maximum(scaled - total, LEAST)
+    return -(mx.exp(logs) * logs).sum(axis=-1)
 
 
 def logit_metrics_of(logits: mx.array, scaled: mx.array, targets: mx.array) -> list[mx.array]:

@@ -16,7 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from learner.chunked import TokenScores, chunked_logprobs, logit_metrics_of, token_scores
+from learner.chunked import (
+    TokenScores,
+    chunked_logprobs,
+    entropies_of,
+    logit_metrics_of,
+    token_scores,
+)
 from learner.head import split_head
 from learner.shared_prompt import Recorder, SharedPrompt, after_prompt
 from protocol.errors import ModelError
@@ -181,8 +187,7 @@ def _plain(
     logps = -nn.losses.cross_entropy(scaled, targets)
     entropies = mx.zeros_like(logps)
     if entropy or entropy_gradient:
-        logs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
-        entropies = -(mx.exp(logs) * logs).sum(axis=-1)
+        entropies = entropies_of(scaled, mx.logsumexp(scaled, axis=-1, keepdims=True))
     metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
     return token_scores(logps, entropies, *metrics, entropy_gradient=entropy_gradient)
 

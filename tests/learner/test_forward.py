@@ -13,46 +13,15 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner import chunked
 from learner.forward import Head, choose_head, completion_logprobs, layer_by_layer
-from protocol.adapters import attach_adapters
 from protocol.errors import ModelError
-from protocol.settings import LoraSettings, ModelSettings
 from protocol.snapshots import trainable
+from tests.learner.heads import CASES, HEADS, assert_close, gradients, trained
 from tests.tiny import VOCAB, on_device, ragged_batch, tiny_model
-
-GEMMA2 = {
-    "model_type": "gemma2",
-    "final_logit_softcapping": 2.0,
-    "attn_logit_softcapping": 50.0,
-    "query_pre_attn_scalar": 32.0,
-}
-COHERE = {
-    "model_type": "cohere",
-    "logit_scale": 0.25,
-    "layer_norm_eps": 1e-5,
-    "layer_norm_bias": False,
-}
-HELIUM = {"model_type": "helium", "attention_bias": False, "mlp_bias": False}
-PHI = {"model_type": "phi", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}
-
-HEADS: tuple[Head, ...] = ("chunked", "full")
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
-
-
-def trained(kind, *, bits=0, keys=None, **changes):
-    model = tiny_model(**changes)
-    if bits:
-        nn.quantize(model, 32, bits)
-    settings = ModelSettings(fine_tune_type=kind, lora=LoraSettings(keys=keys, rank=4))
-    attach_adapters(model, settings)
-    mx.random.seed(1)
-    for name, array in trainable(model).items():
-        if name.endswith("lora_b"):
-            model.load_weights([(name, mx.random.normal(array.shape) * 0.1)], strict=False)
-    return model
 
 
 def layers_of(model):
@@ -79,48 +48,6 @@ def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, en
     )
 
 
-def gradients(model, arrays, forward):
-    """Gradients of a random weighting of log-probs and entropies: no two tokens count alike."""
-    mx.random.seed(2)
-    weights = mx.random.normal((2, *arrays["mask"].shape)) * arrays["mask"]
-
-    def loss(model):
-        logps, entropies, *_ = forward(model)
-        return (logps * weights[0]).sum() + (entropies * weights[1]).sum()
-
-    value, tree = nn.value_and_grad(model, loss)(model)
-    return value, dict(tree_flatten(tree))
-
-
-def assert_close(left, right, tolerance):
-    assert left.keys() == right.keys()
-    for name in left:
-        scale = mx.abs(right[name]).max().item() + 1e-6
-        assert mx.abs(left[name] - right[name]).max().item() <= tolerance * scale, name
-
-
-CASES = {
-    "lora": lambda: trained("lora"),
-    "lora, 4 bits": lambda: trained("lora", bits=4),
-    "lora, untied": lambda: trained("lora", tie_word_embeddings=False),
-    "lora, untied, 4 bits": lambda: trained("lora", bits=4, tie_word_embeddings=False),
-    "dora": lambda: trained("dora"),
-    "full, tied": lambda: trained("full"),
-    "full, untied": lambda: trained("full", tie_word_embeddings=False),
-    "full, 4 bits": lambda: trained("full", bits=4),
-    "lora on the head": lambda: trained(
-        "lora", keys=["self_attn.q_proj", "lm_head"], tie_word_embeddings=False
-    ),
-    "lora on the embedding": lambda: trained("lora", keys=["model.embed_tokens"]),
-    "llama": lambda: trained("lora", model_type="llama"),
-    "soft cap": lambda: trained("lora", **GEMMA2),
-    "soft cap, full": lambda: trained("full", **GEMMA2),
-    "logit scale": lambda: trained("lora", **COHERE),
-    "tied beside a head that is not read": lambda: trained("full", **HELIUM),
-    "a trunk that asks for a cache": lambda: trained("full", **PHI),
-}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_chunked_head_equals_log_softmax(case):
     model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
@@ -145,81 +72,6 @@ def test_chunked_head_equals_log_softmax(case):
     wanted, wanted_grads = gradients(model, arrays, lambda model: plain(model, arrays, 0.7))
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     assert_close(grads, wanted_grads, 5e-6)
-
-
-@pytest.mark.parametrize("case", ["lora", "lora, untied, 4 bits", "full, tied", "soft cap"])
-@pytest.mark.parametrize("gradient", [True, False])
-def test_logit_metrics_equal_those_of_all_logits(case, gradient):
-    model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
-    logits = model(arrays["input_ids"])
-    logits = np.take_along_axis(np.array(logits), np.array(arrays["positions"])[..., None], axis=1)
-    targets = np.array(arrays["targets"])
-    best = np.argmax(logits, axis=-1)
-    targets[:, ::2] = best[:, ::2]  # every other token is the likeliest
-    for head in HEADS:
-        got = completion_logprobs(
-            model, arrays["input_ids"], arrays["positions"], mx.array(targets),
-            temperature=0.7, head=head, gradient=gradient, logit_metrics=True,
-        )  # fmt: skip
-        np.testing.assert_allclose(got.mean_logits, logits.mean(-1) / 0.7, rtol=1e-5, atol=1e-6)
-        assert np.array_equal(np.array(got.top1), targets == best)
-        assert not np.array(got.entropies).any()
-        assert got.top1.dtype == got.mean_logits.dtype == mx.float32
-
-
-class Table(nn.Module):
-    """A model whose logits are the rows of a table; the tokens of `masked` are never likely."""
-
-    def __init__(self, rows, masked=()):
-        super().__init__()
-        self.model = nn.Embedding(len(rows), len(rows[0]))
-        self.model.weight = mx.array(rows)
-        self.lm_head = nn.Linear(len(rows[0]), len(rows[0]), bias=False)
-        self.lm_head.weight = mx.eye(len(rows[0]))
-        self.masked = masked
-
-    def __call__(self, tokens):
-        logits = self.lm_head(self.model(tokens))
-        if self.masked:
-            logits[..., mx.array(self.masked)] = -mx.inf
-        return logits
-
-
-def row_of(model, targets, head: Head, **asked):
-    """Scores of `targets` after the tokens 0, 1, 2 and so on."""
-    here = mx.arange(len(targets))[None]
-    return completion_logprobs(model, here, here, mx.array([targets]), head=head, **asked)
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("frozen", [True, False])
-def test_of_equal_logits_the_first_is_the_likeliest(head, frozen):
-    model = Table([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [0.0, -1.0, 5.0], [3.0, 3.0, 1.0]])
-    if frozen:
-        model.freeze()
-    got = row_of(model, [1, 1, 2, 1], head, logit_metrics=True)
-    assert got.top1.tolist() == [[1.0, 0.0, 1.0, 0.0]]
-    np.testing.assert_allclose(got.mean_logits, [[7 / 3, 2.0, 4 / 3, 7 / 3]], rtol=1e-6)
-    unasked = row_of(model, [1, 1, 2, 1], head)
-    assert not mx.stack(list(unasked[1:])).any().item()
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_logit_metrics_have_no_gradient_and_leave_the_others_alone(kind):
-    model, arrays = trained(kind), on_device(ragged_batch())
-    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
-
-    def scores(model, **asked):
-        return completion_logprobs(model, *ids, temperature=0.7, entropy_gradient=True, **asked)
-
-    wanted = gradients(model, arrays, scores)[1]
-    assert_close(gradients(model, arrays, partial(scores, logit_metrics=True))[1], wanted, 0.0)
-    for head in HEADS:
-
-        def metrics(model, head=head):
-            return scores(model, logit_metrics=True, head=head)[2:]
-
-        assert not any(g.any().item() for g in gradients(model, arrays, metrics)[1].values())
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
