@@ -32,7 +32,8 @@ CHANGED = {
 @pytest.mark.parametrize("path", READ_BY)
 def test_keys_of_other_programs_are_refused(cls: Any, path: str):
     flags = [*FLAGS[cls], "--data.eval_rows=2", f"--{path}={CHANGED[path]}"]
-    if issubclass(cls, READ_BY[path][0]):
+    programs: Any = READ_BY[path][0]
+    if issubclass(cls, programs):
         run = load(cls, None, flags)
         assert value_of(run, path) != value_of(cls(), path)
     else:
@@ -84,5 +85,7 @@ def test_keys_of_other_programs_are_refused(cls: Any, path: str):
         (GrpoRun, ["--objective.sapo_temperature_pos=2", "--objective.loss_type=sapo"], []),
     ],
 )
-def test_keys_that_other_settings_leave_unread_are_named(cls, flags, said):
+def test_keys_that_other_settings_leave_unread_are_named(
+    cls: Any, flags: list[str], said: list[str]
+):
     assert unread(load(cls, None, [*FLAGS[cls], *flags])) == said
