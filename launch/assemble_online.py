@@ -68,6 +68,7 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
         seed=settings.run.seed,
         epochs=epochs,
         batch_size=settings.train.batch_size,
+        repeat_sampler=True,
     )
     total = total_batches(settings, prompts)
     checkpoint = resume_point(settings.run.resume, policy, reference)

@@ -45,7 +45,11 @@ class Feed(Protocol[T_co]):
 
 
 class ListFeed(Generic[T]):
-    """A feed over examples in memory."""
+    """A feed over examples in memory.
+
+    `batch_size` serves the order "length_grouped", and "torch_randperm" with `repeat_sampler`: as
+    TRL's RepeatSampler (GRPO), one generator for all epochs, and no row that does not fill a batch.
+    """
 
     def __init__(
         self,
@@ -55,16 +59,26 @@ class ListFeed(Generic[T]):
         seed: int,
         batch_size: int,
         length: Callable[[T], int],
+        repeat_sampler: bool = False,
     ) -> None:
         self.examples = examples
         self.size = len(examples)
+        self._repeat_sampler = repeat_sampler and settings.order == "torch_randperm"
+        if self._repeat_sampler:
+            self.size -= len(examples) % batch_size
+            if not self.size:
+                raise DataError(
+                    f'data.order = "torch_randperm" leaves out rows that do not fill a batch, as '
+                    f"TRL does: {len(examples)} rows are fewer than train.batch_size = "
+                    f'{batch_size}; lower it, or use "shuffled"'
+                )
         self._settings = settings
         self._seed = seed
         self._batch_size = batch_size
         self._lengths = [length(example) for example in examples]
         self._rows = _digest(examples)
         self._words = f"{settings.order}, run.seed {seed}"
-        if settings.order == "length_grouped":
+        if settings.order == "length_grouped" or self._repeat_sampler:
             self._words += f", train.batch_size {batch_size}"
         self._epoch = 0
         self._taken = 0
@@ -76,12 +90,13 @@ class ListFeed(Generic[T]):
             self._orders = {
                 epoch: epoch_order(
                     self._settings.order,
-                    self.size,
+                    len(self.examples),
                     seed=self._seed,
                     epoch=epoch,
                     lengths=self._lengths,
                     batch_size=self._batch_size,
-                )
+                    one_generator=self._repeat_sampler,
+                )[: self.size]
             }
         return self._orders[epoch]
 

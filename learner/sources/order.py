@@ -25,14 +25,20 @@ def epoch_order(
     epoch: int,
     lengths: Sequence[int] = (),
     batch_size: int = 1,
+    one_generator: bool = False,
 ) -> IndexArray:
     """Return the indices (count,) of an epoch.
 
-    `lengths` (count,), in tokens, and `batch_size` serve "length_grouped" only.
+    `lengths` (count,), in tokens, and `batch_size` serve "length_grouped" only. "torch_randperm"
+    seeds each epoch anew with seed + epoch (accelerate's SeedableRandomSampler, of TRL's offline
+    trainers), or with `one_generator` goes on with the first epoch's (TRL's RepeatSampler, of
+    GRPOTrainer).
     """
     if order == "sequential":
         return np.arange(count, dtype=np.int64)
     if order == "torch_randperm":
+        if one_generator:
+            return torch_randperm(count, seed, earlier=epoch)
         return torch_randperm(count, seed + epoch)
     shuffled = _generator(seed, epoch).permutation(count).astype(np.int64)
     if order == "shuffled":
@@ -66,11 +72,9 @@ def _length_grouped(
     return np.concatenate([rng.permutation(batches).reshape(-1), grouped[whole:]])
 
 
-def torch_randperm(count: int, seed: int) -> IndexArray:
-    """`torch.randperm(count, generator=torch.Generator().manual_seed(seed))` on CPU, bit by bit.
-
-    Transformers' trainer visits rows in this order, with seed + epoch (accelerate's
-    SeedableRandomSampler).
+def torch_randperm(count: int, seed: int, *, earlier: int = 0) -> IndexArray:
+    """`torch.randperm(count, generator=torch.Generator().manual_seed(seed))` on CPU, bit by bit,
+    after that generator made `earlier` permutations of as many.
     """
     if count >= _TORCH_LIMIT:
         raise ConfigError(
@@ -78,7 +82,9 @@ def torch_randperm(count: int, seed: int) -> IndexArray:
             'use "shuffled"'
         )
     bits = np.random.RandomState(seed % 2**32)  # MT19937 seeded by the same recurrence as torch
-    draws = bits.randint(0, 2**32, size=max(count - 1, 0), dtype=np.uint32).astype(np.int64)
+    draws = np.zeros(0, np.int64)
+    for _ in range(earlier + 1):
+        draws = bits.randint(0, 2**32, size=max(count - 1, 0), dtype=np.uint32).astype(np.int64)
     targets = np.arange(max(count - 1, 0)) + draws % np.arange(count, 1, -1)
     order = list(range(count))
     for index, target in enumerate(targets.tolist()):

@@ -126,11 +126,12 @@ def open_prompts(
     seed: int,
     epochs: float | None = 1.0,
     batch_size: int = 1,
+    repeat_sampler: bool = False,
 ) -> PromptSets:
     """Open the prompts that `settings` name, tokenised; streams are tokenised as they are read.
 
-    `batch_size` serves the order "length_grouped". Raises DataError: see `open_rows`, and for rows
-    that cannot be used where the settings refuse them, or where none is left.
+    For `batch_size` and `repeat_sampler` see `ListFeed`. Raises DataError: see `open_rows`, and for
+    rows that cannot be used where the settings refuse them, or where none is left.
     """
     rows = open_rows(settings)
     sieve = _sieve(settings, rows.name, tokenizer, preparation(settings, rows))
@@ -147,6 +148,7 @@ def open_prompts(
             seed=seed,
             batch_size=batch_size,
             length=lambda prompt: len(prompt.prompt_ids),
+            repeat_sampler=repeat_sampler,
         )
     for line in sieve.report.lines():
         log.info(line)

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from learner.sources.feed import ListFeed
 from learner.sources.order import buffered_shuffle, epoch_order, torch_randperm
+from protocol.errors import DataError
+from protocol.settings import DataSettings
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "tokens" / "randperm.json"
+REPEATED = GOLDEN.with_name("repeat_sampler.json")
 
 
 @pytest.mark.parametrize("case", json.loads(GOLDEN.read_text())["cases"])
@@ -24,6 +28,36 @@ def test_torch_order_of_an_epoch_is_seeded_by_seed_and_epoch():
     assert np.array_equal(
         epoch_order("torch_randperm", 32, seed=42, epoch=1), torch_randperm(32, 43)
     )
+
+
+@pytest.mark.parametrize("case", json.loads(REPEATED.read_text())["cases"])
+def test_prompts_follow_trls_repeat_sampler_over_epochs(case):
+    feed = ListFeed(
+        list(range(case["count"])),
+        DataSettings(order="torch_randperm"),
+        seed=case["seed"],
+        batch_size=case["batch_size"],
+        length=lambda _: 1,
+        repeat_sampler=True,
+    )
+    for wanted in case["epochs"]:
+        order = list(iter(feed.next, None))
+        assert order[:40] == wanted["head"]
+        assert len(order) == wanted["count"] == feed.size
+        digest = hashlib.sha256(np.asarray(order, "<i4").tobytes()).hexdigest()
+        assert digest == wanted["sha256"]
+
+
+def test_fewer_rows_than_a_batch_are_refused_in_that_order():
+    with pytest.raises(DataError, match=r"3 rows are fewer than train\.batch_size = 4"):
+        ListFeed(
+            [1, 2, 3],
+            DataSettings(order="torch_randperm"),
+            seed=0,
+            batch_size=4,
+            length=lambda _: 1,
+            repeat_sampler=True,
+        )
 
 
 @pytest.mark.parametrize("order", ["shuffled", "length_grouped", "torch_randperm"])

@@ -5,7 +5,8 @@
 
 FOLDER holds `tokenizer-qwen3` and `stories260K`. The rows go through the trainers'
 `_prepare_dataset` and data collators; no model is needed. `tokens/randperm.json` has torch's;
-`tokens/unpaired.json` the answers that KTO makes of datasets of pairs, in its order.
+`tokens/repeat_sampler.json` the order of GRPO's prompts over epochs; `tokens/unpaired.json` the
+answers that KTO makes of datasets of pairs, in its order.
 """
 
 # pyright: reportMissingImports=false
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import RepeatSampler
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -211,6 +213,16 @@ def permutations() -> list[dict]:
     return found
 
 
+def repeated() -> list[dict]:
+    """Return what four epochs of TRL's RepeatSampler visit, seeded once."""
+    found = []
+    for count, seed, batch_size in [(10, 42, 4), (7, 0, 2), (103, 5, 8), (33, 2**31 - 1, 1)]:
+        sampler = RepeatSampler(range(count), 1, batch_size, shuffle=True, seed=seed)
+        epochs = [described(torch.tensor(list(sampler)), seed) for _ in range(4)]
+        found.append({"count": count, "seed": seed, "batch_size": batch_size, "epochs": epochs})
+    return found
+
+
 def described(order: torch.Tensor, seed: int) -> dict:
     """Describe a permutation."""
     digest = hashlib.sha256(order.to(torch.int32).numpy().astype("<i4").tobytes()).hexdigest()
@@ -243,6 +255,7 @@ def main() -> None:
         item["expected"] = answers if "rows" in item else tiny_tokenizer.answers_digest(answers)
     write("unpaired", {"tokenizer": "tiny", "trl": trl.__version__, "cases": cases})
     write("randperm", {"torch": torch.__version__, "cases": permutations()})
+    write("repeat_sampler", {"trl": trl.__version__, "cases": repeated()})
 
 
 def write(name: str, content: dict) -> None:
