@@ -109,6 +109,18 @@ def _chosen(runs: Sequence[Compared]) -> Rival:
     return Rival(CHOSEN, answers)
 
 
+def require_writable(out: Path, temporary: Path) -> None:
+    """Raise ConfigError if the page could not be written: answers and scores may take an hour."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}; name another file") from error
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: a folder; name the file to write, such as {out}/page.html")
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -143,15 +155,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the comparison of the runs on the command line."""
     args = arguments(argv)
     judge = Judge(args.reward, args.reward_timeout, args.keys) if args.reward else None
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
+        require_writable(args.out, temporary)
         page = compare(args.runs, judge=judge, generate=args.generate)
     except PippinError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(args.out)
     sys.stdout.write(f"{args.out}\n")

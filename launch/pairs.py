@@ -15,7 +15,7 @@ import msgspec
 from msgspec import structs
 
 from launch.children import ChildSpec
-from launch.cli import main, program, read_command_line
+from launch.cli import NOT_BEGUN, main, program, read_command_line
 from launch.grpo import actor_specs, reward_services
 from launch.supervisor import Supervisor, awake
 from protocol.endpoints import ipc_folder
@@ -35,9 +35,28 @@ def read(argv: Sequence[str]) -> tuple[PairsRun, Path]:
             raise ConfigError(f"{word}: nothing is trained here; leave it out")
     run, folder = read_command_line(PairsRun, flags, USAGE)
     run = cast("PairsRun", run)
+    try:
+        _check(run)
+    except ConfigError:
+        (folder / NOT_BEGUN).touch()  # so that the name is free
+        raise
+    return run, folder
+
+
+def _check(run: PairsRun) -> None:
     if run.objective != GrpoSettings() or run.optimizer != OptimizerSettings():
         raise ConfigError("[objective] and [optimizer]: nothing is trained here; leave them out")
-    return run, folder
+    if not run.pairs.output:
+        return
+    output = Path(run.pairs.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("ab") as file:
+            size = file.tell()
+    except OSError as error:
+        raise ConfigError(f"pairs.output {output}: cannot be written: {error}") from error
+    if size:
+        raise ConfigError(f"pairs.output {output}: holds {size} bytes already; name another file")
 
 
 def _is_mode(word: str) -> bool:

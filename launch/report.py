@@ -156,7 +156,12 @@ def main() -> int:
     if not folder.is_dir():
         sys.stderr.write(f"{folder}: required a run folder, such as runs/latest; got none\n")
         return 2
-    sys.stdout.write(f"{write_report(folder)}\n")
+    try:
+        written = write_report(folder)
+    except OSError as error:
+        sys.stderr.write(f"{folder}: the report cannot be written: {error}\n")
+        return 2
+    sys.stdout.write(f"{written}\n")
     return 0
 
 

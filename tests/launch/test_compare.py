@@ -179,6 +179,16 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert "ConfigError" in capsys.readouterr().err
 
 
+def test_a_page_that_could_not_be_written_is_refused_before_anything_is_scored(tmp_path, capsys):
+    run = recorded(tmp_path / "dpo", "dpo", [0.5], ["x"])
+    page = tmp_path / "dpo" / "config.toml" / "page.html"
+    flags = ["--reward", f"{tmp_path}/absent.py:words"]
+    assert main([str(run), *flags, "--out", str(page)]) == 2
+    assert f"--out {page}: cannot be written" in capsys.readouterr().err
+    assert main([str(run), *flags, "--out", str(tmp_path)]) == 2
+    assert "a folder; name the file to write" in capsys.readouterr().err
+
+
 def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     from launch.recipes.compare_preference import main as recipe
 

@@ -140,3 +140,17 @@ def test_settings_that_train_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be resumed"):
         read(["--run.resume", str(tmp_path)])
     assert PairsRun().pairs.mode == "best_worst"
+
+
+def test_what_a_file_holds_is_never_written_over(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "w5"}\n')
+    flags = [f"--data.path={rows}", f"--model.path={tmp_path}", f"--run.dir={tmp_path / 'runs'}"]
+    flags += ["--run.name=p", "--rewards.functions=a.py:f"]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: holds 17 bytes already; name another"):
+        read([*flags, f"--pairs.output={rows}"])
+    assert rows.read_text() == '{"prompt": "w5"}\n'
+    with pytest.raises(ConfigError, match="cannot be written"):
+        read([*flags, f"--pairs.output={rows / 'pairs.jsonl'}"])
+    run, _ = read([*flags, f"--pairs.output={tmp_path / 'new' / 'pairs.jsonl'}"])
+    assert run.pairs.output.endswith("new/pairs.jsonl")
