@@ -72,8 +72,8 @@ def attach_adapters(model: nn.Module, settings: ModelSettings) -> AdapterConfig:
     """Make trainable what `settings` say, starting from `adapter_path` where it is given.
 
     An adapter's own rank, scale and layers win over `settings.lora`. A LoRA or DoRA adapter is
-    fused into the weights when all of them are to be trained, and an adapter that holds full
-    weights is a base for fresh LoRA or DoRA.
+    fused into the weights when all of them are to be trained. Raises ModelError for other kinds
+    than `settings` ask for: a fresh adapter on full weights would be of a model that has no path.
     """
     wanted = adapter_config(settings)
     if not settings.adapter_path:
@@ -88,16 +88,16 @@ def attach_adapters(model: nn.Module, settings: ModelSettings) -> AdapterConfig:
         if loaded.lora_parameters != wanted.lora_parameters and wanted.fine_tune_type != "full":
             log.info("Adapter settings of %s in force: %s", folder, loaded.lora_parameters)
         return loaded
-    if "full" not in (loaded.fine_tune_type, wanted.fine_tune_type):
+    if wanted.fine_tune_type != "full":
         raise ModelError(
             f"model.adapter_path: {folder} holds a {loaded.fine_tune_type} adapter, but "
             f"model.fine_tune_type is {wanted.fine_tune_type!r}. Set model.fine_tune_type = "
-            f'"{loaded.fine_tune_type}", or fuse the adapter with mlx_lm.fuse first.'
+            f'"{loaded.fine_tune_type}", or fuse the adapter with mlx_lm.fuse first and give the '
+            "result as model.path."
         )
     model.freeze()
     _load(model, loaded, folder)
-    if wanted.fine_tune_type == "full":
-        fuse_adapters(model)
+    fuse_adapters(model)
     model.freeze()
     _make_trainable(model, wanted)
     return wanted

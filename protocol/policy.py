@@ -118,7 +118,11 @@ def load_policy(settings: ModelSettings, *, seed: int) -> LoadedPolicy:
 
 
 def model_folder(path: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model named by folder or hub id; download the latter."""
+    """Return the local folder of a model named by folder or hub id; download the latter.
+
+    Raises ModelError where there is none, and for what its config.json says cannot be trained,
+    before the weights are fetched.
+    """
     if not path:
         raise ModelError("model.path is empty: set it to a model's folder or hub id.")
     folder = Path(path).expanduser()
@@ -131,7 +135,9 @@ def model_folder(path: str, revision: str | None = None) -> Path:
         )
     from mlx_lm.utils import _download  # pyright: ignore[reportPrivateUsage]
 
+    configs = ["config.json", "adapter_config.json"]
     try:
+        _read_config(Path(_download(path, revision=revision, allow_patterns=configs)), path)
         return Path(_download(path, revision=revision))
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -143,21 +149,9 @@ def model_folder(path: str, revision: str | None = None) -> Path:
 
 def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load the base model of `folder`, quantised and cast as `settings` say; nothing is frozen."""
-    from mlx_lm.utils import load_config, load_model
+    from mlx_lm.utils import load_model
 
-    try:
-        config = load_config(folder)
-    except (OSError, ValueError) as error:
-        if (Path(folder) / "adapter_config.json").is_file():
-            raise ModelError(
-                f"model.path: {folder} holds an adapter; give it as model.adapter_path, and its "
-                "base model as model.path"
-            ) from error
-        raise ModelError(
-            f"model.path: {folder} has no readable config.json ({_first_line(error)}). "
-            "Give a folder in mlx-lm's format; `mlx_lm.convert` makes one."
-        ) from error
-    _refuse_vision(config, settings.path)
+    config = _read_config(folder, settings.path)
     try:
         model, config = load_model(folder, lazy=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -175,7 +169,22 @@ def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[st
     return model, config
 
 
-def _refuse_vision(config: dict[str, Any], path: str) -> None:
+def _read_config(folder: Path, path: str) -> dict[str, Any]:
+    """Return the config.json of the model that `path` names; refuse what is no text model."""
+    from mlx_lm.utils import load_config
+
+    try:
+        config = load_config(folder)
+    except (OSError, ValueError) as error:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model.path: {path} holds an adapter; give it as model.adapter_path, and its "
+                "base model as model.path"
+            ) from error
+        raise ModelError(
+            f"model.path: {path} has no readable config.json ({_first_line(error)}). "
+            "Give a folder in mlx-lm's format; `mlx_lm.convert` makes one."
+        ) from error
     found = [key for key in _VISION_KEYS if config.get(key)]
     if found:
         raise ModelError(
@@ -183,6 +192,7 @@ def _refuse_vision(config: dict[str, Any], path: str) -> None:
             f"{config.get('model_type')!r}, {found[0]} in its config.json); Pippin trains text "
             "models only. Use the text-only release of this model."
         )
+    return config
 
 
 def _load_dtype(settings: ModelSettings) -> mx.Dtype | None:

@@ -3,12 +3,13 @@
 import json
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
 from protocol.errors import ModelError
-from protocol.policy import load_policy, save_adapters, trainable
+from protocol.policy import load_policy, model_folder, save_adapters, trainable
 from protocol.settings import LoraSettings, ModelSettings
 from tests.tiny import VOCAB, tensors, write_model_folder
 
@@ -130,6 +131,15 @@ def test_another_kind_of_adapter_is_refused_with_what_to_set(folder, tmp_path):
         load_policy(settings_of(folder, adapter_path=str(tmp_path)), seed=1)
 
 
+def test_a_fresh_adapter_on_an_adapter_of_full_weights_is_refused(folder, tmp_path):
+    policy = load_policy(settings_of(folder, fine_tune_type="full"), seed=1)
+    save_adapters(tmp_path, policy.model, policy.adapter_config, str(folder))
+    for kind in ("lora", "dora"):
+        settings = settings_of(folder, fine_tune_type=kind, adapter_path=str(tmp_path))
+        with pytest.raises(ModelError, match=r"holds a full adapter.*mlx_lm\.fuse first"):
+            load_policy(settings, seed=1)
+
+
 def test_a_dtype_can_be_asked_for(folder):
     policy = load_policy(settings_of(folder, fine_tune_type="full", dtype="bfloat16"), seed=1)
     assert {array.dtype for array in trainable(policy.model).values()} == {mx.bfloat16}
@@ -167,6 +177,36 @@ def test_lora_takes_the_dtype_of_what_it_adapts_and_dora_stays_exact(folder, tmp
 def test_faults_say_what_to_do(folder, change, says):
     with pytest.raises(ModelError, match=says):
         load_policy(ModelSettings(**({"path": str(folder)} | change)), seed=1)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Make a hub of one model; return its folder, and the downloads that were asked for."""
+    folder = write_model_folder(tmp_path / "hub")
+    asked = []
+
+    def download(path, revision=None, allow_patterns=None):
+        assert (path, revision) == ("someone/model", None)
+        asked.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(mlx_lm.utils, "_download", download)
+    return folder, asked
+
+
+def test_a_model_of_the_hub_is_fetched_after_its_configuration(hub):
+    folder, asked = hub
+    assert model_folder("someone/model") == folder
+    assert asked == [["config.json", "adapter_config.json"], None]
+
+
+def test_a_vision_model_of_the_hub_is_refused_before_its_weights_are_fetched(hub):
+    folder, asked = hub
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 2}}))
+    with pytest.raises(ModelError, match="someone/model is a vision-language model"):
+        model_folder("someone/model")
+    assert asked == [["config.json", "adapter_config.json"]]
 
 
 def test_models_that_cannot_be_used_are_refused(tmp_path):
