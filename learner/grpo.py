@@ -56,6 +56,10 @@ class GrpoObjective:
 
     `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
     With `share_prompt`, a micro-batch of one group computes its prompt once.
+
+    Metrics are of the whole batch, as TRL's, but for those that read log-probs of completions that
+    no forward pass is made for (advantage 0, or no token that counts): `entropy`, `sampling/*` and
+    `vespo/phi_seq_mean` are of the others. `zero_advantage_step` makes it for all.
     """
 
     settings: GrpoSettings
@@ -103,8 +107,13 @@ class GrpoObjective:
         live = self._contributing(result.advantages, counted)
         step = bool(live.any())
         prepared = Prepared([], metrics, step=step, rollouts=lines)
-        if step:
+        skipped = _skipped(masks, live)
+        if not step:
+            metrics |= self.finish(objective.unclipped(skipped, self.settings))
+        else:
             prepared.micro = self._micro(rows, masks, result.advantages, live)
+            for number, arrays in enumerate(prepared.micro):
+                arrays["skipped"] = skipped if number == 0 else mx.zeros_like(skipped)
             if self.settings.top_entropy_quantile < 1:
                 prepared.again = partial(self._score_again, prepared.micro)
         return prepared
@@ -246,6 +255,9 @@ class GrpoObjective:
             },
             settings=self.settings,
         )
+        if "skipped" in arrays:
+            unclipped = objective.unclipped(arrays["skipped"], self.settings)
+            metrics = merge_metrics(metrics, unclipped)
         gap = mx.abs(arrays.get("old_logps", mx.stop_gradient(logps)) - sampling) * arrays["mask"]
         name = "sampling/sampling_logp_difference"
         metrics |= mean(f"{name}/mean", gap.sum(), arrays["mask"].sum())
@@ -305,6 +317,12 @@ class GrpoObjective:
             for name, value in item.group.reward.log_metric.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
         return metrics
+
+
+def _skipped(masks: list[np.ndarray], live: np.ndarray) -> mx.array:
+    """Return what `unclipped` is told of the rows that `live` (N,) leaves out."""
+    tokens = np.array([mask.sum() for mask in masks])[~live]
+    return mx.array(np.array([len(tokens), (tokens > 0).sum(), tokens.sum()], np.float32))
 
 
 def _normalisers(values: Mapping[str, float]) -> Arrays:

@@ -142,6 +142,26 @@ def grpo_loss(
     return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
+def unclipped(skipped: mx.array, settings: GrpoSettings) -> Metrics:
+    """Return the clip ratios of completions that need no forward pass: none of them is clipped.
+
+    Their advantage is 0 or no token counts, so that the ratio is 1 (cispo's cap must not be below).
+    `skipped` (3,): how many they are, how many of them have tokens that count, and these tokens.
+    """
+    rows, filled, tokens = skipped
+    by_token = settings.importance_sampling_level == "token"
+    names = ("cispo_clip_ratio",) if settings.loss_type == "cispo" else ()
+    metrics: Metrics = {}
+    if settings.loss_type in CLIPPED:
+        names = tuple(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))
+        some = (filled if by_token else rows) > 0
+        metrics |= minimum("clip_ratio/low_min", mx.where(some, 0.0, math.inf))
+        metrics |= maximum("clip_ratio/high_max", mx.where(some, 0.0, -math.inf))
+    for name in names:
+        metrics |= mean(name, mx.array(0.0), tokens if by_token else rows)
+    return metrics
+
+
 def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
     """Return exp(log_weights) times Schulman's k3 estimate of KL(policy || reference).
 

@@ -67,6 +67,50 @@ def test_rows_without_advantage_are_left_out_but_counted_in_the_normalisers():
     assert prepared.rollouts == [{"at": 3}, {"at": 3}]
 
 
+def clip_ratios(made: GrpoObjective, batch: TrainBatch) -> tuple[dict[str, float], int]:
+    """Return what is logged of clipping, and the rows that went through the model."""
+    merged, rows = {}, 0
+    prepared = made.prepare(batch)
+    for arrays in prepared.micro:
+        place = mx.arange(arrays["mask"].shape[1])
+        likely = mx.where(place % 2 == 0, -1.0, -9.0)  # the policy's log-probs are in between
+        arrays["sampling_logps"] = mx.broadcast_to(likely, arrays["mask"].shape)
+        merged = made.merge(merged, made.loss(made.model, arrays)[1])
+        rows += int(np.array(arrays["rows"]).sum())
+    metrics = {**prepared.metrics, **made.finish(merged)}
+    return {name: metrics[name] for name in metrics if "clip_ratio" in name}, rows
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "luspo", "cispo"])
+def test_rows_that_are_left_out_count_in_the_clip_ratios(loss_type, level, truncated):
+    groups = [
+        group(0, [[0.0], [2.0], [2.0]], [1, 4, 5], cut=(1,)),
+        group(1, [[1.0], [1.0], [1.0]], [2, 3, 6], cut=(0,)),
+        group(2, [[0.0], [1.0], [2.0]], [3, 6, 2]),
+    ]
+    settings = {
+        "loss_type": loss_type, "importance_sampling_level": level, "epsilon_high": 1.5,
+        "mask_truncated_completions": truncated,
+    }  # fmt: skip
+    batch = TrainBatch(groups, 3)
+    found, rows = clip_ratios(objective(**settings), batch)
+    wanted, all_rows = clip_ratios(objective(**settings, zero_advantage_step=True), batch)
+    assert (rows, all_rows) == (4 if truncated else 5, 9)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    means = [value for name, value in found.items() if name.endswith(("mean", "cispo_clip_ratio"))]
+    assert any(0 < value < 1 for value in means)
+
+
+def test_without_a_step_nothing_was_clipped():
+    batch = TrainBatch([group(0, [[1.0], [1.0]], [2, 3])], 0)
+    names = ("low_mean", "low_min", "high_mean", "high_max", "region_mean")
+    found, rows = clip_ratios(objective(), batch)
+    assert (found, rows) == ({f"clip_ratio/{name}": 0.0 for name in names}, 0)
+    assert found == clip_ratios(objective(zero_advantage_step=True), batch)[0]
+
+
 @pytest.mark.parametrize(("setting", "steps"), [(False, False), (True, True)])
 def test_a_batch_without_advantages_steps_only_when_asked(setting, steps):
     batch = TrainBatch([group(0, [[1.0], [1.0]], [2, 3])], 0)
