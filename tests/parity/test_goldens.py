@@ -115,11 +115,11 @@ def test_the_bar(name, ours, theirs, equal):
     ("float32", "float64", "single", "faults", "rounded"),
     [
         (1.0, 1.5, False, 0, 0),  # within the bar: float64 is not asked
-        (1.0 + 1e-5, 1.0, False, 0, 1),
-        (1.0 + 1e-5, 1.0 + 5e-6, False, 2, 0),  # wrong in float64 too
-        (1.0 + 1e-5, 1.0 + 5e-6, True, 0, 1),  # TRL's own rounding
-        (1.0 + 1e-5, 1.0 + 5e-5, True, 2, 0),
-        (1.01, 1.0, False, 1, 0),  # more than rounding
+        (1.0 + 8e-6, 1.0, False, 0, 1),
+        (1.0 + 8e-6, 1.0 + 5e-6, False, 2, 0),  # wrong in float64 too
+        (1.0 + 8e-6, 1.0 + 5e-6, True, 0, 1),  # TRL's own rounding
+        (1.0 + 8e-6, 1.0 + 5e-5, True, 2, 0),
+        (1.0 + 1e-4, 1.0, False, 1, 0),  # more than rounding
     ],
 )
 def test_float64_decides_what_float32_rounds(float32, float64, single, faults, rounded):
