@@ -38,6 +38,7 @@ def answer_held_out(folder: Path) -> list[dict[str, Any]]:
     examples = open_examples(settings, policy).evaluation
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
     answers = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
+    answers.check(examples)
     return answers(examples, _last_step(folder))[1]
 
 

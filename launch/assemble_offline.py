@@ -1,7 +1,7 @@
 """Puts an offline learner together: SFT or preference losses over a dataset."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     _advise(settings, sets)
+    answering = _answers(settings, policy, sets.evaluation)
     head = choose_head(policy.model, settings.train.head)
     _estimate_memory(settings, policy, reference, head, sets)
     digests = run_digests(policy, reference)
@@ -79,7 +80,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
             objective,
             sets.evaluation,
             settings.eval.batch_size,
-            _answers(settings, policy),
+            answering,
         )
         if sets.evaluation
         else None,
@@ -163,12 +164,14 @@ def _precompute(
     return True
 
 
-def _answers(settings: OfflineRun, policy: LoadedPolicy) -> Answers | None:
-    """Return what answers held-out prompts, where the settings ask for it."""
+def _answers(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]) -> Answers | None:
+    """Return what answers held-out prompts, where the settings ask for it; checked."""
     if not settings.eval.generate:
         return None
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
-    return Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
+    found = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
+    found.check(held_out)
+    return found
 
 
 def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:

@@ -9,7 +9,8 @@ USAGE = """usage: launch/sft.py [recipe.toml] [--section.key value …]
 
 Rows hold messages, a list of {"role": …, "content": …} around which the chat template is put, or
 text; every token of them counts. Or prompt and completion, strings or lists of messages: only the
-completion counts, unless objective.completion_only_loss is false. data.columns renames columns.
+completion counts, unless objective.completion_only_loss is false; true trains of messages the last
+one alone, the assistant's. data.columns renames columns.
 The default learning rate suits full fine-tuning; adapters take some 1e-4 to 1e-3."""
 
 

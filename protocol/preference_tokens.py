@@ -133,8 +133,11 @@ def tokenise_sequence(
 ) -> SequenceTokens:
     """Return the tokens of a row for SFT: `messages`, `text`, or `prompt` and `completion`.
 
-    `completion_only` None: where rows have a prompt. Raises RowError.
+    `completion_only` None: where rows have a prompt. True makes the last of `messages`, which must
+    be the assistant's, the completion, as mlx-lm's `mask_prompt` does. Raises RowError.
     """
+    if completion_only and row.get("prompt") is None:
+        row = _with_last_answer(row)
     if row.get("prompt") is not None:
         side = tokenise_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
         before = 1 if completion_only is False else 0
@@ -151,6 +154,29 @@ def tokenise_sequence(
             raise RowError("prompt_too_long", f"no completion token is left of {max_length} tokens")
         raise RowError("empty_answer", "no token is predicted: the first one has no context")
     return SequenceTokens(ids, mask, truncated)
+
+
+def _with_last_answer(row: Row) -> Row:
+    """Return a row of messages with the last as `completion` and those before it as `prompt`."""
+    if row.get("messages") is None and row.get("text") is not None:
+        raise RowError(
+            "missing_column",
+            "text has no prompt, which objective.completion_only_loss = true leaves out of the "
+            "loss; leave that key out, or make prompt and completion of the text in data.prepare",
+        )
+    if row.get("messages") is None:
+        raise _missing(row, "text", "no text, messages, or prompt and completion")
+    messages = check_messages(row["messages"], "messages")
+    role = messages[-1]["role"]
+    if role != "assistant":
+        raise RowError(
+            "invalid_role",
+            f"messages ends with a {role!r} message; with objective.completion_only_loss = true "
+            "the last one is the answer that is trained, and must be the assistant's",
+        )
+    if len(messages) == 1:
+        raise RowError("empty", "messages holds an answer alone, without a message before it")
+    return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:

@@ -160,7 +160,7 @@ class PreferenceSettings(Section, frozen=True, kw_only=True):
 class SftSettings(Section, frozen=True, kw_only=True):
     """Plain fine-tuning."""
 
-    completion_only_loss: bool | None = None  # None: where rows have a prompt
+    completion_only_loss: bool | None = None  # None: where rows have a prompt; true: messages too
 
 
 class OptimizerSettings(Section, frozen=True, kw_only=True):

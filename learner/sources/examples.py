@@ -254,5 +254,12 @@ def _score(value: Any) -> float | None:  # noqa: ANN401 - a cell of a dataset
     if not isinstance(value, bool) and isinstance(value, int | float):
         with suppress(OverflowError):  # JSON's integers have no bound
             if math.isfinite(value):
-                return float(value)
-    raise RowError("mixed_types", f"preference_score must be a number, not {value!s:.40}")
+                return _not_negative(float(value))
+    raise RowError("mixed_types", f"preference_score must be a finite number, not {value!s:.40}")
+
+
+def _not_negative(score: float) -> float:
+    if score < 0:
+        reason = f"preference_score must be at least 0, not {score:g}: it is the weight of the pair"
+        raise RowError("invalid_score", reason)
+    return score

@@ -1,5 +1,6 @@
 """Sampled answers of an offline evaluation: greedy, to held-out prompts, by the policy as it is."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,19 @@ import mlx.nn as nn
 import msgspec
 
 from learner.sources.examples import E, SftExample
+from protocol.errors import ConfigError
+from protocol.tokens import (
+    Json,
+    Row,
+    RowError,
+    Tokenizer,
+    check_messages,
+    encode,
+    render_chat,
+    template_options,
+)
+
+log = logging.getLogger("pippin.data")
 
 DEFAULT_LENGTH = 256
 
@@ -17,7 +31,8 @@ class Answers:
     """Answers held-out prompts with mlx-lm's batch generation, `batch_size` prompts at once.
 
     `tokenizer` is mlx-lm's TokenizerWrapper. An answer ends at a stop token, which is not part of
-    it, or after `max_tokens`. Equal prompts are answered once, examples without a prompt never.
+    it, or after `max_tokens`. Equal prompts are answered once, examples without one (`prompt_of`)
+    never: `check` tells.
     Examples hold their rows (`with_rows`), so that lines hold what a reward function is given.
     """
 
@@ -26,12 +41,25 @@ class Answers:
     batch_size: int
     max_tokens: int = DEFAULT_LENGTH
 
+    def check(self, examples: Sequence[E]) -> None:
+        """Say how many examples ask nothing; raises ConfigError where none asks anything."""
+        silent = sum(not prompt_of(example, self.tokenizer) for example in examples)
+        if examples and silent == len(examples):
+            raise ConfigError(
+                f"eval.generate: none of the {silent} held-out rows has a prompt to answer, nor "
+                "messages before an assistant's, within data.max_length; leave eval.generate out, "
+                "or make prompt and completion of such rows in data.prepare"
+            )
+        if silent:
+            log.info("%d of %d held-out rows have nothing to answer", silent, len(examples))
+
     def __call__(
         self, examples: Sequence[E], version: int
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Return metrics (lengths in tokens) and a line of rollouts.jsonl for each prompt."""
-        asked = {tuple(prompt_of(e)): e for e in reversed(examples) if prompt_of(e)}
+        asked = {tuple(prompt_of(e, self.tokenizer)): e for e in reversed(examples)}
         items = sorted(asked.items(), key=lambda item: item[1].row)
+        items = [item for item in items if item[0]]
         training = self.model.training
         self.model.eval()
         lines: list[dict[str, Any]] = []
@@ -65,14 +93,14 @@ class Answers:
         return texts, [len(ids) for ids in response.token_ids]
 
     def _line(self, example: E, text: str, count: int, version: int) -> dict[str, Any]:
-        if example.row_json is None:
-            raise TypeError(f"the example of row {example.row} was not built by `with_rows`")
-        columns: dict[str, Any] = msgspec.json.decode(example.row_json)
+        columns = _columns(example)
+        asked = _question(columns)
+        columns.pop("prompt", None)
         return {
             "kind": "eval",
             "trained_at": version,
             "row": example.row,
-            "prompt": columns.pop("prompt"),
+            "prompt": asked,
             "completions": [text],
             "lengths": [count],
             "finish_reasons": ["length" if count >= self.max_tokens else "stop"],
@@ -80,8 +108,46 @@ class Answers:
         }
 
 
-def prompt_of(example: Any) -> list[int]:  # noqa: ANN401 - any example
-    """Return an example's prompt; of a sequence, what stands before its first counted token."""
-    if isinstance(example, SftExample):
-        return example.input_ids[: example.completion_mask.index(1)]
-    return example.prompt_ids
+def prompt_of(example: Any, tokenizer: Tokenizer) -> list[int]:  # noqa: ANN401 - any example
+    """Return the tokens that an example asks for an answer to; none where it asks nothing.
+
+    Of a sequence, they stand before its first counted token; where every token counts, they are
+    those of its row's prompt or of the messages before the last assistant's, unless truncation left
+    of the row less than that.
+    """
+    if not isinstance(example, SftExample):
+        return example.prompt_ids
+    before = example.completion_mask.index(1)
+    if before:
+        return example.input_ids[:before]
+    row = _columns(example)
+    asked = _question(row)
+    try:
+        ids = _asked_ids(tokenizer, row, asked)
+    except RowError:  # a template that takes the conversation, but not its beginning
+        return []
+    return ids if len(ids) <= example.length else []
+
+
+def _asked_ids(tokenizer: Tokenizer, row: Row, asked: Json) -> list[int]:
+    if not asked:
+        return []
+    if isinstance(asked, str):
+        return encode(tokenizer, asked)
+    messages = check_messages(asked, "the prompt")
+    return render_chat(tokenizer, messages, template_options(row), add_generation_prompt=True)
+
+
+def _question(row: Row) -> Json:
+    """Return a row's prompt, or its messages before the assistant's last; None without either."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    messages = row.get("messages") or []
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else None
+
+
+def _columns(example: Any) -> dict[str, Any]:  # noqa: ANN401 - any example
+    if example.row_json is None:
+        raise TypeError(f"the example of row {example.row} was not built by `with_rows`")
+    return msgspec.json.decode(example.row_json)

@@ -1,6 +1,7 @@
 """Answers to held-out prompts against a greedy loop over the model's own logits."""
 
 import json
+import logging
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,9 +10,13 @@ import pytest
 from mlx_lm.utils import load
 
 from learner.interfaces import Arrays, Prepared
-from learner.sources.examples import PreferenceExample, SftExample
+from learner.sources.examples import PreferenceExample, SftExample, sequences, with_rows
 from learner.sources.generated import Answers, prompt_of
+from learner.sources.sieve import Report
 from learner.sources.stored import StoredEvaluator
+from protocol.errors import ConfigError
+from protocol.settings import DataSettings
+from tests.parity import tiny_tokenizer
 from tests.tiny import write_model_folder
 
 
@@ -78,6 +83,55 @@ def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
         Answers(model, tokenizer, 1, 1)([PreferenceExample(7, [5], [4, 1], [5], [6, 1])], 0)
 
 
+def sequence(tokenizer, row, **settings):
+    build = sequences(DataSettings(**settings), tokenizer)
+    return with_rows(build)(0, row, Report("rows"))
+
+
 def test_the_prompt_of_a_sequence_ends_where_tokens_count():
-    assert prompt_of(SftExample(0, [5, 6, 7, 1], [0, 0, 1, 1])) == [5, 6]
-    assert prompt_of(SftExample(0, [5, 6, 7, 1], [1, 1, 1, 1])) == []
+    example = SftExample(0, [5, 6, 7, 1], [0, 0, 1, 1])
+    assert prompt_of(example, tiny_tokenizer.build()) == [5, 6]
+
+
+def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
+    tokenizer = tiny_tokenizer.build()
+    user, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
+    messages = [user, said, user, said, user]  # the last turn has no answer: the one before it has
+    asked = prompt_of(sequence(tokenizer, {"messages": messages}), tokenizer)
+    turn = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(asked) == f"{turn}is<|im_end|>\n{turn}"
+    cut = sequence(tokenizer, {"messages": messages}, max_length=len(asked))
+    assert prompt_of(cut, tokenizer) == asked
+    cut = sequence(tokenizer, {"messages": messages}, max_length=len(asked) - 1)
+    assert prompt_of(cut, tokenizer) == []
+    for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [said]}):
+        assert prompt_of(sequence(tokenizer, silent), tokenizer) == []
+    whole = sequences(DataSettings(), tokenizer, completion_only_loss=False)
+    row = {"prompt": "the is", "completion": " blue"}
+    example = with_rows(whole)(0, row, Report("rows"))
+    assert tokenizer.decode(prompt_of(example, tokenizer)) == "the is"
+
+
+def test_rows_that_ask_nothing_are_told_and_refused_where_all_do(caplog):
+    caplog.set_level(logging.INFO, "pippin.data")
+    tokenizer = tiny_tokenizer.build()
+    answers = Answers(nn.Module(), tokenizer, 1, 1)
+    text = sequence(tokenizer, {"text": "the is"})
+    with pytest.raises(ConfigError, match=r"eval\.generate: none of the 2 held-out rows .*prepare"):
+        answers.check([text, text])
+    assert not caplog.records
+    answers.check([text, sequence(tokenizer, {"prompt": "the", "completion": " is"})])
+    assert caplog.messages == ["1 of 2 held-out rows have nothing to answer"]
+
+
+def test_chats_are_answered_from_before_their_last_answer(tmp_path):
+    model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    user, said = {"role": "user", "content": "w5 w9"}, {"role": "assistant", "content": "w4"}
+    example = sequence(tokenizer, {"messages": [user, said], "answer": "w4"})
+    prompt = prompt_of(example, tokenizer)
+    assert prompt == tokenizer.encode("w5 w9")
+    metrics, (line,) = Answers(model, tokenizer, 1, 5)([example], 2)
+    assert line["completions"] == [tokenizer.decode(greedy(model, prompt, 5))]
+    assert (line["prompt"], line["columns"]["answer"]) == ([user], "w4")
+    assert metrics["eval/completions/mean_length"] == line["lengths"][0]

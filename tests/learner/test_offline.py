@@ -73,11 +73,16 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
     assert "row 5: no rejected; the row has ['chosen', 'prompt']" in text
 
 
-def test_a_score_that_no_float_holds_is_a_bad_row(tmp_path):
-    rows = [{**_pair(0), "preference_score": 10**400}, {**_pair(1), "preference_score": 10**300}]
-    source = _open(data_of(tmp_path, rows)).train
-    assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [(0, "mixed_types")]
-    assert _first(source)[0].score == 1e300
+def test_a_score_that_weighs_no_loss_is_a_bad_row(tmp_path):
+    scores = [10**400, 10**300, -0.5, float("nan"), float("-inf"), "2", 0]
+    rows = [{**_pair(at), "preference_score": score} for at, score in enumerate(scores)]
+    source = _open(data_of(tmp_path, rows, order="sequential")).train
+    assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [
+        (0, "mixed_types"), (2, "invalid_score"), (3, "mixed_types"), (4, "mixed_types"),
+        (5, "mixed_types"),
+    ]  # fmt: skip
+    assert "must be at least 0, not -0.5" in source.report.dropped_rows[1].reason
+    assert [example.score for example in _first(source)] == [1e300, 0.0]
 
 
 def test_on_bad_row_error_stops_at_the_first(tmp_path):
