@@ -35,7 +35,7 @@ from learner.preference_batches import (
 )
 from learner.sources.examples import Logps, PreferenceExample, UnpairedExample
 from protocol.errors import ConfigError
-from protocol.preference_checks import check_preference, without_effect
+from protocol.preference_checks import check_preference, check_scores, without_effect
 from protocol.settings import PreferenceSettings, TrainSettings
 
 log = logging.getLogger("pippin.learner")
@@ -158,6 +158,8 @@ class PreferenceObjective:
 
     def _prepare_pairs(self, pairs: Sequence[PreferenceExample]) -> Prepared:
         scored = any(pair.score is not None for pair in pairs)
+        if scored:
+            check_scores(self.settings)
         micro: list[Arrays] = []
         for part in pair_parts(pairs, self.settings, self.train):
             tokens = pair_tokens(part, self.settings.method, self.train.length_bucket)

@@ -186,6 +186,18 @@ def _check_dpo(settings: PreferenceSettings) -> None:
     )
 
 
+def check_scores(settings: PreferenceSettings) -> None:
+    """Raise ConfigError where a loss cannot weigh pairs by their `preference_score`."""
+    sorting = [loss for loss in settings.loss_type if loss in SORTING_LOSSES]
+    require(
+        settings.method != "dpo" or not sorting,
+        "objective.loss_type",
+        f"must be without {', '.join(sorting)} where rows have a preference_score, for sorting "
+        "parts pairs from their scores; drop that column with data.prepare, or take another loss",
+        settings.loss_type,
+    )
+
+
 def _check_precompute(run: PreferenceRun) -> None:
     field, settings = "objective.precompute_ref_log_probs", run.objective
     rule = "must be false with objective.reference_free: there is no reference"

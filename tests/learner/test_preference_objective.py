@@ -55,7 +55,7 @@ def gradients(settings, micro, head: Head = "full"):
     model = tiny_model()
     objective = objective_of(settings, model, micro, head)
     step = Step(model, OptimizerSettings(), total_steps=1, compiled=False)
-    batch = answers() if settings.method == "kto" else pairs()
+    batch = answers() if settings.method == "kto" else pairs(scored="aot" not in settings.loss_type)
     merged, loss = {}, 0.0
     for arrays in objective.prepare(batch).micro:
         value, metrics = step.accumulate(arrays, objective.loss)
@@ -77,6 +77,13 @@ def test_any_split_gives_the_same_step(settings, head):
             for n, g in whole.items()
         )
         assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_scores_are_refused_where_sorting_parts_pairs_from_them(loss):
+    objective = objective_of(PreferenceSettings(loss_type=["sigmoid", loss]), tiny_model())
+    with pytest.raises(ConfigError, match=f"must be without {loss} where rows have a preference"):
+        objective.prepare(pairs())
 
 
 def test_dpo_begins_at_log_two_and_reports_ties_as_wrong():
