@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -93,6 +94,16 @@ def sequence_batch(
         length_bucket=length_bucket,
         masks=None if masks is None else [mask[1:] for mask in masks],
     )
+
+
+def to_device(tokens: TokenBatch) -> dict[str, mx.array]:
+    """Return a token batch as MLX arrays by name."""
+    return {
+        "input_ids": mx.array(tokens.input_ids),
+        "targets": mx.array(tokens.targets),
+        "positions": mx.array(tokens.positions),
+        "mask": mx.array(tokens.mask),
+    }
 
 
 def aligned(

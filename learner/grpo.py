@@ -14,40 +14,18 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import TokenBatch, aligned, padded_rows
+from learner.batches import aligned, padded_rows, to_device
 from learner.evaluation import reward_matrix
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, TokenScores, completion_logprobs
 from learner.interfaces import Arrays, Prepared
 from learner.objectives import grpo as objective
+from learner.objectives.grpo_metrics import unclipped
 from learner.objectives.metrics import finish_metrics, maximum, mean, merge_metrics
+from learner.rollout_rows import Rows, batch_metrics, gather_rows
 from learner.shared_prompt import SharedPrompt, group_batch
-from protocol.arrays import floats_view, ids_view
 from protocol.errors import RewardError
 from protocol.settings import GrpoSettings, TrainSettings
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The N completions of a batch, rows in group order. `groups` holds each row's group."""
-
-    prompts: list[np.ndarray]
-    completions: list[np.ndarray]
-    sampler_logprobs: list[np.ndarray]
-    finished: np.ndarray  # (N,) bool, False: cut at max_completion_length
-    groups: np.ndarray  # (N,) int
-
-
-def gather_rows(groups: Sequence[TrainedGroup]) -> Rows:
-    """Return the rows of `groups`."""
-    pairs = [(i, item, c) for i, item in enumerate(groups) for c in item.group.completions]
-    return Rows(
-        prompts=[np.asarray(item.prompt.prompt_ids, np.int32) for _, item, _ in pairs],
-        completions=[ids_view(c.token_ids) for _, _, c in pairs],
-        sampler_logprobs=[floats_view(c.behaviour_logprobs) for _, _, c in pairs],
-        finished=np.array([c.finish_reason == "stop" for _, _, c in pairs]),
-        groups=np.array([i for i, _, _ in pairs]),
-    )
 
 
 @dataclass
@@ -101,7 +79,7 @@ class GrpoObjective:
         masks = [np.ones(len(c), np.float32) for c in rows.completions]
         if self.settings.mask_truncated_completions:
             masks = [m * float(f) for m, f in zip(masks, rows.finished, strict=True)]
-        metrics = {**result.metrics, **self._metrics(batch, rows)}
+        metrics = {**result.metrics, **batch_metrics(batch, rows)}
         lines = [self.describe(item, batch.trained_at) for item in batch.groups]
         counted = np.array([mask.any() for mask in masks])
         live = self._contributing(result.advantages, counted)
@@ -109,7 +87,7 @@ class GrpoObjective:
         prepared = Prepared([], metrics, step=step, rollouts=lines)
         skipped = _skipped(masks, live)
         if not step:
-            metrics |= self.finish(objective.unclipped(skipped, self.settings))
+            metrics |= self.finish(unclipped(skipped, self.settings))
         else:
             prepared.micro = self._micro(rows, masks, result.advantages, live)
             for number, arrays in enumerate(prepared.micro):
@@ -256,8 +234,7 @@ class GrpoObjective:
             settings=self.settings,
         )
         if "skipped" in arrays:
-            unclipped = objective.unclipped(arrays["skipped"], self.settings)
-            metrics = merge_metrics(metrics, unclipped)
+            metrics = merge_metrics(metrics, unclipped(arrays["skipped"], self.settings))
         gap = mx.abs(arrays.get("old_logps", mx.stop_gradient(logps)) - sampling) * arrays["mask"]
         name = "sampling/sampling_logp_difference"
         metrics |= mean(f"{name}/mean", gap.sum(), arrays["mask"].sum())
@@ -287,37 +264,6 @@ class GrpoObjective:
                 "then go on with --run.resume."
             )
 
-    def _metrics(self, batch: TrainBatch, rows: Rows) -> dict[str, float]:
-        lengths = np.array([len(c) for c in rows.completions])
-        ended = lengths[rows.finished]
-        ages = [
-            batch.trained_at - s.version
-            for item in batch.groups
-            for c in item.group.completions
-            for s in c.policy_spans
-        ]
-        faults = [f for item in batch.groups for f in item.group.reward.faults]
-        metrics = {
-            "completions/mean_length": float(lengths.mean()),
-            "completions/min_length": float(lengths.min()),
-            "completions/max_length": float(lengths.max()),
-            "completions/clipped_ratio": float(1 - rows.finished.mean()),
-            "completions/mean_terminated_length": float(ended.mean()) if ended.size else 0.0,
-            "completions/min_terminated_length": float(ended.min()) if ended.size else 0.0,
-            "completions/max_terminated_length": float(ended.max()) if ended.size else 0.0,
-            "staleness/mean": float(np.mean(ages)),
-            "staleness/max": float(max(ages)),
-            "rewards/faults": float(len(faults)),
-            "rewards/timeouts": float(sum(f.kind == "timeout" for f in faults)),
-            "time/reward_s": float(np.mean([g.group.reward_s for g in batch.groups])),
-            "time/generation_s": float(np.mean([g.group.generation_s for g in batch.groups])),
-            "batch_tokens": float(lengths.sum() + sum(len(p) for p in rows.prompts)),
-        }
-        for item in batch.groups:
-            for name, value in item.group.reward.log_metric.items():
-                metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
-        return metrics
-
 
 def _skipped(masks: list[np.ndarray], live: np.ndarray) -> mx.array:
     """Return what `unclipped` is told of the rows that `live` (N,) leaves out."""
@@ -327,13 +273,3 @@ def _skipped(masks: list[np.ndarray], live: np.ndarray) -> mx.array:
 
 def _normalisers(values: Mapping[str, float]) -> Arrays:
     return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
-
-
-def to_device(tokens: TokenBatch) -> Arrays:
-    """Return a token batch as MLX arrays by name."""
-    return {
-        "input_ids": mx.array(tokens.input_ids),
-        "targets": mx.array(tokens.targets),
-        "positions": mx.array(tokens.positions),
-        "mask": mx.array(tokens.mask),
-    }

@@ -12,9 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from learner.batches import TokenBatch, aligned
+from learner.batches import TokenBatch, aligned, to_device
 from learner.forward import Head, TokenScores, completion_logprobs
-from learner.grpo import to_device
 from learner.interfaces import Arrays, Prepared
 from learner.objectives.metrics import finish_metrics, merge_metrics, token_mean
 from learner.objectives.preference import (

@@ -26,9 +26,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from learner.batches import TokenBatch
+from learner.batches import TokenBatch, to_device
 from learner.forward import Head, completion_logprobs
-from learner.grpo import to_device
 from learner.preference_batches import reference_inputs, with_reference
 from learner.reference import Reference
 from learner.sources.examples import Logps, PreferenceExample, UnpairedExample

@@ -8,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from learner.batches import sequence_batch
+from learner.batches import sequence_batch, to_device
 from learner.forward import Head, completion_logprobs
-from learner.grpo import to_device
 from learner.interfaces import Arrays, Prepared
 from learner.objectives.metrics import finish_metrics, merge_metrics, token_mean
 from learner.objectives.sft import sft_loss

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from learner.objectives.metrics import Metrics, maximum, mean, minimum
+from learner.objectives.grpo_metrics import CLIPPED, average, loss_metrics
+from learner.objectives.metrics import Metrics
 from protocol.settings import GrpoSettings
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 Normalisers = Mapping[str, mx.array]
 EXPONENT_LIMIT = 80.0
 
@@ -120,46 +120,20 @@ def grpo_loss(
         loss, effective = loss * high, mask * high
     if ratio is not None and settings.loss_type != "vespo":
         loss = loss * ratio
-    metrics: Metrics = {}
+    metrics = loss_metrics(parts | {"entropy": entropies}, ratio, mask, rows)
     if settings.beta != 0.0:
         if ref_logps is None:
             raise ValueError("beta is not 0: grpo_loss needs ref_logps")
         log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
         kl = k3(mx.where(live, ref_logps - logps, 0.0), log_weights)
         loss = loss + settings.beta * kl
-        metrics |= _average("kl", kl, mask, rows)
+        metrics |= average("kl", kl, mask, rows)
     total = aggregate(loss, mask, normalisers, settings)
     if settings.entropy_coef != 0.0:
         metrics |= {"sum:policy_loss": mx.stop_gradient(total)}
         bonus = (entropies * effective).sum() / normalisers["entropy_tokens"]
         total = total - settings.entropy_coef * bonus
-    metrics |= _average("entropy", entropies, mask, rows)
-    for name, values in parts.items():
-        metrics |= _average(name, values, mask, rows)
-    metrics |= _extremes(parts, mask, rows)
-    if ratio is not None:
-        metrics |= _ratio_metrics(ratio, mask, rows)
     return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
-
-
-def unclipped(skipped: mx.array, settings: GrpoSettings) -> Metrics:
-    """Return the clip ratios of completions that need no forward pass: none of them is clipped.
-
-    Their advantage is 0 or no token counts, so that the ratio is 1 (cispo's cap must not be below).
-    `skipped` (3,): how many they are, how many of them have tokens that count, and these tokens.
-    """
-    rows, filled, tokens = skipped
-    by_token = settings.importance_sampling_level == "token"
-    names = ("cispo_clip_ratio",) if settings.loss_type == "cispo" else ()
-    metrics: Metrics = {}
-    if settings.loss_type in CLIPPED:
-        names = tuple(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))
-        some = (filled if by_token else rows) > 0
-        metrics |= minimum("clip_ratio/low_min", mx.where(some, 0.0, math.inf))
-        metrics |= maximum("clip_ratio/high_max", mx.where(some, 0.0, -math.inf))
-    for name in names:
-        metrics |= mean(name, mx.array(0.0), tokens if by_token else rows)
-    return metrics
 
 
 def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
@@ -281,36 +255,3 @@ def _vespo_weight(
     scale = mx.maximum(scale, 1e-4)
     phi = mx.exp(scale + k * omega - scale * mx.exp(omega))
     return mx.where(mx.isfinite(phi), phi, 0.0)
-
-
-def _average(name: str, values: mx.array, mask: mx.array, rows: mx.array) -> Metrics:
-    """Average over tokens, or over sequences where there is one value a sequence."""
-    counted = rows[:, None] if values.shape[1] == 1 else mask
-    return mean(name, (values * counted).sum(), counted.sum())
-
-
-def _ratio_metrics(ratio: mx.array, mask: mx.array, rows: mx.array) -> Metrics:
-    name = "sampling/importance_sampling_ratio"
-    counted = (rows[:, None] if ratio.shape[1] == 1 else mask) > 0
-    return {
-        **_average(f"{name}/mean", ratio, mask, rows),
-        **minimum(f"{name}/min", mx.where(counted, ratio, math.inf).min()),
-        **maximum(f"{name}/max", mx.where(counted, ratio, -math.inf).max()),
-    }
-
-
-def _extremes(parts: Metrics, mask: mx.array, rows: mx.array) -> Metrics:
-    """Return the smallest low and the largest high clip ratio of a sequence."""
-    if "clip_ratio/low_mean" not in parts:
-        return {}
-
-    def of_rows(values: mx.array, empty: float) -> mx.array:
-        if values.shape[1] == 1:
-            return mx.where(rows > 0, values[:, 0], empty)
-        sums = mask.sum(axis=-1)
-        return mx.where(sums > 0, (values * mask).sum(axis=-1) / mx.maximum(sums, 1.0), empty)
-
-    return {
-        **minimum("clip_ratio/low_min", of_rows(parts["clip_ratio/low_mean"], math.inf).min()),
-        **maximum("clip_ratio/high_max", of_rows(parts["clip_ratio/high_mean"], -math.inf).max()),
-    }

@@ -16,12 +16,13 @@ from actors.worker import Worker
 from learner.checkpoint import load_checkpoint
 from learner.coordinator import Coordinator
 from learner.experience import CoordinatorState, TrainBatch, TrainedGroup
-from learner.grpo import GrpoObjective, gather_rows
+from learner.grpo import GrpoObjective
 from learner.ledger import Ledger
 from learner.ledger_types import LedgerSettings
 from learner.objectives.metrics import number
 from learner.peers import Terms
 from learner.records import Records
+from learner.rollout_rows import gather_rows
 from learner.sources.feed import ListFeed
 from learner.sources.prompts import Prompt, PromptSource
 from learner.sources.sieve import Report

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 
 from learner.advantages import advantages
-from learner.batches import token_batch
+from learner.batches import to_device, token_batch
 from learner.forward import choose_head, completion_logprobs
-from learner.grpo import GrpoObjective, to_device
+from learner.grpo import GrpoObjective
 from learner.interfaces import Arrays
 from learner.objectives.grpo import grpo_normalisers
 from learner.preference import PreferenceObjective
