@@ -8,6 +8,7 @@ given up, or it was asked to stop; 1: it failed.
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,12 +40,26 @@ def arguments() -> argparse.Namespace:
 
 def effective(settings: PairsRun) -> PairsRun:
     """Return the settings in force: mode "given" samples once from the base, without adapter."""
+    # Prompts held out of the rows stay out of the pairs; others are not even read.
+    data = structs.replace(settings.data, eval_path="", eval_split="")
+    settings = structs.replace(settings, data=data)
     if settings.pairs.mode == "best_worst":
         return settings
     # A fresh LoRA's B is zero, so that learner and actors all hold exactly the base.
     model = structs.replace(settings.model, adapter_path="", fine_tune_type="lora")
     sampling = structs.replace(settings.sampling, num_generations=1)
     return structs.replace(settings, model=model, sampling=sampling)
+
+
+def epochs(settings: PairsRun) -> float | None:
+    """Return how often the rows are gone through; None: until `train.max_steps` batches are done.
+
+    In mode "given" a second pass would give the same chosen answers again: only
+    `train.num_train_epochs` asks for it.
+    """
+    if settings.train.max_steps < 0:
+        return settings.train.num_train_epochs
+    return 1.0 if settings.pairs.mode == "given" else None
 
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
@@ -57,15 +72,16 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
 
     settings = effective(cast("PairsRun", load(PairsRun, args.run_dir / "config.toml")))
     policy = load_policy(settings.model, seed=settings.run.seed)
-    limited = settings.train.max_steps >= 0
     prompts = open_prompts(
         settings.data,
         policy.tokenizer,
         seed=settings.run.seed,
-        epochs=None if limited else settings.train.num_train_epochs,
+        epochs=epochs(settings),
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
+    if prompts.train.total is not None:
+        total = min(total, math.ceil(prompts.train.total / settings.train.batch_size))
     coordinator = new_coordinator(args, settings, policy, prompts, total, None)
     bridge: Bridge[Any, Any] = Bridge()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
@@ -83,6 +99,13 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
                 step += 1
                 log.info("batch %d of %d: %s", step, total, writer.counts)
                 source.stepped(step)
+        if step < settings.train.max_steps and not lifeline.stop_requested:
+            log.warning(
+                "all rows are paired after %d of train.max_steps = %d batches: a row's answer is "
+                "given once; for more answers against it, set train.num_train_epochs alone",
+                step,
+                settings.train.max_steps,
+            )
         writer.finish(args.run_dir)
         source.finish("all prompts are answered")
 

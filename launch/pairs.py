@@ -2,7 +2,8 @@
 
 The actors and reward servers of GRPO answer the prompts. `best_worst` pairs the best completion of
 a group with its worst; `given` pairs the dataset's own answer with what the base model says. The
-result, `pairs.jsonl` in the run's folder or `pairs.output`, is read by launch/preference.py.
+result, `pairs.jsonl` in the run's folder or `pairs.output`, is read by launch/preference.py. A
+recipe of launch/grpo.py serves; what only training reads is named.
 """
 
 import sys
@@ -20,19 +21,18 @@ from launch.grpo import actor_specs, reward_services
 from launch.supervisor import Supervisor, awake
 from protocol.endpoints import ipc_folder
 from protocol.errors import ConfigError
-from protocol.settings import GrpoSettings, OptimizerSettings, PairsRun
+from protocol.settings import PairsRun
+from protocol.unread import unread
 
 USAGE = "usage: launch/pairs.py [recipe.toml] [--mode best_worst|given] [--section.key value …]"
 
 
 def read(argv: Sequence[str]) -> tuple[PairsRun, Path]:
-    """Return the settings and the run's folder; refuse sections that nothing here reads."""
+    """Return the settings and the run's folder; refuse an output that holds something."""
     flags = [word.replace("--mode", "--pairs.mode", 1) if _is_mode(word) else word for word in argv]
     for word in flags:
         if word.partition("=")[0] == "--run.resume":
             raise ConfigError("--run.resume: pairs cannot be resumed; start anew with run.seed")
-        if word.startswith(("--objective.", "--optimizer.")):
-            raise ConfigError(f"{word}: nothing is trained here; leave it out")
     run, folder = read_command_line(PairsRun, flags, USAGE)
     run = cast("PairsRun", run)
     try:
@@ -44,8 +44,6 @@ def read(argv: Sequence[str]) -> tuple[PairsRun, Path]:
 
 
 def _check(run: PairsRun) -> None:
-    if run.objective != GrpoSettings() or run.optimizer != OptimizerSettings():
-        raise ConfigError("[objective] and [optimizer]: nothing is trained here; leave them out")
     if not run.pairs.output:
         return
     output = Path(run.pairs.output)
@@ -95,6 +93,8 @@ def build(run: PairsRun, folder: Path) -> int:
 def body(argv: Sequence[str] | None = None) -> int:
     """Read the recipe, make the pairs, say what came of it."""
     run, folder = read(sys.argv[1:] if argv is None else argv)
+    for line in unread(run):
+        say(line)
     if run.pairs.output:
         path = str(Path(run.pairs.output).absolute())
         run = structs.replace(run, pairs=structs.replace(run.pairs, output=path))

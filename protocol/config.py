@@ -45,7 +45,7 @@ def load(cls: type[RunT], path: Path | None, flags: Sequence[str] = ()) -> RunT:
     for key, text in split_flags(flags):
         _set_flag(tree, cls, key, text, origin)
     settings = _convert(cls, tree, origin)
-    check(settings)
+    check(settings, {path for path, where in origin.items() if where == "flag"})
     return settings
 
 

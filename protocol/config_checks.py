@@ -1,5 +1,6 @@
 """Checks that span fields: refused at load, before anything heavy starts."""
 
+from collections.abc import Collection
 from ipaddress import ip_address
 
 from protocol.errors import require
@@ -20,10 +21,13 @@ from protocol.settings import (
 from protocol.unread import check_read
 
 
-def check(run: AnyRun) -> None:
-    """Refuse settings that cannot be run, with the path of the field and what it needs."""
+def check(run: AnyRun, flags: Collection[str] = ()) -> None:
+    """Refuse settings that cannot be run, with the path of the field and what it needs.
+
+    `flags` are the paths that the command line gave.
+    """
+    check_read(run, flags)
     _check_required(run)
-    check_read(run)
     _check_model(run.model)
     _check_optimizer(run.optimizer)
     _check_train(run.train)

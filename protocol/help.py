@@ -9,6 +9,7 @@ from typing import Any
 
 from protocol import settings
 from protocol.fields import defaults, leaf_fields, type_name
+from protocol.unread import readers
 
 
 def field_comments(source: str) -> dict[tuple[str, str], str]:
@@ -38,12 +39,12 @@ def _value(tree: dict[str, Any], path: str) -> object:
 
 
 def help_text(cls: type[settings.Section], usage: str) -> str:
-    """Return the help of a program whose recipe is `cls`; `usage` is its first line."""
+    """Return the help of a program whose recipe is `cls`: `usage`, then every key that it reads."""
     comments = field_comments(inspect.getsource(settings))
     values = defaults(cls)
     lines = [usage, "", "The recipe is TOML; flags override it. Keys, types, defaults:"]
     heading = ""
-    fields = leaf_fields(cls)
+    fields = [field for field in leaf_fields(cls) if readers(cls, field.path) is None]
     sections = list(dict.fromkeys(field.path.rpartition(".")[0] for field in fields))
     # A section's own keys stand together, before those of the sections in it.
     for field in sorted(fields, key=lambda field: sections.index(field.path.rpartition(".")[0])):

@@ -111,7 +111,7 @@ def test_best_and_worst_from_actors_and_rewards(tmp_path, capfd):
         assert policy.tokenizer.decode(example.chosen_ids[:-1]) == line["chosen"].strip()
 
 
-def test_given_answers_against_the_base_without_its_adapter(tmp_path):
+def test_given_answers_against_the_base_without_its_adapter(tmp_path, capfd):
     from mlx_lm.generate import batch_generate
     from mlx_lm.utils import load
 
@@ -122,9 +122,13 @@ def test_given_answers_against_the_base_without_its_adapter(tmp_path):
     policy.model.load_weights(list(loud.items()), strict=False)
     save_adapters(tmp_path / "adapter", policy.model, policy.adapter_config, str(base))
     adapter = ["--model.path", str(base), "--model.adapter_path", str(tmp_path / "adapter")]
-    _, lines, counts = made(tmp_path, *adapter, "--mode", "given", "--sampling.temperature", "1e-4")
+    flags = ["--mode", "given", "--sampling.temperature", "1e-4", "--train.max_steps", "9"]
+    _, lines, counts = made(tmp_path, *adapter, *flags)
 
-    assert sum(counts.values()) == 5
+    assert sum(counts.values()) == 5  # nine batches of two would repeat them
+    logs = "".join(path.read_text() for path in (tmp_path / "runs/p/logs").glob("*.log"))
+    assert "all rows are paired after 3 of train.max_steps = 9 batches" in logs
+    assert "model.adapter_path = " in capfd.readouterr().err
     assert counts["pairs"] == len(lines) >= 4
     loaded = load(str(base))
     for line in lines:
@@ -135,7 +139,7 @@ def test_given_answers_against_the_base_without_its_adapter(tmp_path):
 
 
 def test_settings_that_train_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="nothing is trained here"):
+    with pytest.raises(ConfigError, match=r"objective\.beta is read by programs that train"):
         read(["--objective.beta", "0.1"])
     with pytest.raises(ConfigError, match="cannot be resumed"):
         read(["--run.resume", str(tmp_path)])
