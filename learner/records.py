@@ -84,9 +84,7 @@ def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
     if not path.is_file():
         return 0
     moved: list[bytes] = []
-    fresh = path.with_name(
-        f".{path.name}"
-    )  # of the run's one learner; a killed one's is written over
+    fresh = path.with_name(f".{path.name}")  # of one learner a run: a killed one's is written over
     try:
         with path.open("rb") as old, fresh.open("wb") as new:
             for line in old:
