@@ -1,19 +1,31 @@
-"""Offline programs read every key that they take, and no other: reads of settings are recorded."""
+"""Programs read the keys that they take, and no others: reads of settings are recorded."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import launch.assemble_offline
+import launch.assemble_online
 import launch.cli
+import launch.collect
 from launch.assemble_offline import assemble_offline
 from launch.cli import read_command_line
+from launch.collect import Writer, collect
+from launch.pairs import build, read
+from learner.experience import TrainedGroup
+from learner.sources.prompts import Prompt
 from protocol.fields import leaf_fields
-from protocol.settings import PreferenceRun, Section, SftRun
+from protocol.lifeline import Lifeline
+from protocol.policy import load_policy
+from protocol.settings import LoraSettings, PairsRun, PreferenceRun, Section, SftRun
 from protocol.unread import readers
+from tests.protocol.builders import a_completion, a_group
 from tests.tiny import write_model_folder
 
 HELD_OUT = ["--data.eval_rows=2", "--eval.generate=true", "--eval.max_completion_length=2"]
@@ -26,6 +38,16 @@ PREFERENCES = [
 ]  # fmt: skip
 # Read for data from a hub, of which there is none here.
 ELSEWHERE = {"data.name"}
+
+
+# Read by what pairs share with GRPO, to no effect: fresh adapters add nothing, actors are sent the
+# whole of [model], other prompts than the rows' are emptied before, and nothing is evaluated.
+IDLE = {f"model.lora.{name}" for name in LoraSettings.__struct_fields__} | {
+    "model.reference",
+    "data.eval_path",
+    "data.eval_split",
+    "eval.max_completion_length",
+}
 
 
 class Recorder:
@@ -50,6 +72,18 @@ class Recorder:
 
         return wrapped
 
+    def whole(self, section: Section) -> dict[str, Any]:
+        return {name: getattr(section, name) for name in section.__struct_fields__}
+
+    def unread(self, cls: type[Section]) -> set[str]:
+        fields = leaf_fields(cls)
+        return {field.path for field in fields if (field.owner, field.name) not in self.seen}
+
+
+def refused(cls: type[Section]) -> set[str]:
+    """Return the keys that the program refuses."""
+    return {field.path for field in leaf_fields(cls) if readers(cls, field.path)}
+
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
@@ -60,8 +94,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         (launch.cli, "resolve_paths"),
         (launch.assemble_offline, "load"),
         (launch.assemble_offline, "unread"),
+        (launch.collect, "load"),
     ):
         monkeypatch.setattr(module, name, made.unseen(getattr(module, name)))
+    # What is sent as a whole is read by actors.
+    monkeypatch.setattr(launch.assemble_online, "builtins", made.whole)
     monkeypatch.setattr(Section, "__getattribute__", lambda self, name: made.read(self, name))
     return made
 
@@ -88,7 +125,32 @@ def test_every_key_that_is_taken_is_read_and_no_other(
         trainer = assemble_offline(folder, kind).trainer
         while not trainer.done:
             trainer.advance(timeout_s=1.0)
-    refused = {field.path for field in leaf_fields(cls) if readers(cls, field.path)}
-    read = {field.path for field in leaf_fields(cls) if (field.owner, field.name) in recorder.seen}
-    unread = {field.path for field in leaf_fields(cls)} - read
-    assert unread == refused | ELSEWHERE
+    assert recorder.unread(cls) == refused(cls) | ELSEWHERE
+
+
+def test_pairs_read_every_key_that_they_take_and_no_other(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """The collector is asked to stop before it leases; what an actor answers is made by hand."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w5", "answer": "w7"}\n' * 3)
+    common = [f"--model.path={write_model_folder(tmp_path / 'model')}", "--model.dtype=float32"]
+    common += [f"--data.path={tmp_path / 'rows.jsonl'}", f"--run.dir={tmp_path / 'runs'}"]
+    lifeline = Lifeline(child=False)
+    lifeline.request_stop()
+    group = a_group([a_completion([5, 1]), a_completion([6, 1])])
+    item = TrainedGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
+    functions = "--rewards.functions=a.py:f"
+    for number, flags in enumerate((["--mode=given"], [*STREAM[:2], functions])):
+        run, folder = read([*common, f"--run.name=p{number}", *flags])
+        with monkeypatch.context() as patch:
+            patch.setattr(anyio, "run", lambda _: 0)  # no process is started
+            assert build(run, folder) == 0
+        endpoint = f"ipc://{folder}/s"
+        args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
+        args.rewards = ["ipc://x"]
+        collect(args, lifeline)
+        tokenizer = load_policy(run.model, seed=0).tokenizer
+        Writer(run, tokenizer, StringIO()).add(item)
+    unread = recorder.unread(PairsRun)
+    assert unread - refused(PairsRun) == ELSEWHERE
+    assert refused(PairsRun) - unread == IDLE
