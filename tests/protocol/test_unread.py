@@ -189,3 +189,14 @@ def test_keys_that_other_settings_leave_unread_are_named(
     cls: Any, flags: list[str], said: list[str]
 ):
     assert unread(load(cls, None, [*FLAGS[cls], *flags])) == said
+
+
+def test_one_recipe_trains_dpo_simpo_and_orpo(tmp_path: Path):
+    shipped = Path(__file__).parents[2] / "launch/recipes/compare_preference.toml"
+    text = shipped.read_text().replace("[model.lora]", '[model]\nreference = "base"\n[model.lora]')
+    (tmp_path / "recipe.toml").write_text(text)
+    for method, read in (("dpo", True), ("simpo", False), ("orpo", False)):
+        flags = [*FLAGS[PreferenceRun], f"--objective.method={method}"]
+        said = unread(load(PreferenceRun, tmp_path / "recipe.toml", flags))
+        line = f"model.reference = base has no effect with {method}, without a reference"
+        assert said == ([] if read else [line])
