@@ -3,6 +3,8 @@
 Every message says what was required, what was got, where, and what to do next.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import cast
 
 
@@ -57,6 +59,12 @@ class TrainingError(PippinError):
 
 class LedgerError(PippinError):
     """An event that the ledger's rules exclude: a fault in the program, never in the input."""
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return a clause that names the valid name nearest to `name`, or "" where none is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def require(condition: bool, field: str, rule: str, got: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from protocol.errors import did_you_mean
 from protocol.settings import Section
 
 
@@ -95,8 +96,7 @@ def nearest_choice(value: object, annotation: object) -> str:
     """Return a clause that names the choice nearest to a value, or "" where none is near."""
     inner, _ = without_none(annotation)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
-    close = difflib.get_close_matches(str(value), map(str, choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(str(value), map(str, choices))
 
 
 def defaults(cls: type[Section]) -> dict[str, Any]:

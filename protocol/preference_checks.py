@@ -1,9 +1,7 @@
 """Checks of preference settings: what TRL 1.16.0's DPO, CPO, ORPO and KTO trainers refuse, and what
 would be undefined or without effect."""
 
-import difflib
-
-from protocol.errors import require
+from protocol.errors import did_you_mean, require
 from protocol.settings import PreferenceRun, PreferenceSettings
 
 DPO_LOSSES = (
@@ -136,8 +134,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
     if losses == ["alphapo"]:
         rule += '; AlphaPO is method "simpo" with cpo_alpha = 0 and alpha'
     wrong = [loss for loss in losses if loss not in valid]
-    near = difflib.get_close_matches(wrong[0], valid, n=1) if wrong else []
-    rule += f"; did you mean {near[0]!r}?" if near else ""
+    rule += did_you_mean(wrong[0], valid) if wrong else ""
     require(not wrong, field, rule, losses)
     rule = f"must be one loss for objective.method = {method!r}"
     require(method == "dpo" or len(losses) == 1, field, rule, losses)

@@ -1,6 +1,5 @@
 """Functions that a recipe names: "path/to/file.py:function" or "package.module:function"."""
 
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from protocol.errors import DataError
+from protocol.errors import DataError, did_you_mean
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
@@ -24,11 +23,8 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     module = _file_module(place, key) if place.endswith(".py") else _named_module(place, key)
     function = getattr(module, attribute, None)
     if not callable(function):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        raise DataError(
-            f"{key}: {place} has no function {attribute!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        hint = did_you_mean(attribute, dir(module))
+        raise DataError(f"{key}: {place} has no function {attribute!r}{hint}")
     return function
 
 

@@ -1,6 +1,5 @@
 """What is done to a row before it is tokenised: renaming, the user's function, system prompt."""
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import cast
 
 from learner.sources.functions import load_function
 from learner.sources.rows import RawRow, Rows
-from protocol.errors import DataError
+from protocol.errors import DataError, did_you_mean
 from protocol.settings import DataSettings
 from protocol.tokens import Json, RowError
 
@@ -54,10 +53,9 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
     """Build the preparation that `settings` ask for, checked against the columns of `rows`."""
     for ours, theirs in settings.columns.items():
         if theirs not in rows.columns:
-            near = difflib.get_close_matches(theirs, rows.columns, n=1)
             raise DataError(
                 f"data.columns.{ours}: {rows.name} has no column {theirs!r}; it has "
-                f"{sorted(rows.columns)}" + (f"; did you mean {near[0]!r}?" if near else "")
+                f"{sorted(rows.columns)}{did_you_mean(theirs, rows.columns)}"
             )
     function = (
         cast("PrepareFunction", load_function(settings.prepare, "data.prepare"))
@@ -76,11 +74,9 @@ def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str]) -> li
     if settings.prepare:
         return []
     for ours in settings.columns:
-        near = difflib.get_close_matches(ours, reads, n=1, cutoff=0.8)
-        if near and ours not in reads:
-            raise DataError(
-                f"data.columns.{ours}: nothing reads a column {ours!r}; did you mean {near[0]!r}?"
-            )
+        hint = did_you_mean(ours, reads, cutoff=0.8)
+        if hint and ours not in reads:
+            raise DataError(f"data.columns.{ours}: nothing reads a column {ours!r}{hint}")
     renamed = set(settings.columns.values())
     columns = (set(rows.columns) - renamed) | set(settings.columns)
     notes: list[str] = []
