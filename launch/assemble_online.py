@@ -89,12 +89,18 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def total_batches(settings: GrpoRun, prompts: PromptSets) -> int:
-    """Return the run's batches. Raises ConfigError where only the end of a stream would tell."""
+    """Return the run's batches: `train.max_steps`, or fewer where the prompts end before.
+
+    Raises ConfigError where only the end of a stream would tell.
+    """
+    limits: list[int] = []
     if settings.train.max_steps >= 0:
-        return settings.train.max_steps
-    if prompts.train.total is None:
+        limits.append(settings.train.max_steps)
+    if prompts.train.total is not None:
+        limits.append(math.ceil(prompts.train.total / settings.train.batch_size))
+    if not limits:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
-    return math.ceil(prompts.train.total / settings.train.batch_size)
+    return min(limits)
 
 
 def new_service(

@@ -8,7 +8,6 @@ given up, or it was asked to stop; 1: it failed.
 
 import argparse
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -80,8 +79,6 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
-    if prompts.train.total is not None:
-        total = min(total, math.ceil(prompts.train.total / settings.train.batch_size))
     coordinator = new_coordinator(args, settings, policy, prompts, total, None)
     bridge: Bridge[Any, Any] = Bridge()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
