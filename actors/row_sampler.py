@@ -1,7 +1,5 @@
 """The sampler that mlx-lm calls once a step, told which rows it samples for."""
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import numpy as np
 
@@ -14,11 +12,11 @@ class RowSampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._rows: Sequence[Row] = []
+        self._rows: list[Row] = []
         self._policy = (-1, "")
         self._parameters: tuple[list[Row], RowParameters, np.ndarray] | None = None
 
-    def expect(self, rows: Sequence[Row], version: int, digest: str) -> None:
+    def expect(self, rows: list[Row], version: int, digest: str) -> None:
         """Say whom the next call is for, and under which policy."""
         self._rows = rows
         self._policy = (version, digest)
@@ -37,9 +35,9 @@ class RowSampler:
             row.drawn += 1
         return drawn.tokens
 
-    def _row_parameters(self, rows: Sequence[Row]) -> tuple[RowParameters, np.ndarray]:
+    def _row_parameters(self, rows: list[Row]) -> tuple[RowParameters, np.ndarray]:
         """Return the rows' parameters and seeds, made anew only when the rows change."""
-        if self._parameters is None or self._parameters[0] != list(rows):
+        if self._parameters is None or self._parameters[0] != rows:
             parameters = RowParameters.of(
                 [row.work.request.sampling for row in rows], self._vocab_size
             )
