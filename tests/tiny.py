@@ -85,13 +85,3 @@ def ragged_batch(seed: int = 0, bucket: int = 8) -> TokenBatch:
     prompts = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in (5, 2, 9, 1)]
     completions = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in (7, 30, 1, 12)]
     return token_batch(prompts, completions, length_bucket=bucket)
-
-
-def on_device(batch: TokenBatch) -> dict[str, mx.array]:
-    """Put a batch's arrays on the device by name."""
-    return {
-        "input_ids": mx.array(batch.input_ids),
-        "positions": mx.array(batch.positions),
-        "targets": mx.array(batch.targets),
-        "mask": mx.array(batch.mask),
-    }

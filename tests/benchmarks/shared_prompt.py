@@ -24,13 +24,13 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     import mlx.nn as nn
     import numpy as np
 
-    from learner.batches import token_batch
+    from learner.batches import to_device, token_batch
     from learner.forward import completion_logprobs
     from learner.shared_prompt import SharedPrompt, shared_prompt
     from learner.step import Step, should_compile
     from protocol.adapters import attach_adapters
     from protocol.settings import ModelSettings, OptimizerSettings
-    from tests.tiny import on_device, tiny_model
+    from tests.tiny import tiny_model
 
     prompt_length, length, rows = (int(number) for number in shape.split(","))
     model = tiny_model(
@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     prompt = rng.integers(2, args.vocab, prompt_length, dtype=np.int32)
     completions = list(rng.integers(2, args.vocab, (rows, length), dtype=np.int32))
     start = prompt[-1:] if shared else prompt
-    arrays = on_device(token_batch([start] * rows, completions, length_bucket=32))
+    arrays = to_device(token_batch([start] * rows, completions, length_bucket=32))
     if shared:
         arrays |= shared_prompt(prompt, 32)._asdict()
 

@@ -12,11 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner import chunked
+from learner.batches import to_device
 from learner.forward import Head, choose_head, completion_logprobs, layer_by_layer
 from protocol.errors import ModelError
 from protocol.snapshots import trainable
 from tests.learner.heads import CASES, HEADS, assert_close, gradients, trained
-from tests.tiny import VOCAB, on_device, ragged_batch, tiny_model
+from tests.tiny import VOCAB, ragged_batch, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, en
 
 @pytest.mark.parametrize("case", CASES)
 def test_chunked_head_equals_log_softmax(case):
-    model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
+    model, arrays = CASES[case](), to_device(ragged_batch(bucket=32))
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
     assert choose_head(model, "chunked") == "chunked"
 
@@ -76,7 +77,7 @@ def test_chunked_head_equals_log_softmax(case):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_entropy_without_gradient_leaves_the_log_prob_gradient_alone(kind):
-    model, arrays = trained(kind), on_device(ragged_batch())
+    model, arrays = trained(kind), to_device(ragged_batch())
     by_head = {}
     for head in HEADS:
         with_entropy, without = (
@@ -91,7 +92,7 @@ def test_entropy_without_gradient_leaves_the_log_prob_gradient_alone(kind):
 
 
 def test_gradients_against_finite_differences():
-    model, arrays = trained("full", tie_word_embeddings=False), on_device(ragged_batch())
+    model, arrays = trained("full", tie_word_embeddings=False), to_device(ragged_batch())
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
 
     def forward(model):
@@ -115,7 +116,7 @@ def test_padding_changes_nothing():
     logps = {}
     for bucket in (1, 8, 32):
         batch = ragged_batch(bucket=bucket)
-        arrays = on_device(batch)
+        arrays = to_device(batch)
         values, entropies, *_ = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"], entropy=True
         )
@@ -129,7 +130,7 @@ def test_padding_changes_nothing():
 def test_extreme_logits_stay_finite():
     model = trained("full", tie_word_embeddings=False)
     model.load_weights([("lm_head.weight", trainable(model)["lm_head.weight"] * 1e4)], strict=False)
-    arrays = on_device(ragged_batch())
+    arrays = to_device(ragged_batch())
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
     value, grads = gradients(
         model, arrays, lambda m: completion_logprobs(m, *ids, entropy_gradient=True)
@@ -141,7 +142,7 @@ def test_extreme_logits_stay_finite():
 def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
     model = trained("lora")
     model.set_dtype(mx.bfloat16)
-    arrays = on_device(ragged_batch())
+    arrays = to_device(ragged_batch())
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
     logits = model(arrays["input_ids"])
     assert logits.dtype == mx.bfloat16
@@ -160,7 +161,7 @@ def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full", "last"])
 def test_the_ordered_backward_pass_is_exact_and_leaves_no_trace(kind, recompute):
-    model, arrays = trained("lora" if kind == "last" else kind), on_device(ragged_batch())
+    model, arrays = trained("lora" if kind == "last" else kind), to_device(ragged_batch())
     if kind == "last":  # layers with nothing to train
         for layer in layers_of(model)[:-1]:
             layer.freeze()
@@ -264,7 +265,7 @@ def test_models_that_cannot_be_split_take_the_plain_way_and_say_so(kind, caplog)
     with caplog.at_level(logging.WARNING):
         assert choose_head(model, "chunked") == "full"
     assert "The memory-bounded head is off" in caplog.text
-    arrays = on_device(ragged_batch())
+    arrays = to_device(ragged_batch())
     got, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"], head="full"
     )

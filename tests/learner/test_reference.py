@@ -6,6 +6,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
+from learner.batches import to_device
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.forward import completion_logprobs
 from learner.reference import make_reference, view
@@ -14,7 +15,7 @@ from protocol.errors import ModelError
 from protocol.policy import load_base, load_policy, save_adapters, trainable
 from protocol.settings import ModelSettings, OptimizerSettings
 from protocol.snapshots import load_trainable
-from tests.tiny import on_device, ragged_batch, write_model_folder
+from tests.tiny import ragged_batch, write_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def nll(model, arrays):
 
 
 def logps_of(model):
-    arrays = on_device(ragged_batch())
+    arrays = to_device(ragged_batch())
     return completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"], gradient=False
     )[0]
@@ -48,7 +49,7 @@ def step_of(policy):
 def train(policy, updates, step=None):
     step = step or step_of(policy)
     for _ in range(updates):
-        step.accumulate(on_device(ragged_batch()), nll)
+        step.accumulate(to_device(ragged_batch()), nll)
         step.apply()
 
 

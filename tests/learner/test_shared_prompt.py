@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from learner import chunked
-from learner.batches import token_batch
+from learner.batches import to_device, token_batch
 from learner.experience import TrainBatch, TrainedGroup
 from learner.forward import Head, completion_logprobs, layer_by_layer
 from learner.grpo import GrpoObjective
@@ -23,7 +23,7 @@ from protocol.errors import ModelError
 from protocol.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.snapshots import trainable
 from tests.protocol.builders import a_completion, a_group, a_reward, task_id
-from tests.tiny import VOCAB, on_device, tiny_model
+from tests.tiny import VOCAB, tiny_model
 
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 LENGTHS = (5, 1, 0, 20)  # of completions
@@ -51,7 +51,7 @@ def group_arrays(prompt_length, *, bucket=8, seed=0):
     rows = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in LENGTHS]
     whole = token_batch([prompt] * len(rows), rows, length_bucket=bucket)
     own = token_batch([prompt[-1:]] * len(rows), rows, length_bucket=bucket)
-    return on_device(whole), on_device(own) | shared_prompt(prompt, bucket)._asdict()
+    return to_device(whole), to_device(own) | shared_prompt(prompt, bucket)._asdict()
 
 
 def results(

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
-from learner.batches import sequence_batch
+from learner.batches import sequence_batch, to_device
 from learner.forward import completion_logprobs
 from learner.optimizer import ExactAdamW
 from learner.step import MAX_SKIPS, Step, random_state, set_random_state, should_compile
@@ -19,7 +19,7 @@ from protocol.adapters import attach_adapters
 from protocol.errors import CheckpointError, TrainingError
 from protocol.settings import ModelSettings, OptimizerSettings
 from protocol.snapshots import trainable
-from tests.tiny import VOCAB, on_device, ragged_batch, tiny_model
+from tests.tiny import VOCAB, ragged_batch, tiny_model
 
 
 class Weights(nn.Module):
@@ -171,7 +171,7 @@ def lora_model(seed=0):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_splits_give_the_gradient_of_the_whole(parts):
-    arrays = on_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
     steps = []
     for split in (1, parts):
         step = Step(lora_model(), OptimizerSettings(), total_steps=1, compiled=False)
@@ -191,7 +191,7 @@ def test_splits_give_the_gradient_of_the_whole(parts):
 
 def test_resume_is_bit_exact(tmp_path):
     settings = OptimizerSettings(learning_rate=1e-2)
-    arrays = on_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
 
     def go_on(step, updates):
         done = []
@@ -260,7 +260,7 @@ def test_thirty_steps_of_sft_equal_mlx_lm_default_loss(head, tolerance, kind):
     for _ in range(30):
         rows = [rng.integers(2, VOCAB, 17, dtype=np.int32) for _ in range(3)]
         batch = sequence_batch(rows, length_bucket=16)
-        loss, _ = ours.accumulate(on_device(batch), loss_fn)
+        loss, _ = ours.accumulate(to_device(batch), loss_fn)
         ours.apply()
         # Lengths without padding: default_loss counts a padding token where there is one.
         lengths = mx.array([[0, 17]] * 3)
@@ -285,7 +285,7 @@ def test_sft_stays_within_rounding_of_a_loop_over_mlx_alone():
     adam = optim.AdamW(learning_rate=1e-3, weight_decay=0.0, bias_correction=True)
     theirs = nn.value_and_grad(models[1], default_loss)
     for batch in rows:
-        arrays = on_device(sequence_batch(list(batch), length_bucket=16))
+        arrays = to_device(sequence_batch(list(batch), length_bucket=16))
         loss, _ = ours.accumulate(arrays, sft_loss("full"))
         ours.apply()
         (wanted, _), grads = theirs(models[1], mx.array(batch), mx.array([[0, 17]] * 3))
@@ -297,7 +297,7 @@ def test_sft_stays_within_rounding_of_a_loop_over_mlx_alone():
 @pytest.mark.slow  # `nll` writes its sum twice, which mx.compile merges: metrics must survive it
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_compiled_equals_eager(kind):
-    arrays = on_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
     results = []
     for compiled in (False, True):
         model = tiny_model()
@@ -318,7 +318,7 @@ def test_the_model_keeps_no_traces_and_its_own_names():
     model = lora_model()
     before = trainable(model)
     step = Step(model, OptimizerSettings(), total_steps=1, compiled=False)
-    step.accumulate(on_device(ragged_batch()) | {"count": mx.array(50.0)}, nll)
+    step.accumulate(to_device(ragged_batch()) | {"count": mx.array(50.0)}, nll)
     after = trainable(model)
     assert after.keys() == before.keys() == step.gradients().keys()
     assert all(after[name] is before[name] for name in before)

@@ -9,9 +9,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from learner import chunked
+from learner.batches import to_device
 from learner.forward import Head, completion_logprobs
 from tests.learner.heads import CASES, HEADS, assert_close, gradients, trained
-from tests.tiny import on_device, ragged_batch
+from tests.tiny import ragged_batch
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ class Table(nn.Module):
 @pytest.mark.parametrize("case", ["lora", "lora, untied, 4 bits", "full, tied", "soft cap"])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_logit_metrics_equal_those_of_all_logits(case, gradient):
-    model, arrays = CASES[case](), on_device(ragged_batch(bucket=32))
+    model, arrays = CASES[case](), to_device(ragged_batch(bucket=32))
     logits = model(arrays["input_ids"])
     logits = np.take_along_axis(np.array(logits), np.array(arrays["positions"])[..., None], axis=1)
     targets = np.array(arrays["targets"])
@@ -78,7 +79,7 @@ def test_of_equal_logits_the_first_is_the_likeliest(head, frozen):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_logit_metrics_have_no_gradient_and_leave_the_others_alone(kind):
-    model, arrays = trained(kind), on_device(ragged_batch())
+    model, arrays = trained(kind), to_device(ragged_batch())
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
 
     def scores(model, **asked):
