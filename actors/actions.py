@@ -3,8 +3,8 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from actors.engine import GenerationRequest, GenerationResult
-from protocol.messages import ActorMessage, Policy, Task, Welcome
+from actors.engine.base import GenerationRequest, GenerationResult
+from protocol.messages.messages import ActorMessage, Policy, Task, Welcome
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import anyio
 import anyio.abc
 
-from actors.port import (
+from actors.bridge_messages import (
     Command,
     Event,
     Fetch,
@@ -27,13 +27,13 @@ from actors.port import (
     Send,
     UseRewards,
 )
-from protocol.bridge import Bridge, BridgeClosed
-from protocol.channel import ClientChannel
-from protocol.endpoints import reachable
 from protocol.errors import PippinError, SnapshotError, WireError
-from protocol.messages import Failed, Group, Heartbeat, Policy
-from protocol.parts import RewardResult, RewardService
-from protocol.snapshot_channel import fetch_snapshot
+from protocol.messages.messages import Failed, Group, Heartbeat, Policy
+from protocol.messages.parts import RewardResult, RewardService
+from protocol.transport.bridge import Bridge, BridgeClosed
+from protocol.transport.channel import ClientChannel
+from protocol.transport.endpoints import reachable
+from protocol.transport.snapshot_channel import fetch_snapshot
 
 HEARTBEAT_S = 2.0
 
@@ -53,7 +53,7 @@ class Scorer(Protocol):
 
 
 class IoBridge(Protocol):
-    """The I/O side of `protocol.bridge.Bridge`."""
+    """The I/O side of `protocol.transport.bridge.Bridge`."""
 
     async def aget(self) -> Command:
         """Take the main thread's next command; BridgeClosed at its end."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from protocol.messages import Policy
+from protocol.messages.messages import Policy
 
 log = logging.getLogger("pippin.actor")
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
-from actors.engine import GenerationRequest, GenerationResult
-from actors.port import LeaseKey
-from protocol.arrays import ids_view
+from actors.bridge_messages import LeaseKey
+from actors.engine.base import GenerationRequest, GenerationResult
 from protocol.errors import RefusedError
-from protocol.messages import (
+from protocol.messages.arrays import ids_view
+from protocol.messages.messages import (
     PROTOCOL_VERSION,
     Ack,
     ActorMessage,
@@ -32,7 +32,7 @@ from protocol.messages import (
     Task,
     Welcome,
 )
-from protocol.parts import RewardResult
+from protocol.messages.parts import RewardResult
 
 log = logging.getLogger("pippin.actor")
 

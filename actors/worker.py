@@ -15,9 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
-from actors.engine import Engine, GenerationResult
-from actors.policy_store import PolicyStore
-from actors.port import (
+from actors.bridge_messages import (
     Command,
     Event,
     Fetch,
@@ -33,10 +31,12 @@ from actors.port import (
     Send,
     UseRewards,
 )
+from actors.engine.base import Engine, GenerationResult
+from actors.policy_store import PolicyStore
 from actors.session import Session
-from protocol.arrays import ids_view
 from protocol.errors import DataError, ModelError
-from protocol.messages import Heartbeat, Task
+from protocol.messages.arrays import ids_view
+from protocol.messages.messages import Heartbeat, Task
 
 log = logging.getLogger("pippin.actor")
 

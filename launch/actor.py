@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.bridge_messages import Command, Event, Received, Send
 from actors.io import ActorIo, BridgePort
-from actors.port import Command, Event, Received, Send
 from actors.session import Identity, Session
 from actors.worker import Worker
-from launch.boot import begin
-from protocol.bridge import Bridge
-from protocol.channel import Client
-from protocol.endpoints import reachable
+from launch.processes.lifeline import Lifeline
+from launch.processes.start import begin
+from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
-from protocol.lifeline import Lifeline
-from protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
-from protocol.parts import RewardService
-from protocol.settings import ModelSettings
+from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
+from protocol.messages.parts import RewardService
+from protocol.transport.bridge import Bridge
+from protocol.transport.channel import Client
+from protocol.transport.endpoints import reachable
 
 if TYPE_CHECKING:
-    from actors.reward_client import RewardClient
-    from protocol.policy import LoadedPolicy
+    from actors.rewards.client import RewardClient
+    from protocol.model.policy import LoadedPolicy
 
 log = logging.getLogger("pippin.actor")
 
@@ -76,7 +76,7 @@ def main() -> int:
 
 def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> ActorIo:
     def make_scorer(services: list[RewardService]) -> "RewardClient":
-        from actors.reward_client import RewardClient
+        from actors.rewards.client import RewardClient
 
         here = [
             msgspec.structs.replace(s, endpoints=[reachable(e, args.connect) for e in s.endpoints])
@@ -102,7 +102,7 @@ def _work(
     welcome = enquire(port, name, incarnation, args.connect, lifeline)
     if welcome is None:
         return
-    from protocol.policy import load_policy
+    from protocol.model.policy import load_policy
 
     settings = msgspec.convert(welcome.model, ModelSettings)
     if args.model:
@@ -162,8 +162,8 @@ def enquire(
 def _worker(
     args: argparse.Namespace, policy: "LoadedPolicy", identity: Identity, port: BridgePort
 ) -> Worker:
-    from actors.mlx_engine import MlxEngine
-    from protocol.policy import apply_snapshot, read_snapshot
+    from actors.engine.mlx_engine import MlxEngine
+    from protocol.model.policy import apply_snapshot, read_snapshot
 
     engine = MlxEngine(
         policy.model,

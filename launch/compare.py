@@ -18,12 +18,12 @@ from typing import Any
 
 import msgspec
 
-from launch.compare_page import Answers, Compared, Rival, render
-from launch.judge import TIMEOUT_S, Judge
-from launch.records import parse_lines
-from launch.win_rate import first_answers, latest_answers, recorded_scores
-from protocol.blas import HINT, load_openblas
-from protocol.config import read_toml
+from launch.pages.comparison import Answers, Compared, Rival, render
+from launch.pages.judge import TIMEOUT_S, Judge
+from launch.pages.win_rate import first_answers, latest_answers, recorded_scores
+from launch.processes.blas import HINT, load_openblas
+from launch.run_folder.tail import parse_lines
+from protocol.config.load import read_toml
 from protocol.errors import ConfigError, PippinError
 
 CHOSEN = "chosen answers"
@@ -65,7 +65,7 @@ def _answered(run: Compared) -> Answers:
     """Return the answers of the finished policy to the run's held-out prompts."""
     if not load_openblas():
         sys.stderr.write(f"{HINT}\n")
-    from launch.answer import answer_held_out  # MLX comes with it, after OpenBLAS
+    from launch.pages.answers import answer_held_out  # MLX comes with it, after OpenBLAS
 
     sys.stderr.write(f"{run.name}: answering its held-out prompts\n")
     sys.stderr.flush()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol.blas import load_openblas
+from launch.processes.blas import load_openblas
 from protocol.errors import ModelError, PippinError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def write_gguf(result: Exported, network: "nn.Module", config: dict[str, Any]) -
 
 def write_modelfile(result: Exported, config: dict[str, Any], tokenizer: Any) -> None:  # noqa: ANN401 - mlx-lm's wrapper
     """Write an Ollama Modelfile that loads the GGUF, or else the folder."""
-    from launch.modelfile import modelfile, template_notes
+    from launch.exporting.modelfile import modelfile, template_notes
 
     stops = [str(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)]
     source = f"./{result.gguf.name}" if result.gguf else "."

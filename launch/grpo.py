@@ -7,11 +7,11 @@ the local actors and a reward server for the functions that are named, and keeps
 import sys
 from pathlib import Path
 
-from launch.children import ChildSpec
-from launch.cli import learner_spec, main, program, read_command_line, supervise
-from protocol.endpoints import ipc_folder
+from launch.processes.children import ChildSpec
+from launch.run_folder.cli import learner_spec, main, program, read_command_line, supervise
+from protocol.config.settings import GrpoRun
 from protocol.errors import ConfigError
-from protocol.settings import GrpoRun
+from protocol.transport.endpoints import ipc_folder
 
 USAGE = "usage: launch/grpo.py [recipe.toml] [--section.key value …]"
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "addition.toml"

@@ -15,14 +15,14 @@ import anyio
 import msgspec
 from msgspec import structs
 
-from launch.children import ChildSpec
-from launch.cli import NOT_BEGUN, main, program, read_command_line
 from launch.grpo import actor_specs, reward_services
-from launch.supervisor import Supervisor, awake
-from protocol.endpoints import ipc_folder
+from launch.processes.children import ChildSpec
+from launch.processes.supervisor import Supervisor, awake
+from launch.run_folder.cli import NOT_BEGUN, main, program, read_command_line
+from protocol.config.settings import PairsRun
+from protocol.config.unread import unread
 from protocol.errors import ConfigError
-from protocol.settings import PairsRun
-from protocol.unread import unread
+from protocol.transport.endpoints import ipc_folder
 
 USAGE = "usage: launch/pairs.py [recipe.toml] [--mode best_worst|given] [--section.key value …]"
 
@@ -71,7 +71,7 @@ def build(run: PairsRun, folder: Path) -> int:
     with ipc_folder() as sockets:
         endpoint = f"ipc://{sockets}/learner"
         services, servers = reward_services(run, sockets)
-        command = program("collect.py", str(folder), "--child", "--endpoint", endpoint)
+        command = program("processes/collect.py", str(folder), "--child", "--endpoint", endpoint)
         command += ["--snapshots", f"ipc://{sockets}/snapshots"]
         command += ["--endpoint", run.transport.bind] if run.transport.bind else []
         for service in services:

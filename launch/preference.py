@@ -2,8 +2,8 @@
 
 import sys
 
-from launch.cli import main, run_offline
-from protocol.settings import PreferenceRun
+from launch.run_folder.cli import main, run_offline
+from protocol.config.settings import PreferenceRun
 
 USAGE = """usage: launch/preference.py [recipe.toml] [--section.key value …]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from launch.charts import Points, line_chart
-from launch.records import number, parse_lines
+from launch.pages.charts import Points, line_chart
+from launch.run_folder.tail import number, parse_lines
 
 SAMPLES = 4
 CHARTS: dict[str, tuple[str, ...]] = {

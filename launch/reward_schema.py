@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from protocol.reward_messages import (
+from protocol.messages.rewards import (
     REWARD_PROTOCOL_VERSION,
     ScoreProgress,
     ScoreRefusal,

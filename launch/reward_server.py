@@ -12,10 +12,10 @@ import sys
 import anyio
 import anyio.to_thread
 
-from actors.reward_server import RewardServer
-from launch.boot import begin
+from actors.rewards.server import RewardServer
+from launch.processes.lifeline import Lifeline
+from launch.processes.start import begin
 from protocol.errors import PippinError, only_leaf
-from protocol.lifeline import Lifeline
 
 log = logging.getLogger("pippin.rewards")
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from launch.cli import main, run_offline
-from protocol.settings import SftRun
+from launch.run_folder.cli import main, run_offline
+from protocol.config.settings import SftRun
 
 USAGE = """usage: launch/sft.py [recipe.toml] [--section.key value …]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from learner.staleness import measure
+from launch.run_folder.staleness import measure
+from protocol.config.settings import QueueSettings
 from protocol.errors import ConfigError, DataError, PippinError
-from protocol.settings import QueueSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

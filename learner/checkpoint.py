@@ -17,7 +17,7 @@ import mlx.core as mx
 import msgspec
 
 from protocol.errors import CheckpointError, SnapshotError
-from protocol.snapshots import read_tensors, write_tensors
+from protocol.model.snapshots import read_tensors, write_tensors
 
 log = logging.getLogger("pippin.learner")
 

@@ -19,11 +19,11 @@ import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.interfaces import Evaluator, Objective, Prepared, Source
-from learner.objectives.metrics import number
+from learner.losses.metrics import number
+from learner.optim.step import Step, Update, random_state, set_random_state
 from learner.records import Records
-from learner.step import Step, Update, random_state, set_random_state
 from protocol.errors import CheckpointError
-from protocol.policy import trainable
+from protocol.model.policy import trainable
 
 log = logging.getLogger("pippin.learner")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.endpoints import ipc_folder
+from protocol.transport.endpoints import ipc_folder
 
 
 @pytest.fixture

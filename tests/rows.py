@@ -2,7 +2,7 @@
 
 import json
 
-from protocol.settings import DataSettings
+from protocol.config.settings import DataSettings
 
 
 class ByteTokenizer:

@@ -17,12 +17,12 @@ ALLOWED = {
     "launch": {"protocol", "actors", "learner"},
 }
 LIGHT = (
-    "protocol.arrays",
-    "protocol.messages",
-    "protocol.wire",
-    "protocol.channel",
-    "protocol.config",
-    "protocol.settings",
+    "protocol.messages.arrays",
+    "protocol.messages.messages",
+    "protocol.messages.wire",
+    "protocol.transport.channel",
+    "protocol.config.load",
+    "protocol.config.settings",
 )
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "datasets")
 

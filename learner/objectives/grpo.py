@@ -1,257 +1,275 @@
-"""The GRPO family of losses, equal to TRL 1.16.0's `GRPOTrainer._compute_loss`.
+"""GRPO over groups from the actors: groups to arrays, and the loss of a micro-batch.
 
-Pure functions of arrays. Every normaliser is computed on the whole optimiser batch
-(`grpo_normalisers`) and passed in, so that the losses and gradients of micro-batches add up to the
-whole batch's under any split. That equals TRL at one micro-batch, and at any number of them for
-every loss but `bnpo`, which TRL normalises per micro-batch.
+The mathematics is in `learner/losses/grpo.py` and `learner/objectives/advantages.py`; here rows are
+gathered, padded and skipped, reference and old log-probs are computed, and rollouts described.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from learner.objectives.grpo_metrics import CLIPPED, average, loss_metrics
-from learner.objectives.metrics import Metrics
-from protocol.settings import GrpoSettings
+from learner.interfaces import Arrays, Prepared
+from learner.losses import grpo as objective
+from learner.losses.grpo_metrics import unclipped
+from learner.losses.metrics import finish_metrics, maximum, mean, merge_metrics
+from learner.model.batches import aligned, padded_rows, to_device
+from learner.model.logprobs import Head, TokenScores, completion_logprobs
+from learner.model.shared_prompt import SharedPrompt, group_batch
+from learner.objectives.advantages import advantages
+from learner.objectives.completions import Rows, batch_metrics, gather_rows
+from learner.online.evaluation import reward_matrix
+from learner.online.experience import TrainBatch, TrainedGroup
+from protocol.config.settings import GrpoSettings, TrainSettings
+from protocol.errors import RewardError
 
-Normalisers = Mapping[str, mx.array]
-EXPONENT_LIMIT = 80.0
 
+@dataclass
+class GrpoObjective:
+    """GRPO's loss family over batches of groups.
 
-def grpo_normalisers(
-    *,
-    mask_sums: np.ndarray,
-    max_completion_length: int,
-    generation_tokens: float | None = None,
-    entropy_threshold: float | None = None,
-    entropy_tokens: float | None = None,
-) -> dict[str, float]:
-    """Return what the losses divide by, from the whole batch's (N,) mask sums.
+    `reference` gives the frozen policy (needed when beta > 0). `describe` makes a rollout's line.
+    With `share_prompt`, a micro-batch of one group computes its prompt once.
 
-    `generation_tokens`: the unmasked tokens that dapo, cispo and vespo divide by (the batch's own
-    by default). `entropy_threshold`, nats, and `entropy_tokens`: see `entropy_quantile`.
+    Metrics are of the whole batch, as TRL's, but for those that read log-probs of completions that
+    no forward pass is made for (advantage 0, or no token that counts): `entropy`, `sampling/*` and
+    `vespo/phi_seq_mean` are of the others. `zero_advantage_step` makes it for all.
     """
-    tokens = max(float(mask_sums.sum()), 1.0)
-    return {
-        "sequences": float(len(mask_sums)),
-        "tokens": tokens,
-        "generation_tokens": max(tokens if generation_tokens is None else generation_tokens, 1.0),
-        "length_tokens": float(len(mask_sums)) * max_completion_length,
-        "entropy_threshold": -math.inf if entropy_threshold is None else entropy_threshold,
-        "entropy_tokens": max(tokens if entropy_tokens is None else entropy_tokens, 1.0),
-    }
 
+    settings: GrpoSettings
+    train: TrainSettings
+    model: nn.Module
+    temperature: float
+    max_completion_length: int
+    weights: Sequence[float] | None
+    head: Head
+    describe: Callable[[TrainedGroup, int], dict[str, Any]]
+    reference: nn.Module | None = None
+    max_none_batches: int = 3
+    share_prompt: bool = False
+    _none_batches: int = 0
 
-def entropy_quantile(
-    entropies: np.ndarray, mask: np.ndarray, top_quantile: float
-) -> tuple[float, float]:
-    """Return the entropy (nats) that the top `top_quantile` of tokens reach, and their number.
+    @property
+    def num_iterations(self) -> int:
+        """Return how often the batch is trained on."""
+        return self.settings.num_iterations
 
-    TRL's `get_high_entropy_mask`: linear interpolation, over the whole batch.
-    """
-    values = entropies[mask > 0].astype(np.float32)
-    if not values.size:
-        return math.inf, 0.0
-    threshold = np.quantile(values, np.float32(1.0 - top_quantile))
-    return float(threshold), float((values >= threshold).sum())
-
-
-def importance_ratio(
-    old_logps: mx.array, sampling_logps: mx.array, mask: mx.array, settings: GrpoSettings
-) -> mx.array:
-    """Return exp(old - sampler) as the settings truncate or mask it: (B, C), or (B, 1) a sequence.
-
-    TRL's `vllm_importance_sampling_correction` in its four modes.
-    """
-    mode = settings.importance_sampling_mode
-    gap = old_logps - sampling_logps
-    gap = mx.where(mx.isnan(gap), 0.0, gap) * mask
-    if mode.startswith("sequence"):
-        gap = gap.sum(axis=-1, keepdims=True)
-    low, high = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
-    ratio = mx.exp(gap)
-    if mode.endswith("truncate"):
-        return mx.clip(ratio, low, high)
-    kept = ratio <= high
-    if low is not None:
-        kept = kept & (ratio >= low)
-    return mx.where(kept, ratio, 0.0)
-
-
-def grpo_loss(
-    logps: mx.array,
-    entropies: mx.array,
-    *,
-    advantages: mx.array,
-    mask: mx.array,
-    old_logps: mx.array,
-    ref_logps: mx.array | None = None,
-    sampling_logps: mx.array | None = None,
-    ratio: mx.array | None = None,
-    rows: mx.array | None = None,
-    normalisers: Normalisers,
-    settings: GrpoSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return a micro-batch's share of the loss, and metrics that `merge_metrics` takes.
-
-    `logps`, `entropies`, `mask`, `old_logps`, `ref_logps`, `sampling_logps` (B, C) float32, nats;
-    `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction; without
-    `sampling_logps` the off-policy mask compares with `old_logps`. `rows` (B,) is 0 for empty rows
-    that only fill the batch, which metrics leave out.
-    """
-    advantage = advantages[:, None]
-    live = mask > 0
-    rows = mx.ones(advantages.shape) if rows is None else rows
-    # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
-    gap = mx.where(live, logps - old_logps, 0.0)
-    weights = saturated(_token_or_sequence(gap, mask, settings))
-    coefficient = mx.exp(weights)
-    loss, parts = _policy_loss(logps, gap, coefficient, advantage, mask, ratio, settings)
-    if settings.off_policy_mask_threshold is not None:
-        sampler = old_logps if sampling_logps is None else sampling_logps
-        loss = loss * off_policy_mask(
-            logps, sampler, advantage, mask, settings.off_policy_mask_threshold
+    def prepare(self, batch: TrainBatch) -> Prepared:
+        """Return the arrays of a batch: rows that cannot contribute are left out of them."""
+        rows = gather_rows(batch.groups)
+        names, rewards = reward_matrix(batch.groups)
+        self._check_rewards(names, rewards, batch)
+        if names and self.weights is not None and len(self.weights) != len(names):
+            raise RewardError(
+                f"rewards.reward_weights has {len(self.weights)} numbers, but {len(names)} reward "
+                f"functions answered: {', '.join(names)}. Give one weight a function, in order."
+            )
+        result = advantages(
+            rewards,
+            groups=rows.groups,
+            names=names,
+            weights=self.weights if names else None,
+            scale_rewards=self.settings.scale_rewards,
+            aggregation=self.settings.multi_objective_aggregation,
         )
-    effective = mask
-    if settings.top_entropy_quantile < 1.0:
-        high = (entropies >= normalisers["entropy_threshold"]).astype(mask.dtype)
-        loss, effective = loss * high, mask * high
-    if ratio is not None and settings.loss_type != "vespo":
-        loss = loss * ratio
-    metrics = loss_metrics(parts | {"entropy": entropies}, ratio, mask, rows)
-    if settings.beta != 0.0:
-        if ref_logps is None:
-            raise ValueError("beta is not 0: grpo_loss needs ref_logps")
-        log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
-        kl = k3(mx.where(live, ref_logps - logps, 0.0), log_weights)
-        loss = loss + settings.beta * kl
-        metrics |= average("kl", kl, mask, rows)
-    total = aggregate(loss, mask, normalisers, settings)
-    if settings.entropy_coef != 0.0:
-        metrics |= {"sum:policy_loss": mx.stop_gradient(total)}
-        bonus = (entropies * effective).sum() / normalisers["entropy_tokens"]
-        total = total - settings.entropy_coef * bonus
-    return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
+        masks = [np.ones(len(c), np.float32) for c in rows.completions]
+        if self.settings.mask_truncated_completions:
+            masks = [m * float(f) for m, f in zip(masks, rows.finished, strict=True)]
+        metrics = {**result.metrics, **batch_metrics(batch, rows)}
+        lines = [self.describe(item, batch.trained_at) for item in batch.groups]
+        counted = np.array([mask.any() for mask in masks])
+        live = self._contributing(result.advantages, counted)
+        step = bool(live.any())
+        prepared = Prepared([], metrics, step=step, rollouts=lines)
+        skipped = _skipped(masks, live)
+        if not step:
+            metrics |= self.finish(unclipped(skipped, self.settings))
+        else:
+            prepared.micro = self._micro(rows, masks, result.advantages, live)
+            for number, arrays in enumerate(prepared.micro):
+                arrays["skipped"] = skipped if number == 0 else mx.zeros_like(skipped)
+            if self.settings.top_entropy_quantile < 1:
+                prepared.again = partial(self._score_again, prepared.micro)
+        return prepared
+
+    def _moves_without_advantages(self) -> bool:
+        s = self.settings
+        return s.zero_advantage_step or s.beta > 0 or s.entropy_coef != 0
+
+    def _contributing(self, row_advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """Return which rows (N,) the forward pass needs: exact, for the others give no gradient.
+
+        `counted` (N,): rows with a token that counts. The entropy quantile is over all rows.
+        """
+        if self._moves_without_advantages():
+            return np.ones(len(row_advantages), bool)
+        live = (row_advantages != 0) & counted
+        if self.settings.top_entropy_quantile < 1 and live.any():
+            return np.ones(len(row_advantages), bool)
+        return live
+
+    def _micro(
+        self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, live: np.ndarray
+    ) -> list[Arrays]:
+        """Return one mapping of arrays a micro-batch of `micro_batch_size` groups."""
+        chosen = sorted({int(g) for g in rows.groups[live]})
+        size = self.train.micro_batch_size
+        micro: list[Arrays] = []
+        for start in range(0, len(chosen), size):
+            part = set(chosen[start : start + size])
+            index = [i for i in range(len(live)) if live[i] and int(rows.groups[i]) in part]
+            micro.append(self._arrays(rows, masks, row_advantages, index))
+        values = objective.grpo_normalisers(
+            mask_sums=np.array([m.sum() for m in masks]),
+            max_completion_length=self.max_completion_length,
+        )
+        for arrays in micro:
+            arrays.update(_normalisers(values))
+        if self.settings.top_entropy_quantile < 1:
+            self._find_threshold(micro)
+        return micro
+
+    def _find_threshold(self, micro: list[Arrays]) -> None:
+        """Put the entropy quantile over the whole batch into its micro-batches."""
+        entropies = [np.array(arrays["entropies"]).ravel() for arrays in micro]
+        masks = [np.array(arrays["mask"]).ravel() for arrays in micro]
+        threshold, tokens = objective.entropy_quantile(
+            np.concatenate(entropies), np.concatenate(masks), self.settings.top_entropy_quantile
+        )
+        found = {"entropy_threshold": threshold, "entropy_tokens": max(tokens, 1.0)}
+        for arrays in micro:
+            arrays.update(_normalisers(found))
+
+    def _score_again(self, micro: list[Arrays]) -> None:
+        """Take the entropy quantile of the policy as it is now."""
+        for arrays in micro:
+            arrays["entropies"] = self._scores(self.model, arrays).entropies
+        self._find_threshold(micro)
+
+    def _arrays(
+        self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
+    ) -> Arrays:
+        # Empty rows make few shapes of many: a compiled step is traced once a shape.
+        empty = padded_rows(len(index)) - len(index)
+        tokens, prompt = group_batch(
+            [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
+            [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
+            masks=[masks[i] for i in index] + [np.zeros(0, np.float32)] * empty,
+            length_bucket=self.train.length_bucket,
+            one_prompt=self.share_prompt and len(set(rows.groups[index])) == 1,
+        )
+        sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
+        arrays = to_device(tokens)
+        if prompt is not None:
+            arrays |= prompt._asdict()
+        filling = np.zeros(empty, np.float32)
+        weights = np.concatenate([row_advantages[index], filling])
+        arrays["advantages"] = mx.array(weights.astype(np.float32))
+        arrays["rows"] = mx.array(np.concatenate([np.ones(len(index), np.float32), filling]))
+        arrays["sampling_logps"] = mx.array(sampler)
+        settings = self.settings
+        if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
+            scores = self._scores(self.model, arrays)
+            if settings.old_logprobs == "recompute":
+                arrays["old_logps"] = scores.logps
+            if settings.top_entropy_quantile < 1:
+                arrays["entropies"] = scores.entropies
+        if settings.importance_sampling_correction:
+            arrays["ratio"] = objective.importance_ratio(
+                arrays["old_logps"], arrays["sampling_logps"], arrays["mask"], settings
+            )
+        if settings.beta > 0:
+            if self.reference is None:
+                raise ValueError("objective.beta > 0 needs a reference policy")
+            arrays["ref_logps"] = self._scores(self.reference, arrays).logps
+        mx.eval(arrays)
+        return arrays
+
+    def _scores(self, model: nn.Module, arrays: Arrays) -> TokenScores:
+        return completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
+            temperature=self.temperature,
+            head=self.head,
+            entropy=self.settings.top_entropy_quantile < 1,
+            gradient=False,
+        )
+
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss and its mergeable metrics."""
+        logps, entropies, *_ = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            prompt=SharedPrompt.of(arrays),
+            temperature=self.temperature,
+            head=self.head,
+            entropy=True,
+            entropy_gradient=self.settings.entropy_coef != 0,
+        )
+        sampling = arrays["sampling_logps"]
+        loss, metrics = objective.grpo_loss(
+            logps,
+            entropies,
+            advantages=arrays["advantages"],
+            mask=arrays["mask"],
+            old_logps=arrays.get("old_logps", sampling),
+            ref_logps=arrays.get("ref_logps"),
+            sampling_logps=sampling,
+            ratio=arrays.get("ratio"),
+            rows=arrays.get("rows"),
+            normalisers={
+                key.removeprefix("normaliser/"): value
+                for key, value in arrays.items()
+                if key.startswith("normaliser/")
+            },
+            settings=self.settings,
+        )
+        if "skipped" in arrays:
+            metrics = merge_metrics(metrics, unclipped(arrays["skipped"], self.settings))
+        gap = mx.abs(arrays.get("old_logps", mx.stop_gradient(logps)) - sampling) * arrays["mask"]
+        name = "sampling/sampling_logp_difference"
+        metrics |= mean(f"{name}/mean", gap.sum(), arrays["mask"].sum())
+        return loss, metrics | maximum(f"{name}/max", gap.max())
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        return merge_metrics(first, second)
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        """Turn merged metrics into TRL's."""
+        return finish_metrics(metrics)
+
+    def _check_rewards(self, names: list[str], rewards: np.ndarray, batch: TrainBatch) -> None:
+        self._none_batches = self._none_batches + 1 if np.isnan(rewards).all() else 0
+        if self._none_batches >= self.max_none_batches:
+            faults = {
+                f"{f.function}: {f.kind}: {f.message.splitlines()[-1]}"
+                for item in batch.groups
+                for f in item.group.reward.faults
+                if f.message
+            }
+            raise RewardError(
+                f"Every reward of {self._none_batches} batches in a row was None "
+                f"(functions: {', '.join(names) or 'none answered'}). "
+                f"{' '.join(sorted(faults)[:5])} See the reward server's log; mend the functions, "
+                "then go on with --run.resume."
+            )
 
 
-def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
-    """Return exp(log_weights) times Schulman's k3 estimate of KL(policy || reference).
-
-    k3 is exp(gap) - gap - 1, for the gap from policy to reference in nats.
-    """
-    far = gap > 20.0
-    weights, near = mx.exp(log_weights), mx.where(far, 0.0, gap)
-    # Far off, exp(gap) may be inf and the weight 0, whose product is neither.
-    product = mx.exp(saturated(mx.where(far, gap + log_weights, 0.0)))
-    # Near 0, exp(gap) - 1 would have few digits left; so would its derivative, here given as slope.
-    slope = mx.stop_gradient(mx.expm1(near))
-    close = mx.stop_gradient(slope - near) + slope * (near - mx.stop_gradient(near))
-    return mx.where(far, product - weights * (gap + 1), weights * close)
+def _skipped(masks: list[np.ndarray], live: np.ndarray) -> mx.array:
+    """Return what `unclipped` is told of the rows that `live` (N,) leaves out."""
+    tokens = np.array([mask.sum() for mask in masks])[~live]
+    return mx.array(np.array([len(tokens), (tokens > 0).sum(), tokens.sum()], np.float32))
 
 
-def saturated(exponent: mx.array) -> mx.array:
-    """Return `exponent`, at most 80 but with its own gradient: exp of it is finite in float32.
-
-    So a clipped ratio beyond that has the gradient 0, not 0 times inf.
-    """
-    excess = mx.maximum(exponent - EXPONENT_LIMIT, 0.0)
-    return exponent - mx.stop_gradient(excess)
-
-
-def off_policy_mask(
-    logps: mx.array,
-    sampling_logps: mx.array,
-    advantage: mx.array,
-    mask: mx.array,
-    threshold: float,
-) -> mx.array:
-    """Return (B, 1), 0 for sequences of negative advantage that drifted too far (DeepSeek-V3.2)."""
-    drift = sampling_logps - mx.stop_gradient(logps)
-    drift = mx.where(mx.isnan(drift) | (mask == 0), 0.0, drift)
-    average = drift.sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1.0)
-    return ((advantage >= 0) | (average <= threshold)).astype(mask.dtype)
-
-
-def aggregate(
-    loss: mx.array, mask: mx.array, normalisers: Normalisers, settings: GrpoSettings
-) -> mx.array:
-    """Sum the (B, C) losses into this micro-batch's share of the batch's loss."""
-    masked = loss * mask
-    match settings.loss_type:
-        case "grpo" | "sapo":
-            rows = masked.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)
-            return rows.sum() / normalisers["sequences"]
-        case "luspo":
-            return masked.sum(axis=-1).sum() / normalisers["sequences"]
-        case "bnpo":
-            return masked.sum() / normalisers["tokens"]
-        case "dr_grpo":
-            return masked.sum() / normalisers["length_tokens"]
-        case "dapo" | "cispo" | "vespo":
-            return masked.sum() / normalisers["generation_tokens"]
-
-
-def _token_or_sequence(gap: mx.array, mask: mx.array, settings: GrpoSettings) -> mx.array:
-    if settings.importance_sampling_level == "token":
-        return gap
-    total = (gap * mask).sum(axis=-1, keepdims=True)
-    return total / mx.maximum(mask.sum(axis=-1, keepdims=True), 1.0)
-
-
-def _policy_loss(
-    logps: mx.array,
-    gap: mx.array,
-    coefficient: mx.array,
-    advantage: mx.array,
-    mask: mx.array,
-    ratio: mx.array | None,
-    settings: GrpoSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return the (B, C) policy loss (or (B, 1)), and the values that its metrics average."""
-    low = settings.epsilon
-    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-    if settings.loss_type in CLIPPED:
-        clipped = mx.clip(coefficient, 1 - low, 1 + high)
-        if settings.delta is not None:
-            coefficient = mx.minimum(coefficient, settings.delta)
-        loss = -mx.minimum(coefficient * advantage, clipped * advantage)
-        below = ((coefficient < 1 - low) & (advantage < 0)).astype(mx.float32)
-        above = ((coefficient > 1 + high) & (advantage > 0)).astype(mx.float32)
-        return loss, {
-            "clip_ratio/low_mean": below,
-            "clip_ratio/high_mean": above,
-            "clip_ratio/region_mean": mx.maximum(below, above),
-        }
-    if settings.loss_type == "cispo":
-        factor = mx.stop_gradient(mx.minimum(coefficient, high))
-        over = ((coefficient > high) & (advantage > 0)).astype(mx.float32)
-        return -factor * advantage * logps, {"cispo_clip_ratio": over}
-    if settings.loss_type == "sapo":
-        positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
-        temperature = mx.where(advantage > 0, positive, negative)
-        soft = mx.sigmoid(temperature * (coefficient - 1)) * 4 / temperature
-        return -soft * advantage, {}
-    phi = mx.stop_gradient(_vespo_weight(gap, advantage, mask, ratio, settings))
-    return -phi * advantage * logps, {"vespo/phi_seq_mean": phi}
-
-
-def _vespo_weight(
-    gap: mx.array,
-    advantage: mx.array,
-    mask: mx.array,
-    ratio: mx.array | None,
-    settings: GrpoSettings,
-) -> mx.array:
-    """Return phi (B, 1): exp(lambda + k w - lambda e^w), w the clamped sequence log-ratio."""
-    lowest = math.log(1e-8)
-    total = (mx.clip(gap, -20.0, 20.0) * mask).sum(axis=-1, keepdims=True)
-    if ratio is not None:
-        total = total + mx.clip(mx.log(ratio), lowest, 20.0).sum(axis=-1, keepdims=True)
-    omega = mx.clip(total, lowest, 20.0)
-    k = mx.where(advantage >= 0, settings.vespo_k_pos, settings.vespo_k_neg)
-    scale = mx.where(advantage >= 0, settings.vespo_lambda_pos, settings.vespo_lambda_neg)
-    scale = mx.maximum(scale, 1e-4)
-    phi = mx.exp(scale + k * omega - scale * mx.exp(omega))
-    return mx.where(mx.isfinite(phi), phi, 0.0)
+def _normalisers(values: Mapping[str, float]) -> Arrays:
+    return {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}

@@ -1,291 +1,270 @@
-"""Preference losses, equal to TRL 1.16.0's DPO, CPO, ORPO and KTO trainers.
+"""Preference losses over pairs or judged answers: examples to arrays, and a micro-batch's loss.
 
-Pure functions of arrays. Normalisers come from the whole batch, so micro-batches add up to it
-under any split that keeps pairs together, except where `needs_whole_batch` says otherwise.
+The mathematics is in `learner/objectives/`; here rows are padded, reference log-probs computed and
+the whole batch's normalisers taken. A pair's two rows are always in one micro-batch.
 """
 
-import math
-from collections.abc import Mapping
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from learner.objectives.dpo import Pairs, dpo_terms, truncated_tail
-from learner.objectives.metrics import Metrics, finish_metrics, mean
-from learner.objectives.odds import (
-    cpo_loss_type,
-    cpo_rewards,
-    cpo_terms,
-    log_odds,
-    log_sigmoid_odds,
+from learner.data.examples import Logps, PreferenceExample, UnpairedExample
+from learner.interfaces import Arrays, Prepared
+from learner.losses.metrics import finish_metrics, merge_metrics, token_mean
+from learner.losses.preference import (
+    finish_kto,
+    kto_kl,
+    kto_loss,
+    kto_loss_type,
+    needs_reference,
+    pair_normalisers,
+    preference_loss,
 )
+from learner.model.batches import TokenBatch, aligned, to_device
+from learner.model.logprobs import Head, TokenScores, completion_logprobs
+from learner.objectives.preference_batches import (
+    answer_parts,
+    answer_tokens,
+    nll_of_whole_sequence,
+    pair_parts,
+    pair_tokens,
+)
+from protocol.config.preference_checks import check_preference, check_scores, without_effect
+from protocol.config.settings import PreferenceSettings, TrainSettings
 from protocol.errors import ConfigError
-from protocol.preference_checks import KTO_LOSSES
-from protocol.settings import PreferenceSettings
 
-Normalisers = Mapping[str, mx.array]
+log = logging.getLogger("pippin.learner")
 
-
-def needs_reference(settings: PreferenceSettings) -> bool:
-    """Return whether the loss reads a reference policy's log-probs."""
-    return settings.method in ("dpo", "kto") and not settings.reference_free
+_NORMALISER = "normaliser/"
 
 
-def needs_whole_batch(settings: PreferenceSettings) -> bool:
-    """Return whether the loss couples pairs, so that micro-batches cannot add up to it.
+@dataclass
+class PreferenceObjective:
+    """DPO's family, CPO, SimPO and ORPO over batches of pairs; KTO over judged answers.
 
-    aot sorts over the batch; sft under WPO multiplies two means over it.
+    `model` is the policy, which KTO's KL and WPO's weights read before the step; `reference` gives
+    the frozen policy of DPO and KTO, unless every example brings its precomputed log-probs. Batch
+    sizes count pairs, or KTO's rows. Raises ConfigError for settings that cannot be met.
     """
-    types = settings.loss_type if settings.method == "dpo" else []
-    sorts = any(name.startswith("aot") for name in types)
-    return sorts or ("sft" in types and settings.use_weighting)
 
+    settings: PreferenceSettings
+    train: TrainSettings
+    head: Head
+    model: nn.Module
+    reference: nn.Module | None = None
+    num_iterations: int = 1
+    reads: list[nn.Module] = field(default_factory=list)
 
-def pair_normalisers(
-    *, rows: int, chosen_tokens: float, nll_tokens: float | None = None
-) -> dict[str, float]:
-    """Return what pair losses divide by: the batch's pairs, its chosen completion tokens, and the
-    tokens of the NLL (ORPO: prompt and response; the chosen tokens by default)."""
-    chosen = max(chosen_tokens, 1.0)
-    return {
-        "rows": float(max(rows, 1)),
-        "chosen_tokens": chosen,
-        "nll_tokens": max(chosen if nll_tokens is None else nll_tokens, 1.0),
-    }
+    def __post_init__(self) -> None:
+        check_preference(self.settings)
+        for line in without_effect(self.settings):
+            log.warning(line)
+        given = self.reference is not None or self.settings.precompute_ref_log_probs
+        if needs_reference(self.settings) and not given:
+            raise ConfigError(
+                f"objective.method = {self.settings.method!r} needs a reference policy, and none "
+                'was given: set model.reference to "initial", "base" or a path (for DPO alone, '
+                "objective.reference_free = true does without)"
+            )
 
+    def prepare(self, batch: Sequence[PreferenceExample] | Sequence[UnpairedExample]) -> Prepared:
+        """Return the arrays of a batch, `micro_batch_size` pairs (KTO: rows) a micro-batch.
 
-def preference_loss(
-    logps: mx.array,
-    *,
-    mask: mx.array,
-    ref_logps: mx.array | None = None,
-    lengths: mx.array | None = None,
-    log_sum_sq_probs: mx.array | None = None,
-    nll_mask: mx.array | None = None,
-    scores: mx.array | None = None,
-    entropies: mx.array | None = None,
-    normalisers: Normalisers,
-    settings: PreferenceSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return a micro-batch's share of the loss of B pairs, and mergeable metrics.
+        Losses that couple all pairs (`needs_whole_batch`) get one micro-batch of them all.
+        """
+        pairs = [example for example in batch if isinstance(example, PreferenceExample)]
+        answers = [example for example in batch if isinstance(example, UnpairedExample)]
+        wanted, kind = (answers, "judged answers") if self._unpaired else (pairs, "pairs")
+        if len(wanted) != len(batch):
+            raise ValueError(
+                f"objective.method = {self.settings.method!r} takes {kind}, got "
+                f"{type(batch[0]).__name__} among {len(batch)} rows"
+            )
+        return self._prepare_answers(answers) if self._unpaired else self._prepare_pairs(pairs)
 
-    `logps`, `ref_logps`, `mask`, `nll_mask`, `log_sum_sq_probs`, `entropies` (2B, C) float32, nats;
-    rows [:B] chosen, [B:] rejected. `mask` counts completion tokens, `nll_mask` those of ORPO's
-    NLL. `lengths` (2B,): tokens that ipo and sigmoid_norm divide by, the mask's by default.
-    `scores` (B,): `preference_score`, a factor of each pair's loss.
-    """
-    live = mask > 0
-    logps = mx.where(live if nll_mask is None else live | (nll_mask > 0), logps, 0.0)
-    if settings.method == "dpo":
-        if ref_logps is None and not settings.reference_free:
-            raise ValueError("dpo needs ref_logps; only objective.reference_free does without")
-        ref = mx.zeros_like(logps) if ref_logps is None else mx.where(live, ref_logps, 0.0)
-        counted = mask.sum(axis=1) if lengths is None else lengths
-        loss, metrics = _dpo(
-            logps, ref, mask, counted, log_sum_sq_probs, scores, normalisers, settings
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Return a micro-batch's share of the loss and its mergeable metrics."""
+        scores = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            head=self.head,
+            entropy=True,
+            logit_metrics=True,
         )
-    else:
-        nll = mask if nll_mask is None else nll_mask
-        loss, metrics = _without_reference(logps, mask, nll, scores, normalisers, settings)
-    if entropies is not None:
-        metrics |= mean("entropy", mx.where(live, entropies, 0.0).sum(), mask.sum())
-    return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
+        normalisers = {
+            key.removeprefix(_NORMALISER): value
+            for key, value in arrays.items()
+            if key.startswith(_NORMALISER)
+        }
+        if not self._unpaired:
+            loss, metrics = preference_loss(
+                scores.logps,
+                mask=arrays["mask"],
+                ref_logps=arrays.get("ref_logps"),
+                log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
+                nll_mask=arrays.get("nll_mask"),
+                scores=arrays.get("scores"),
+                entropies=scores.entropies,
+                normalisers=normalisers,
+                settings=self.settings,
+            )
+        else:
+            loss, metrics = kto_loss(
+                scores.logps,
+                ref_logps=arrays["ref_logps"],
+                mask=arrays["mask"],
+                labels=arrays["labels"],
+                kl=arrays["kl"],
+                normalisers=normalisers,
+                settings=self.settings,
+            )
+            metrics |= token_mean("entropy", scores.entropies, arrays["mask"])
+        return loss, metrics | self._logit_metrics(scores, arrays)
+
+    def _logit_metrics(self, scores: TokenScores, arrays: Arrays) -> Arrays:
+        """Return means over completion tokens: `logits/*` of each side, and the accuracy of chosen.
+
+        TRL's DPO and KTO (which has no accuracy) do so; its ORPO and CPO take prompts and padding
+        into `logits/*`, which would depend on the micro-batches.
+        """
+        mask = arrays["mask"]
+        half = mask.shape[0] // 2
+        good = arrays["labels"] if self._unpaired else mx.arange(mask.shape[0]) < half
+        chosen = mx.where(good[:, None] > 0, mask, 0.0)
+        metrics = token_mean("logits/chosen", scores.mean_logits, chosen)
+        metrics |= token_mean("logits/rejected", scores.mean_logits, mask - chosen)
+        if not self._unpaired:
+            metrics |= token_mean("mean_token_accuracy", scores.top1, chosen)
+        return metrics
+
+    def merge(self, first: Arrays, second: Arrays) -> Arrays:
+        """Merge the metrics of two micro-batches."""
+        return merge_metrics(first, second)
+
+    def finish(self, metrics: Arrays) -> dict[str, float]:
+        """Turn merged metrics into TRL's."""
+        return finish_kto(metrics) if self._unpaired else finish_metrics(metrics)
+
+    @property
+    def _unpaired(self) -> bool:
+        return self.settings.method == "kto"
+
+    def _prepare_pairs(self, pairs: Sequence[PreferenceExample]) -> Prepared:
+        scored = any(pair.score is not None for pair in pairs)
+        if scored:
+            check_scores(self.settings)
+        micro: list[Arrays] = []
+        for part in pair_parts(pairs, self.settings, self.train):
+            tokens = pair_tokens(part, self.settings.method, self.train.length_bucket)
+            arrays = to_device(tokens)
+            if self.settings.method == "orpo":
+                arrays |= nll_of_whole_sequence(part, arrays["mask"])
+            if scored:
+                scores = [1.0 if pair.score is None else pair.score for pair in part]
+                arrays["scores"] = mx.array(scores, dtype=mx.float32)
+            if needs_reference(self.settings):
+                sides = [pair.ref_logps or (None, None) for pair in part]
+                stored = [chosen for chosen, _ in sides] + [rejected for _, rejected in sides]
+                arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
+            if self.settings.use_weighting and self.settings.method == "dpo":
+                arrays["log_sum_sq_probs"] = self._log_sum_sq_probs(arrays)
+            mx.eval(arrays)
+            micro.append(arrays)
+        chosen = float(sum(len(pair.chosen_ids) for pair in pairs))
+        contexts = float(sum(len(pair.prompt_ids) - 1 for pair in pairs))
+        values = pair_normalisers(
+            rows=len(pairs),
+            chosen_tokens=chosen,
+            nll_tokens=chosen + contexts if self.settings.method == "orpo" else None,
+        )
+        tokens = sum(
+            len(pair.prompt_ids)
+            + len(pair.chosen_ids)
+            + len(pair.rejected_prompt_ids)
+            + len(pair.rejected_ids)
+            for pair in pairs
+        )
+        return Prepared(_shared(micro, values), {"batch_tokens": float(tokens)})
+
+    def _prepare_answers(self, answers: Sequence[UnpairedExample]) -> Prepared:
+        bucket = self.train.length_bucket
+        with_kl = kto_loss_type(self.settings) == "kto"
+        micro: list[Arrays] = []
+        gaps: list[np.ndarray] = []
+        for part, others in answer_parts(answers, self.train):
+            tokens = answer_tokens(part, [answer.completion_ids for answer in part], bucket)
+            arrays = to_device(tokens)
+            arrays["labels"] = mx.array([float(answer.label) for answer in part])
+            stored = [answer.ref_logps for answer in part]
+            arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
+            if with_kl:
+                tokens = answer_tokens(part, others, bucket)
+                mismatched = to_device(tokens)
+                stored = [answer.kl_ref_logps for answer in part]
+                gap = self._logps(self.model, mismatched)
+                gap = gap - self._reference_logps(mismatched, tokens, stored)
+                gaps.append(np.array((gap * mismatched["mask"]).sum(axis=1)))
+            mx.eval(arrays)
+            micro.append(arrays)
+        gap = np.concatenate(gaps) if gaps else np.zeros(0)
+        kl = mx.array(kto_kl(gap, np.zeros_like(gap)), dtype=mx.float32)
+        for arrays in micro:
+            arrays["kl"] = kl
+        tokens = float(sum(answer.length for answer in answers))
+        values = {"rows": float(len(answers))}
+        return Prepared(_shared(micro, values), {"batch_tokens": tokens})
+
+    def _reference_logps(
+        self, arrays: Arrays, tokens: TokenBatch, stored: Sequence[Logps | None]
+    ) -> mx.array:
+        """Return the reference's log-probs (B, C), nats: those that were precomputed, if all were.
+
+        Raises ValueError where neither they nor a reference are there.
+        """
+        rows = [row for row in stored if row is not None]
+        if len(rows) < len(stored):
+            return self._logps(self.reference, arrays)
+        lengths = [len(row) for row in rows]
+        wanted = tokens.mask.sum(axis=1).astype(int).tolist()
+        if lengths != wanted:
+            raise ValueError(
+                f"precomputed reference log-probs are of {lengths} tokens, the completions have "
+                f"{wanted}: they are of other rows"
+            )
+        return mx.array(aligned(rows, tokens))
+
+    def _logps(self, model: nn.Module | None, arrays: Arrays, temperature: float = 1.0) -> mx.array:
+        """Return (B, C) log-probs, nats, without a gradient."""
+        if model is None:
+            raise ValueError(
+                "these examples have no precomputed reference log-probs, and there is no reference "
+                "policy to compute them with"
+            )
+        logps, *_ = completion_logprobs(
+            model,
+            arrays["input_ids"],
+            arrays["positions"],
+            arrays["targets"],
+            temperature=temperature,
+            head=self.head,
+            gradient=False,
+        )
+        return logps
+
+    def _log_sum_sq_probs(self, arrays: Arrays) -> mx.array:
+        """Return log sum p^2 (B, C) of the policy.
+
+        lse(2z) - 2 lse(z) = 2 log p - log q, for q the target's probability at temperature 1/2.
+        """
+        return 2 * self._logps(self.model, arrays) - self._logps(self.model, arrays, 0.5)
 
 
-def _dpo(
-    logps: mx.array,
-    ref: mx.array,
-    mask: mx.array,
-    lengths: mx.array,
-    log_sum_sq_probs: mx.array | None,
-    scores: mx.array | None,
-    normalisers: Normalisers,
-    settings: PreferenceSettings,
-) -> tuple[mx.array, Metrics]:
-    half = logps.shape[0] // 2
-    weights = mask if settings.ld_alpha is None else truncated_tail(mask, settings.ld_alpha)
-    policy, ratio = (logps * weights).sum(axis=1), ((logps - ref) * weights).sum(axis=1)
-    chosen_factor = mx.ones((half, 1)) if scores is None else scores[:, None]
-    sft = -(logps[:half] * mask[:half] * chosen_factor).sum() / normalisers["chosen_tokens"]
-    pairs = Pairs(
-        chosen=policy[:half],
-        rejected=policy[half:],
-        chosen_ratio=ratio[:half],
-        rejected_ratio=ratio[half:],
-        chosen_length=lengths[:half],
-        rejected_length=lengths[half:],
-        sft=sft,
-        rows=normalisers["rows"],
-    )
-    factor = mx.ones_like(pairs.chosen)
-    if settings.use_weighting:
-        if log_sum_sq_probs is None:
-            raise ValueError("objective.use_weighting needs log_sum_sq_probs")
-        factor = _wpo(logps, log_sum_sq_probs, mask)
-    terms = _scored_terms(pairs, factor, scores, settings)
-    chosen = settings.beta * pairs.chosen_ratio
-    rejected = settings.beta * pairs.rejected_ratio
-    metrics = _pair_metrics(chosen, rejected, pairs.chosen, pairs.rejected)
-    return terms.sum() / normalisers["rows"], metrics
-
-
-def _scored_terms(
-    pairs: Pairs, factor: mx.array, scores: mx.array | None, settings: PreferenceSettings
-) -> mx.array:
-    """Weigh each pair's losses (B,); the sft scalar has its scores inside already."""
-    if scores is None or "sft" not in settings.loss_type:
-        return dpo_terms(pairs, settings) * factor * (1.0 if scores is None else scores)
-    weights = settings.loss_weights or [1.0] * len(settings.loss_type)
-    total = mx.zeros_like(factor)
-    for name, weight in zip(settings.loss_type, weights, strict=True):
-        one = type(settings)(**{**_fields(settings), "loss_type": [name], "loss_weights": [weight]})
-        total = total + dpo_terms(pairs, one) * (1.0 if name == "sft" else scores)
-    return total * factor
-
-
-def _fields(settings: PreferenceSettings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in settings.__struct_fields__}
-
-
-def _wpo(logps: mx.array, log_sum_sq_probs: mx.array, mask: mx.array) -> mx.array:
-    """Return WPO's weight of each pair (B,), detached."""
-    half = logps.shape[0] // 2
-    aligned = mx.where(mask > 0, logps - log_sum_sq_probs, 0.0).sum(axis=1)
-    weights = mx.exp(aligned / mx.maximum(mask.sum(axis=1), 1.0))
-    return mx.stop_gradient(weights[:half] * weights[half:])
-
-
-def _without_reference(
-    logps: mx.array,
-    mask: mx.array,
-    nll_mask: mx.array,
-    scores: mx.array | None,
-    normalisers: Normalisers,
-    settings: PreferenceSettings,
-) -> tuple[mx.array, Metrics]:
-    half = logps.shape[0] // 2
-    totals = (logps * mask).sum(axis=1)
-    orpo = settings.method == "orpo"
-    if orpo or cpo_loss_type(settings) in ("ipo", "simpo"):
-        totals = totals / mx.maximum(mask.sum(axis=1), 1.0)
-    chosen, rejected = totals[:half], totals[half:]
-    factor = mx.ones_like(chosen) if scores is None else scores
-    nll_sum = -(logps[:half] * nll_mask[:half] * factor[:, None]).sum()
-    nll = nll_sum / normalisers["nll_tokens"]
-    if orpo:
-        ratio = log_sigmoid_odds(chosen, rejected)
-        terms, nll_weight = -settings.beta * ratio, 1.0
-        rewards = (chosen, rejected)
-        extra = mean("log_odds_ratio", ratio.sum(), mx.array(float(half)))
-        extra |= mean("log_odds_chosen", log_odds(chosen, rejected).sum(), mx.array(float(half)))
-    else:
-        terms, nll_weight = cpo_terms(chosen, rejected, settings), settings.cpo_alpha
-        rewards = (cpo_rewards(chosen, settings), cpo_rewards(rejected, settings))
-        extra = {}
-    metrics = _pair_metrics(
-        settings.beta * rewards[0], settings.beta * rewards[1], chosen, rejected
-    )
-    metrics |= extra
-    loss = (terms * factor).sum() / normalisers["rows"]
-    if nll_weight:
-        loss = loss + nll_weight * nll
-        metrics |= {"sum:nll_loss": nll}
-    return loss, metrics
-
-
-def _pair_metrics(
-    chosen: mx.array, rejected: mx.array, chosen_logps: mx.array, rejected_logps: mx.array
-) -> Metrics:
-    """Return TRL's metrics from rewards and log-probs (B,); a tie is no accuracy."""
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).astype(mx.float32),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": chosen_logps,
-        "logps/rejected": rejected_logps,
-    }
-    count = mx.array(float(chosen.size))
-    metrics: Metrics = {}
-    for name, value in values.items():
-        metrics |= mean(name, value.sum(), count)
-    return metrics
-
-
-def kto_loss_type(settings: PreferenceSettings) -> str:
-    """Return KTO's loss type ("kto" where none was chosen); raises ConfigError for another."""
-    if settings.loss_type == ["sigmoid"]:
-        return "kto"
-    if len(settings.loss_type) == 1 and settings.loss_type[0] in KTO_LOSSES:
-        return settings.loss_type[0]
-    raise ConfigError(
-        f"objective.loss_type = {settings.loss_type}: kto takes one of {', '.join(KTO_LOSSES)}"
-    )
-
-
-def kto_kl(kl_logps: np.ndarray, ref_kl_logps: np.ndarray) -> float:
-    """Return max(mean(policy - reference), 0) of the whole batch's mismatched completions (N,)."""
-    return max(float(np.mean(kl_logps - ref_kl_logps)), 0.0) if kl_logps.size else 0.0
-
-
-def kto_loss(
-    logps: mx.array,
-    *,
-    ref_logps: mx.array,
-    mask: mx.array,
-    labels: mx.array,
-    kl: mx.array,
-    normalisers: Normalisers,
-    settings: PreferenceSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return a micro-batch's share of KTO's loss over B judged answers, and mergeable metrics.
-
-    `logps`, `ref_logps`, `mask` (B, C) float32, nats; `labels` (B,) 1 = desirable; `kl` () is
-    `kto_kl`'s; `normalisers["rows"]` the batch's rows. A sum over groups that may be empty.
-    """
-    live = mask > 0
-    policy = mx.where(live, logps, 0.0).sum(axis=1)
-    ratio = mx.where(live, logps - ref_logps, 0.0).sum(axis=1)
-    good = labels > 0
-    shift = kl if kto_loss_type(settings) == "kto" else mx.zeros_like(kl)
-    z = settings.beta * (ratio - mx.stop_gradient(shift))
-    terms = mx.sigmoid(mx.where(good, -z, z))
-    weight = mx.where(good, settings.desirable_weight, settings.undesirable_weight)
-    metrics: Metrics = {"max:kl": kl}
-    for side, rows in (("chosen", good), ("rejected", ~good)):
-        chosen = rows.astype(mx.float32)
-        rewards = settings.beta * ratio * chosen
-        metrics |= mean(f"rewards/{side}", rewards.sum(), chosen.sum())
-        metrics |= mean(f"logps/{side}", (policy * chosen).sum(), chosen.sum())
-    loss = (weight * terms).sum() / normalisers["rows"]
-    return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
-
-
-def finish_kto(metrics: Metrics) -> dict[str, float]:
-    """Turn merged metrics into TRL's: a margin of means, and nothing of a side without answers."""
-    found = finish_metrics(metrics, empty=math.nan)
-    finished = {name: value for name, value in found.items() if not math.isnan(value)}
-    if {"rewards/chosen", "rewards/rejected"} <= finished.keys():
-        margin = finished["rewards/chosen"] - finished["rewards/rejected"]
-        finished["rewards/margins"] = margin
-    return finished
-
-
-def kto_weight_advice(good: int, bad: int, settings: PreferenceSettings) -> str:
-    """Return what TRL warns of where the weights do not balance good and bad answers, or "".
-
-    Equation 8 of the KTO paper: (desirable_weight x good) / (undesirable_weight x bad) should be
-    in [1, 4/3].
-    """
-    counts = f"{good} good and {bad} bad answers"
-    good, bad = max(good, 1), max(bad, 1)  # as TRL counts
-    desirable, undesirable = settings.desirable_weight, settings.undesirable_weight
-    low, high = (round(bad * undesirable / good * factor, 2) for factor in (1.0, 1.33))
-    under, over = (round(good * desirable / bad / factor, 2) for factor in (1.33, 1.0))
-    if good == bad or low <= desirable <= high or under <= undesirable <= over:
-        return ""
-    return (
-        f"{counts} are not balanced by their weights: set "
-        f"objective.desirable_weight in [{low}, {high}] or objective.undesirable_weight in "
-        f"[{under}, {over}], not both"
-    )
+def _shared(micro: list[Arrays], normalisers: dict[str, float]) -> list[Arrays]:
+    values = {_NORMALISER + k: mx.array(v, dtype=mx.float32) for k, v in normalisers.items()}
+    return [arrays | values for arrays in micro]

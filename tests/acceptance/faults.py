@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from learner.staleness import measure
+from launch.run_folder.staleness import measure
 from tests.acceptance.journal import account, check_complete, incarnations
 from tests.acceptance.run import ROOT, CheckFailed, Launcher, check, lines, resident_mb
 from tests.acceptance.strikes import (
@@ -234,7 +234,7 @@ def _found(pattern: str, text: str) -> str:
 
 def flood(args: argparse.Namespace, endpoint: str) -> subprocess.Popen[bytes]:
     """Start a sender of bad frames that stays until its standard input closes."""
-    command = [sys.executable, "-m", "tests.protocol.fuzz_frames", endpoint, "--hold"]
+    command = [sys.executable, "-m", "tests.protocol.messages.fuzz_frames", endpoint, "--hold"]
     command += ["--frames", str(args.frames), "--mutated", str(args.mutated)]
     command += ["--rewards"] if "reward" in endpoint else []
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -10,8 +10,7 @@ import anyio
 import msgspec
 import pytest
 
-from actors.io import ActorIo, BridgePort
-from actors.port import (
+from actors.bridge_messages import (
     Command,
     Event,
     Fetch,
@@ -24,12 +23,13 @@ from actors.port import (
     Send,
     UseRewards,
 )
-from protocol.arrays import floats_bytes
-from protocol.bridge import Bridge, BridgeClosed
+from actors.io import ActorIo, BridgePort
 from protocol.errors import ChannelError, RewardError
-from protocol.memory import MemoryServer
-from protocol.messages import Heartbeat, Policy, Request, Stop
-from protocol.parts import RewardResult, RewardService, TaskId
+from protocol.messages.arrays import floats_bytes
+from protocol.messages.messages import Heartbeat, Policy, Request, Stop
+from protocol.messages.parts import RewardResult, RewardService, TaskId
+from protocol.transport.bridge import Bridge, BridgeClosed
+from protocol.transport.memory_channel import MemoryServer
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 

@@ -1,7 +1,7 @@
 """Which snapshots are fetched, and when they are put in force."""
 
 from actors.policy_store import PolicyStore
-from protocol.messages import Policy
+from protocol.messages.messages import Policy
 
 
 def policy(version: int) -> Policy:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from actors.actions import Abandon, Announced, HaveScored, Joined, Leave, Sample, Say
-from actors.engine import GenerationResult
+from actors.engine.base import GenerationResult
 from actors.session import Identity, Session
-from protocol.arrays import floats_view
 from protocol.errors import RefusedError
-from protocol.messages import (
+from protocol.messages.arrays import floats_view
+from protocol.messages.messages import (
     Ack,
     Cancel,
     Failed,
@@ -21,7 +21,7 @@ from protocol.messages import (
     Stop,
     Task,
 )
-from protocol.parts import TaskId
+from protocol.messages.parts import TaskId
 from tests.protocol.builders import a_completion, a_policy, a_reward, a_task, a_welcome
 
 REWARD = a_reward([1.0, 0.0])

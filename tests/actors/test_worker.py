@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine import GenerationRequest, GenerationResult, Step
-from actors.port import (
+from actors.bridge_messages import (
     Command,
     Event,
     Fetch,
@@ -20,10 +19,11 @@ from actors.port import (
     Send,
     UseRewards,
 )
+from actors.engine.base import GenerationRequest, GenerationResult, Step
 from actors.session import Identity, Session
 from actors.worker import Worker, as_answers
 from protocol.errors import DataError, RefusedError, SnapshotError
-from protocol.messages import (
+from protocol.messages.messages import (
     Ack,
     Applied,
     Cancel,

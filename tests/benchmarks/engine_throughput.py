@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable
 
-from protocol.blas import load_openblas
+from launch.processes.blas import load_openblas
 
 load_openblas()
 
@@ -26,9 +26,9 @@ from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models import qwen3  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
-from actors.engine import GenerationRequest  # noqa: E402
-from actors.mlx_engine import MlxEngine  # noqa: E402
-from protocol.parts import Sampling  # noqa: E402
+from actors.engine.base import GenerationRequest  # noqa: E402
+from actors.engine.mlx_engine import MlxEngine  # noqa: E402
+from protocol.messages.parts import Sampling  # noqa: E402
 
 VOCAB = 8192
 

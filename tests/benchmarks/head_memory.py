@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from protocol.blas import HINT, load_openblas
+from launch.processes.blas import HINT, load_openblas
 
 WAYS = ("full", "chunked", "chunked, trainable")
 
@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from learner.forward import completion_logprobs
+    from learner.model.logprobs import completion_logprobs
 
     class HiddenThenHead(nn.Module):
         """A trunk that hands on hidden states, and an untied head."""

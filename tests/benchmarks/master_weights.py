@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.blas import HINT, load_openblas
+from launch.processes.blas import HINT, load_openblas
 
 if TYPE_CHECKING:
     from tests.benchmarks.movements import Row, Way

@@ -13,10 +13,10 @@ import gc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from protocol.blas import HINT, bound_lookahead, load_openblas
+from launch.processes.blas import HINT, bound_lookahead, load_openblas
 
 if TYPE_CHECKING:
-    from learner.memory import MemoryEstimate
+    from learner.model.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
     import mlx.core as mx
     import mlx.nn as nn
 
-    from learner.forward import completion_logprobs
-    from learner.memory import estimate_memory
-    from learner.reference import view
-    from learner.shared_prompt import shared_prompt
-    from learner.step import Step, should_compile
-    from protocol.adapters import attach_adapters
-    from protocol.settings import ModelSettings, OptimizerSettings
+    from learner.model.logprobs import completion_logprobs
+    from learner.model.memory import estimate_memory
+    from learner.model.reference import view
+    from learner.model.shared_prompt import shared_prompt
+    from learner.optim.step import Step, should_compile
+    from protocol.config.settings import ModelSettings, OptimizerSettings
+    from protocol.model.adapters import attach_adapters
     from tests.tiny import CONFIG, tiny_model
 
     gc.collect()

@@ -16,15 +16,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from learner.data.examples import SftExample, sequences
 from learner.interfaces import Arrays
-from learner.objectives.metrics import number
-from learner.sft import SftObjective
-from learner.sources.examples import SftExample, sequences
-from learner.sources.offline import open_offline
-from learner.step import Step, should_compile
-from protocol.policy import load_policy
-from protocol.settings import DataSettings, ModelSettings, OptimizerSettings, TrainSettings
-from protocol.snapshots import trainable
+from learner.losses.metrics import number
+from learner.objectives.sft import SftObjective
+from learner.offline.batches import open_offline
+from learner.optim.step import Step, should_compile
+from protocol.config.settings import DataSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.model.policy import load_policy
+from protocol.model.snapshots import trainable
 
 WayName = Literal["float32", "bfloat16", "naive"]
 WAYS: tuple[WayName, ...] = ("float32", "bfloat16", "naive")

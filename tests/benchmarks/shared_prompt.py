@@ -13,7 +13,7 @@ import gc
 import time
 from typing import Any
 
-from protocol.blas import HINT, load_openblas
+from launch.processes.blas import HINT, load_openblas
 
 SHAPES = ["64,64,8", "256,64,8", "256,256,8"]
 
@@ -24,12 +24,12 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     import mlx.nn as nn
     import numpy as np
 
-    from learner.batches import to_device, token_batch
-    from learner.forward import completion_logprobs
-    from learner.shared_prompt import SharedPrompt, shared_prompt
-    from learner.step import Step, should_compile
-    from protocol.adapters import attach_adapters
-    from protocol.settings import ModelSettings, OptimizerSettings
+    from learner.model.batches import to_device, token_batch
+    from learner.model.logprobs import completion_logprobs
+    from learner.model.shared_prompt import SharedPrompt, shared_prompt
+    from learner.optim.step import Step, should_compile
+    from protocol.config.settings import ModelSettings, OptimizerSettings
+    from protocol.model.adapters import attach_adapters
     from tests.tiny import tiny_model
 
     prompt_length, length, rows = (int(number) for number in shape.split(","))

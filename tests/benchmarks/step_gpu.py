@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.blas import bound_lookahead, load_openblas
+from launch.processes.blas import bound_lookahead, load_openblas
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -68,8 +68,8 @@ def build_model(options: argparse.Namespace) -> "nn.Module":
     from mlx_lm.models.qwen3 import Model, ModelArgs
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    from protocol.adapters import attach_adapters
-    from protocol.settings import ModelSettings
+    from protocol.config.settings import ModelSettings
+    from protocol.model.adapters import attach_adapters
 
     mx.random.seed(0)
     model = Model(
@@ -129,9 +129,9 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
     """Take the learner's step, head and checkpointing as `way` says."""
     import mlx.core as mx
 
-    from learner.forward import completion_logprobs
-    from learner.step import Step
-    from protocol.settings import OptimizerSettings
+    from learner.model.logprobs import completion_logprobs
+    from learner.optim.step import Step
+    from protocol.config.settings import OptimizerSettings
 
     step = Step(
         model,
@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
         bound_lookahead()
     import mlx.core as mx
 
-    from learner import chunked
+    from learner.model import chunked
 
     chunked.CHUNK = options.chunk or chunked.CHUNK
     model = build_model(options)

@@ -9,12 +9,11 @@ from typing import TypeVar
 import anyio
 import numpy as np
 
-from actors.engine import GenerationRequest
-from actors.mlx_engine import MlxEngine
-from protocol.arrays import floats_view
-from protocol.channel import Server
-from protocol.endpoints import ipc_folder
-from protocol.messages import (
+from actors.engine.base import GenerationRequest
+from actors.engine.mlx_engine import MlxEngine
+from protocol.config.settings import ModelSettings, builtins
+from protocol.messages.arrays import floats_view
+from protocol.messages.messages import (
     Ack,
     Applied,
     Group,
@@ -28,9 +27,10 @@ from protocol.messages import (
     Task,
     Welcome,
 )
-from protocol.parts import Sampling
-from protocol.policy import LoadedPolicy, load_policy, write_snapshot
-from protocol.settings import ModelSettings, builtins
+from protocol.messages.parts import Sampling
+from protocol.model.policy import LoadedPolicy, load_policy, write_snapshot
+from protocol.transport.channel import Server
+from protocol.transport.endpoints import ipc_folder
 from tests.protocol.builders import a_task, a_welcome
 from tests.tiny import write_model_folder
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.assemble_offline import assemble_offline
-from launch.cli import read_command_line
 from launch.compare import compare, main
-from launch.judge import Judge
-from launch.records import parse_lines
-from launch.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
+from launch.pages.judge import Judge
+from launch.pages.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
+from launch.run_folder.cli import read_command_line
+from launch.run_folder.tail import parse_lines
+from learner.build.offline import assemble_offline
+from protocol.config.settings import PreferenceRun
 from protocol.errors import ConfigError
-from protocol.settings import PreferenceRun
 from tests.tiny import write_model_folder
 
 REWARD = """

@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load
 
 from launch.export import export, main
-from launch.modelfile import family_of, modelfile, template_notes
-from protocol.adapters import FineTuneType
+from launch.exporting.modelfile import family_of, modelfile, template_notes
+from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.errors import ModelError
-from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
-from protocol.settings import LoraSettings, ModelSettings
+from protocol.model.adapters import FineTuneType
+from protocol.model.policy import LoadedPolicy, load_policy, save_adapters, trainable
 from tests.tiny import write_model_folder
 
 TOKENS = mx.array([[5, 9, 2, 40, 17, 3, 61, 8]])
@@ -83,7 +83,7 @@ def test_gguf_holds_the_fused_weights_under_its_own_names(tmp_path):
     assert metadata["general.architecture"] == "llama"
     assert int(metadata["llama.block_count"].item()) == 2
     assert len(metadata["tokenizer.ggml.tokens"]) == 64
-    from protocol.adapters import fuse_adapters
+    from protocol.model.adapters import fuse_adapters
 
     fuse_adapters(policy.model)
     model: Any = policy.model

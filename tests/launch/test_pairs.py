@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from launch.pairing import best_and_worst, given_and_own, totals
 from launch.pairs import body, read
-from learner.sources.examples import pairs
-from learner.sources.offline import open_offline
+from launch.processes.pairing import best_and_worst, given_and_own, totals
+from learner.data.examples import pairs
+from learner.offline.batches import open_offline
+from protocol.config.settings import DataSettings, ModelSettings, PairsRun
 from protocol.errors import ConfigError
-from protocol.policy import load_policy, save_adapters, trainable
-from protocol.settings import DataSettings, ModelSettings, PairsRun
+from protocol.model.policy import load_policy, save_adapters, trainable
 from tests.tiny import write_model_folder
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import report
-from launch.charts import line_chart, ticks
+from launch.pages.charts import line_chart, ticks
 from launch.report import write_report
 
 EVIL = "<script>alert(1)</script>"

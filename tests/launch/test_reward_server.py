@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLES = ROOT / "tests/actors/sample_rewards.py"
+SAMPLES = ROOT / "tests/actors/rewards/sample_rewards.py"
 
 
 class Program(NamedTuple):

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from learner.coordinator import Coordinator
-from learner.ledger import Ledger
-from learner.ledger_types import LedgerSettings
-from learner.peers import Terms
-from learner.sources.feed import ListFeed
-from learner.sources.prompts import Prompt, PromptSource
-from learner.sources.sieve import Report
-from protocol.messages import Group, Hello, Request, Task
-from protocol.parts import Sampling
-from protocol.settings import DataSettings
+from learner.data.epochs import ListFeed
+from learner.data.filter import Report
+from learner.data.prompts import Prompt, PromptSource
+from learner.ledger.ledger import Ledger
+from learner.ledger.types import LedgerSettings
+from learner.online.actors import Terms
+from learner.online.coordinator import Coordinator
+from protocol.config.settings import DataSettings
+from protocol.messages.messages import Group, Hello, Request, Task
+from protocol.messages.parts import Sampling
 from tests.protocol.builders import a_completion, a_group, a_policy, a_welcome
 
 A, B = b"a", b"b"

@@ -7,10 +7,10 @@ import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, checkpoints, save_checkpoint
 from learner.interfaces import Arrays, Prepared
+from learner.optim.step import Step
 from learner.records import Records
-from learner.step import Step
 from learner.trainer import Schedule, Trainer
-from protocol.settings import OptimizerSettings
+from protocol.config.settings import OptimizerSettings
 
 
 class Linear:

@@ -11,12 +11,12 @@ import pytest
 
 from learner.checkpoint import checkpoints, load_checkpoint
 from learner.interfaces import Arrays, Prepared
+from learner.optim.step import Step, Update
 from learner.records import Records
-from learner.step import Step, Update
 from learner.trainer import Schedule, Trainer
+from protocol.config.settings import OptimizerSettings
 from protocol.errors import CheckpointError
-from protocol.settings import OptimizerSettings
-from protocol.snapshots import load_trainable, trainable
+from protocol.model.snapshots import load_trainable, trainable
 
 
 class Mean:

@@ -10,16 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from learner.advantages import advantages
-from learner.batches import to_device, token_batch
-from learner.forward import choose_head, completion_logprobs
-from learner.grpo import GrpoObjective
+from learner.data.examples import PreferenceExample, SftExample, UnpairedExample
 from learner.interfaces import Arrays
-from learner.objectives.grpo import grpo_normalisers
-from learner.preference import PreferenceObjective
-from learner.sft import SftObjective
-from learner.sources.examples import PreferenceExample, SftExample, UnpairedExample
-from protocol.settings import GrpoSettings, PreferenceSettings, TrainSettings
+from learner.losses.grpo import grpo_normalisers
+from learner.model.batches import to_device, token_batch
+from learner.model.logprobs import choose_head, completion_logprobs
+from learner.objectives.advantages import advantages
+from learner.objectives.grpo import GrpoObjective
+from learner.objectives.preference import PreferenceObjective
+from learner.objectives.sft import SftObjective
+from protocol.config.settings import GrpoSettings, PreferenceSettings, TrainSettings
 
 Objective = SftObjective | PreferenceObjective | GrpoObjective
 OldLogps = dict[int, mx.array]

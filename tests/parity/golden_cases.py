@@ -14,11 +14,11 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
-from learner.objectives.dpo import DPO_LOSSES
-from learner.objectives.grpo import entropy_quantile, grpo_loss, grpo_normalisers
-from learner.objectives.metrics import finish_metrics
-from learner.objectives.odds import cpo_terms, log_sigmoid_odds
-from learner.objectives.preference import (
+from learner.losses.dpo import DPO_LOSSES
+from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
+from learner.losses.metrics import finish_metrics
+from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
+from learner.losses.preference import (
     finish_kto,
     kto_kl,
     kto_loss,
@@ -26,7 +26,7 @@ from learner.objectives.preference import (
     pair_normalisers,
     preference_loss,
 )
-from protocol.settings import GrpoSettings, PreferenceSettings
+from protocol.config.settings import GrpoSettings, PreferenceSettings
 
 GRPO_KEYS = {
     "loss": "loss_type", "level": "importance_sampling_level", "beta": "beta", "eps": "epsilon",

@@ -28,11 +28,11 @@ import msgspec
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from learner.forward import Head
-from learner.reference import make_reference
-from learner.step import Step
-from protocol.policy import LoadedPolicy, load_policy, save_adapters, trainable
-from protocol.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from learner.model.logprobs import Head
+from learner.model.reference import make_reference
+from learner.optim.step import Step
+from protocol.config.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.model.policy import LoadedPolicy, load_policy, save_adapters, trainable
 from tests.parity.curves import OldLogps, Recording, micro_batches, objective_of, read
 
 LOSS_BAR, NORM_BAR, FINAL_BAR = 1e-5, 3e-4, 5e-4

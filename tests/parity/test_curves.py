@@ -10,10 +10,10 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from learner.reference import make_reference
-from protocol.blas import HINT
-from protocol.policy import load_policy
-from protocol.settings import ModelSettings, TrainSettings
+from launch.processes.blas import HINT
+from learner.model.reference import make_reference
+from protocol.config.settings import ModelSettings, TrainSettings
+from protocol.model.policy import load_policy
 from tests.parity.curves import advantages_of, micro_batches, objective_of, read
 from tests.parity.run_curves import FINAL_BAR, LOSS_BAR, METRIC_BAR, NORM_BAR, main, replay
 
@@ -54,7 +54,7 @@ def test_the_learner_trains_as_trl(name):
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS serves MLX on Linux only")
 def test_the_learner_trains_as_trl_on_openblas_with_the_plain_head():
     program = (
-        "from protocol.blas import load_openblas\n"
+        "from launch.processes.blas import load_openblas\n"
         f"if not load_openblas(): raise SystemExit({ABSENT})\n"
         "from pathlib import Path; from tests.parity.run_curves import main\n"
         f"folder = Path({str(FOLDER)!r})\n"
@@ -92,7 +92,7 @@ def test_one_wrong_setting_is_noticed(name, changes):
 
 
 def test_adam_without_bias_correction_is_noticed(monkeypatch):
-    monkeypatch.setattr("learner.optimizer.ExactAdamW", optim.AdamW)  # corrects on demand only
+    monkeypatch.setattr("learner.optim.adamw.ExactAdamW", optim.AdamW)  # corrects on demand only
     outcome = run("sft")
     # The first update is sqrt(1 - 0.999) / (1 - 0.9) = 0.32 of the right one.
     assert outcome.final > 0.1

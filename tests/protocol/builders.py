@@ -6,9 +6,16 @@ The run is "r", its learner "L1", its actor "a0"; version v of the policy has di
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.arrays import floats_bytes, ids_bytes
-from protocol.messages import Group, Policy, Task, Welcome
-from protocol.parts import Completion, PolicySpan, RewardResult, RewardService, Sampling, TaskId
+from protocol.messages.arrays import floats_bytes, ids_bytes
+from protocol.messages.messages import Group, Policy, Task, Welcome
+from protocol.messages.parts import (
+    Completion,
+    PolicySpan,
+    RewardResult,
+    RewardService,
+    Sampling,
+    TaskId,
+)
 
 
 def task_id(number: int = 1, incarnation: str = "L1") -> TaskId:

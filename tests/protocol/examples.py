@@ -1,7 +1,7 @@
 """One valid message of each kind, for the tests of the wire and the channel."""
 
-from protocol.arrays import floats_bytes
-from protocol.messages import (
+from protocol.messages.arrays import floats_bytes
+from protocol.messages.messages import (
     Ack,
     ActorMessage,
     Applied,
@@ -18,8 +18,8 @@ from protocol.messages import (
     Request,
     Stop,
 )
-from protocol.parts import PolicySpan
-from protocol.reward_messages import RewardFault
+from protocol.messages.parts import PolicySpan
+from protocol.messages.rewards import RewardFault
 from tests.protocol.builders import (
     a_completion,
     a_group,

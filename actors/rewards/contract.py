@@ -1,0 +1,196 @@
+"""TRL 1.16.0's contract with a reward function: what it is given, what it may return.
+
+f(prompts=, completions=, completion_ids=, <every other column>=, trainer_state=, log_extra=,
+log_metric=) gives exactly N floats or None. A group's function is called once, with the N
+completions of that group.
+"""
+
+import asyncio
+import inspect
+import itertools
+import reprlib
+import traceback
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from actors.rewards.loader import RewardFunction
+from protocol.errors import RewardError
+from protocol.messages.rewards import ScoreRequest
+
+FaultKind = Literal["timeout", "exception", "contract", "died"]
+MAX_MESSAGE_CHARS = 2_000
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one function gave for a group: N rewards, or a fault and where it arose."""
+
+    function: int
+    rewards: list[float | None] | None = None
+    kind: FaultKind | None = None
+    message: str = ""
+    where: str = ""
+    traceback: str = ""
+    log_extra: dict[str, list[Any]] = {}
+    log_metric: dict[str, list[float]] = {}
+
+
+class TrainerState:
+    """Attribute access to the trainer's state: `global_step`, `max_steps`, `epoch` and others."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update({"global_step": 0, "max_steps": 0, "epoch": 0.0} | values)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the trainer sent
+        raise AttributeError(f"trainer_state has no {name!r}; it has {', '.join(vars(self))}")
+
+
+class Call:
+    """One function's call for one group: its arguments, what it logged, its outcome."""
+
+    def __init__(self, index: int, function: RewardFunction, request: ScoreRequest) -> None:
+        self.index = index
+        self.function = function
+        self.count = len(request.completions)
+        self._log_extra: dict[str, list[Any]] = {}
+        self._log_metric: dict[str, list[float]] = {}
+        self.arguments: dict[str, Any] = {
+            **request.columns,
+            "prompts": request.prompts,
+            "completions": request.completions,
+            "completion_ids": request.completion_ids,
+            "trainer_state": TrainerState(request.trainer_state),
+            "log_extra": self._extra,
+            "log_metric": self._metric,
+        }
+
+    def run(self) -> Outcome:
+        """Call a synchronous function."""
+        try:
+            self._check_signature()
+            rewards = check_rewards(
+                self.function.name, self.function.call(**self.arguments), self.count
+            )
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - its author may raise anything
+            return self._fault(error)
+        return self._success(rewards)
+
+    async def run_async(self) -> Outcome:
+        """Call an asynchronous function."""
+        try:
+            self._check_signature()
+            returned = await self.function.call(**self.arguments)
+            rewards = check_rewards(self.function.name, returned, self.count)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+            return self._fault(error)
+        return self._success(rewards)
+
+    def _check_signature(self) -> None:
+        try:
+            signature = inspect.signature(self.function.call)
+        except (TypeError, ValueError):
+            return
+        try:
+            signature.bind(**self.arguments)
+        except TypeError as error:
+            raise RewardError(
+                f"reward function {self.function.name}{signature}: {error}; it is given "
+                f"{', '.join(sorted(self.arguments))}: add **kwargs for those it does not use, "
+                "and name columns as the dataset does"
+            ) from error
+
+    def _extra(self, column: str, values: Iterable[Any]) -> None:
+        self._log_extra.setdefault(str(column), []).extend(_plain(value) for value in values)
+
+    def _metric(self, name: str, value: float) -> None:
+        number = float(value)
+        if abs(number) <= _MAX_FLOAT32:  # a mean over what is not finite says nothing
+            self._log_metric.setdefault(str(name), []).append(number)
+
+    def _success(self, rewards: list[float | None]) -> Outcome:
+        return Outcome(
+            function=self.index,
+            rewards=rewards,
+            log_extra=self._log_extra,
+            log_metric=self._log_metric,
+        )
+
+    def _fault(self, error: BaseException) -> Outcome:
+        if isinstance(error, RewardError):
+            message = str(error)[:MAX_MESSAGE_CHARS]
+            return Outcome(
+                function=self.index, kind="contract", message=message, where=self.function.name
+            )
+        frames = error.__traceback__.tb_next if error.__traceback__ else None  # without ours
+        places = traceback.extract_tb(frames)
+        place = f"{places[-1].filename}:{places[-1].lineno}" if places else self.function.name
+        shown = "".join(traceback.format_exception(type(error), error, frames))
+        return Outcome(
+            function=self.index,
+            kind="exception",
+            message=f"{type(error).__name__}: {error} ({place})"[:MAX_MESSAGE_CHARS],
+            where=f"{type(error).__name__} at {place}",
+            traceback=shown[-20_000:],
+        )
+
+
+def check_rewards(name: str, returned: object, count: int) -> list[float | None]:
+    """Return exactly `count` floats or None; raise `RewardError` that names the function.
+
+    NaN means None, as in TRL. Booleans and the scalars of numpy and torch are numbers; strings
+    and infinities are not rewards.
+    """
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise RewardError(
+            f"reward function {name!r} returned a coroutine; declare it with `async def`"
+        )
+    if isinstance(returned, str | bytes | dict) or not isinstance(returned, Iterable):
+        raise RewardError(
+            f"reward function {name!r}: required a list of {count} floats or None, "
+            f"got {type(returned).__name__} {reprlib.repr(returned)}"
+        )
+    values = list(itertools.islice(returned, count + 1))
+    if len(values) != count:
+        got = f"more than {count}" if len(values) > count else str(len(values))
+        raise RewardError(
+            f"reward function {name!r} returned {got} rewards, but {count} were required: one a "
+            "completion, with None for those that it does not score"
+        )
+    return [_reward(name, index, value) for index, value in enumerate(values)]
+
+
+def _reward(name: str, index: int, value: Any) -> float | None:  # noqa: ANN401 - checked here
+    if value is None:
+        return None
+    number: float | None = None
+    if not isinstance(value, str | bytes | bytearray) and getattr(value, "shape", ()) == ():
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+    if number is None:
+        raise RewardError(
+            f"reward function {name!r}: reward {index} must be a float or None, "
+            f"got {type(value).__name__} {reprlib.repr(value)}"
+        )
+    if number != number:
+        return None
+    if abs(number) > _MAX_FLOAT32:
+        raise RewardError(
+            f"reward function {name!r}: reward {index} must be finite in float32, got {number}"
+        )
+    return number
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a function logs
+    """Return a value that JSON can carry; what it cannot is shown as text."""
+    item = getattr(value, "item", None)
+    try:
+        plain = item() if callable(item) else value
+        return msgspec.json.decode(msgspec.json.encode(plain))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        return str(value)[:MAX_MESSAGE_CHARS]

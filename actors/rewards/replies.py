@@ -1,0 +1,86 @@
+"""Replies of reward services: checked one by one, then put side by side as a group's result."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from protocol.messages.arrays import floats_bytes
+from protocol.messages.parts import RewardResult
+from protocol.messages.rewards import RewardFault, ScoreReply
+
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def misfit(reply: ScoreReply, names: list[str], count: int) -> str:
+    """Say what is wrong with a reply that could be read, or nothing."""
+    if names and reply.names != names:
+        return f"answered for the functions {reply.names}, which were {names}; start the run anew"
+    if not reply.names or len(set(reply.names)) != len(reply.names):
+        return f"answered with the names {reply.names}; required at least one, each its own"
+    if len(reply.rewards) != len(reply.names):
+        return f"answered with {len(reply.rewards)} lists of rewards for {len(reply.names)} names"
+    for name, column in zip(reply.names, reply.rewards, strict=True):
+        if len(column) != count:
+            return f"gave {len(column)} rewards of {name!r} for {count} completions"
+        for value in column:
+            if value is not None and not abs(value) <= _MAX_FLOAT32:
+                return f"gave the reward {value} of {name!r}, which float32 cannot hold"
+    return ""
+
+
+def nothing(
+    names: list[str],
+    where: str,
+    count: int,
+    kind: Literal["unreachable", "contract"],
+    message: str,
+) -> ScoreReply:
+    """Give None for every function of the service at `where`; its names may be unknown as yet."""
+    return ScoreReply(
+        id="",
+        names=names,
+        rewards=[[None] * count for _ in names],
+        faults=[
+            RewardFault(function=name, kind=kind, message=message) for name in names or [where]
+        ],
+    )
+
+
+def merged(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
+    """Put the services' functions side by side, in order; a name that occurs twice gets `_2`.
+
+    Where a service has never been heard of, nobody knows which columns are whose: there are none
+    then, and the group counts as None for every function.
+    """
+    complete = all(reply.names for reply in replies)
+    columns = [c for r in replies for c in r.rewards] if complete else []
+    table = np.full((count, len(columns)), np.nan, np.float32)
+    for place, column in enumerate(columns):
+        table[:, place] = [np.nan if value is None else value for value in column]
+    extra: dict[str, list[Any]] = {}
+    metrics: dict[str, list[float]] = {}
+    for reply in replies:
+        for column, values in reply.log_extra.items():
+            extra.setdefault(column, []).extend(values)
+        for name, value in reply.log_metric.items():
+            metrics.setdefault(name, []).append(value)
+    return RewardResult(
+        names=_unique([n for r in replies for n in r.names]) if complete else [],
+        rewards=floats_bytes(table.reshape(-1)),
+        log_extra=extra,
+        log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
+        faults=[fault for reply in replies for fault in reply.faults],
+        elapsed_s=elapsed_s,
+    )
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
+            count += 1
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result

@@ -1,0 +1,256 @@
+"""The page of `launch/compare.py`: tables and charts of runs side by side. All text is escaped."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from launch.pages.charts import Points, line_chart
+from launch.pages.progress import duration
+from launch.pages.win_rate import win_rate
+from launch.report import STYLE, points, prompt_text
+
+CURVES = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "reward",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "eval/reward",
+    "completions/mean_length",
+    "eval/completions/mean_length",
+    "entropy",
+    "grad_norm",
+)
+OWN_UNIT = ("loss", "rewards/margins")  # of each objective
+Best = Callable[..., tuple[float, float]]
+HELD_OUT: dict[str, Best] = {
+    "eval/rewards/accuracies": max,
+    "eval/rewards/margins": max,
+    "eval/reward": max,
+    "eval/loss": min,
+}
+SAMPLES = 6
+TIES = (
+    "An accuracy of 0 at step 0 is no fault: while the policy equals the reference, every implicit "
+    "reward is 0, and a tie is not counted as right."
+)
+UNITS = "Losses and margins are in each objective's own unit: compare them within a run."
+
+Answers = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Rival:
+    """Answers by prompt, lines as in rollouts.jsonl, and their scores."""
+
+    name: str
+    answers: Answers
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Compared:
+    """A finished run: what it recorded, its newest answers and its first ones."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    newest: Rival
+    before: Rival
+
+    def rename(self, name: str) -> None:
+        """Take another name, which the answers bear too."""
+        self.name = self.newest.name = name
+        self.before.name = f"{name} before"
+
+    @property
+    def objective(self) -> str:
+        """Return the method or loss, in words."""
+        section = self.config.get("objective", {})
+        method = section.get("method", "grpo" if "rewards" in self.config else "sft")
+        given = section.get("loss_type", [])
+        losses = given if isinstance(given, list) else [given]
+        shown = method == "grpo" or (method == "dpo" and losses != ["sigmoid"])
+        return f"{method} ({', '.join(map(str, losses))})" if shown and losses else str(method)
+
+
+def render(runs: Sequence[Compared], chosen: Rival, reward: str = "") -> str:
+    """Return the page: held-out table, win rates, curves, samples, cost, what the runs differ in.
+
+    `chosen` are the dataset's own answers; `reward` is what scored, "" for the runs' own rewards.
+    """
+    title = " against ".join(run.name for run in runs)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1>"
+        f"<h2>Held-out rows</h2>{_held_out(runs)}"
+        f"<h2>Win rates{escape(f' by {reward}' if reward else '')}</h2>{_wins(runs, chosen)}"
+        f'<h2>Curves</h2><div class="charts">{_charts(runs)}</div>'
+        f"<h2>Sample answers</h2>{_samples(runs, chosen)}"
+        f"<h2>Cost</h2>{_cost(runs)}"
+        f"<h2>Settings that differ</h2>{_settings(runs)}</body></html>\n"
+    )
+
+
+def _charts(runs: Sequence[Compared]) -> str:
+    """Return a chart a metric with a line a run; a chart a run where units differ."""
+    if len({run.objective for run in runs}) < 2:
+        apart = set[str]()
+    else:
+        apart = {key for key in CURVES if key.removeprefix("eval/") in OWN_UNIT}
+    charts = [
+        line_chart(f"{key}, {run.name}", {k: points(run.metrics, k) for k in (key, f"eval/{key}")})
+        for key in OWN_UNIT
+        for run in runs
+        if key in apart
+    ]
+    charts += [
+        line_chart(key, {run.name: points(run.metrics, key) for run in runs})
+        for key in CURVES
+        if key not in apart
+    ]
+    return "".join(charts)
+
+
+def _held_out(runs: Sequence[Compared]) -> str:
+    keys = [key for key in HELD_OUT if any(points(run.metrics, key) for run in runs)]
+    if not keys:
+        return "<p>No run has held-out figures: set data.eval_rows or data.eval_path.</p>"
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    for run in runs:
+        cells = [run.name, run.objective]
+        for key in keys:
+            found = points(run.metrics, key)
+            cells += _first_best_last(found, HELD_OUT[key])
+            if key.endswith("accuracies") and list(found[:1]) == [(0.0, 0.0)]:
+                notes = [TIES]
+        rows.append(cells)
+    if len({run.objective for run in runs}) > 1:
+        notes.append(UNITS)
+    counts = sorted({f"{value:g}" for run in runs for _, value in points(run.metrics, "eval/rows")})
+    about = [f"{' and '.join(counts)} rows, never trained on; (step)."] if counts else []
+    head = ["run", "objective", *["first", "best", "last"] * len(keys)]
+    return f"<p>{escape(' '.join(about + notes))}</p>" + _table(head, rows, over=("", "", *keys))
+
+
+def _first_best_last(found: Points, best: Best) -> list[str]:
+    if not found:
+        return ["", "", ""]
+    peak = best(found, key=lambda point: point[1])
+    return [f"{value:.4f} ({step:g})" for step, value in (found[0], peak, found[-1])]
+
+
+def _wins(runs: Sequence[Compared], chosen: Rival) -> str:
+    scored = [run for run in runs if run.newest.scores]
+    started = any(run.before.scores for run in scored)
+    if not scored or len(scored) + started + bool(chosen.scores) < 2:
+        return (
+            "<p>Fewer than two sets of answers have scores: give --reward FUNCTION, and run with "
+            "eval.generate = true or give --generate.</p>"
+        )
+    rows: list[list[str]] = []
+    for run in scored:
+        mean = statistics.fmean(run.newest.scores.values())
+        cells = [run.name, f"{mean:.4g} over {len(run.newest.scores)}"]
+        cells += ["" if other is run else _win(run.newest, other.newest) for other in scored]
+        cells += [_win(run.newest, run.before)] * started
+        cells += [_win(run.newest, chosen)] * bool(chosen.scores)
+        rows.append(cells)
+    head = ["run", "mean score", *(run.name for run in scored)]
+    head += ["its own first answers"] * started
+    head += [f"the dataset's {chosen.name}"] * bool(chosen.scores)
+    note = "<p>Row against column; a tie is half a win; ± is one standard error over prompts.</p>"
+    return note + _table(head, rows)
+
+
+def _win(first: Rival, second: Rival) -> str:
+    result = win_rate(first.scores, second.scores)
+    if result.total == 0:
+        return "no common prompt"
+    counts = f"{result.wins} won, {result.ties} tied, {result.losses} lost"
+    return f"{result.rate:.3f} ± {result.error:.3f} ({counts})"
+
+
+def _samples(runs: Sequence[Compared], chosen: Rival) -> str:
+    answered = [run for run in runs if run.newest.answers]
+    if not answered:
+        return "<p>No run has answers to held-out prompts.</p>"
+    rivals = [run.newest for run in answered]
+    first = answered[0].before
+    if all(_texts(run.before) == _texts(first) != {} for run in answered):
+        rivals.insert(0, Rival("before training", first.answers, first.scores))
+    rivals += [chosen] * bool(chosen.answers)
+    common = [k for k in rivals[0].answers if all(k in rival.answers for rival in rivals)]
+    rows = [
+        [
+            prompt_text(rivals[0].answers[key].get("prompt")),
+            *(_answer(rival, key) for rival in rivals),
+        ]
+        for key in common[:SAMPLES]
+    ]
+    return _table(["prompt", *(rival.name for rival in rivals)], rows)
+
+
+def _texts(rival: Rival) -> dict[str, str]:
+    return {key: str(line["completions"][0]) for key, line in rival.answers.items()}
+
+
+def _answer(rival: Rival, key: str) -> str:
+    score = rival.scores.get(key)
+    worth = "" if score is None else f"\n[score {score:.4g}]"
+    answer = rival.answers[key]["completions"][0]
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0].get("content")
+    return f"{prompt_text(answer)}{worth}"
+
+
+def _cost(runs: Sequence[Compared]) -> str:
+    rows: list[list[str]] = []
+    for run in runs:
+        times = [seconds for _, seconds in points(run.metrics, "step_time")]
+        tokens = [count for _, count in points(run.metrics, "num_tokens")]
+        whole = [seconds for _, seconds in points(run.metrics, "time_s")]
+        cells = [run.name, str(len(times))]
+        cells += [f"{tokens[-1]:,.0f}" if tokens else ""]
+        cells += [f"{statistics.median(times):.3g}" if times else ""]
+        cells += [duration(whole[-1]) if whole else ""]
+        rows.append(cells)
+    return _table(["run", "steps", "tokens", "s/step, median", "time, with evaluations"], rows)
+
+
+def _settings(runs: Sequence[Compared]) -> str:
+    flat = [_flat(run.config) for run in runs]
+    keys = sorted({key for settings in flat for key in settings})
+    rows = [
+        [key, *(str(settings.get(key, "")) for settings in flat)]
+        for key in keys
+        if len({repr(settings.get(key)) for settings in flat}) > 1
+    ]
+    return _table(["setting", *(run.name for run in runs)], rows)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], over: Sequence[str] = ()) -> str:
+    """Return a table; `over` are headings above the first columns, and above three of the rest."""
+    spans = "".join(f"<th{' colspan=3' if text else ''}>{escape(text)}</th>" for text in over)
+    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows
+    )
+    above = f"<tr>{spans}</tr>" if over else ""
+    return f"<table>{above}<tr>{top}</tr>{body}</table>"

@@ -1,0 +1,110 @@
+"""Scores finished answers with reward functions, in a reward server as in every run.
+
+The server lasts for as long as it takes, or is one that runs already (`zmq://host:port`). All
+answers to a prompt are one group. A function that fails, or gives nothing within its time, ends
+the scoring: half of the scores would compare nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import msgspec
+import numpy as np
+
+from actors.rewards.client import RewardClient
+from actors.rewards.server import RewardServer
+from actors.worker import as_answers
+from protocol.errors import PippinError, RewardError, only_leaf
+from protocol.messages.arrays import floats_view
+from protocol.messages.parts import RewardService
+from protocol.transport.endpoints import ipc_folder
+
+TIMEOUT_S = 60.0
+COLUMNS = ("chosen", "rejected")  # which lines may hold beside `columns`
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward function and how to reach it.
+
+    `function` is file.py:function, package.module:function, or zmq://host:port, whose functions'
+    rewards are added up; `keys` is the folder that a server on another machine requires.
+    `timeout_s` bounds one call.
+    """
+
+    function: str
+    timeout_s: float = TIMEOUT_S
+    keys: str = ""
+
+    def scores(
+        self, contestants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    ) -> dict[str, dict[str, float]]:
+        """Return each contestant's scores by prompt, without those that are None.
+
+        `contestants` maps a name to lines of rollouts.jsonl by prompt; the first completion of a
+        line counts, as text or as messages. Raises RewardError that says what went wrong at which
+        prompt, and ChannelError for an endpoint that cannot be used.
+        """
+        try:
+            return anyio.run(self._scores, contestants)
+        except BaseExceptionGroup as group:
+            leaf = only_leaf(group)
+            raise leaf if isinstance(leaf, PippinError) else group from None
+
+    async def _scores(
+        self, contestants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    ) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {name: {} for name in contestants}
+        prompts = dict.fromkeys(key for lines in contestants.values() for key in lines)
+        async with AsyncExitStack() as stack:
+            client = await self._client(stack)
+            for key in prompts:
+                entries = {n: lines[key] for n, lines in contestants.items() if key in lines}
+                values = await self._group(client, list(entries.values()))
+                for name, value in zip(entries, values, strict=True):
+                    if value is not None:
+                        found[name][key] = value
+        return found
+
+    async def _client(self, stack: AsyncExitStack) -> RewardClient:
+        """Connect to the server that is named, or to one that lasts as long as `stack`."""
+        endpoint = f"tcp://{self.function.removeprefix('zmq://')}"
+        if not self.function.startswith("zmq://"):
+            endpoint = f"ipc://{stack.enter_context(ipc_folder())}/judge"
+            server = await stack.enter_async_context(RewardServer([self.function], endpoint))
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            stack.callback(tasks.cancel_scope.cancel)
+            tasks.start_soon(server.run)
+        service = RewardService(endpoints=[endpoint], timeout_s=self.timeout_s)
+        return await stack.enter_async_context(RewardClient([service], self.keys or None))
+
+    async def _group(
+        self, client: RewardClient, lines: Sequence[Mapping[str, Any]]
+    ) -> list[float | None]:
+        """Return the scores of the answers to one prompt."""
+        row: dict[str, Any] = {}
+        for line in lines:
+            columns = line.get("columns")
+            row |= columns if isinstance(columns, dict) else {}
+            row |= {column: line[column] for column in COLUMNS if column in line}
+        row["prompt"] = lines[0]["prompt"]
+        data = msgspec.json.encode(row)
+        given = [line["completions"][0] for line in lines]
+        wrapped = as_answers(data, given)
+        answers = [
+            own if isinstance(own, list) else answer
+            for own, answer in zip(given, wrapped, strict=True)
+        ]
+        result = await client.score(data, answers, [[] for _ in lines], {})
+        if result.faults:
+            fault = result.faults[0]
+            remedy = "give --reward-timeout" if fault.kind == "timeout" else "mend the function"
+            raise RewardError(
+                f"--reward {self.function}: {fault.function}: {fault.kind}: {fault.message}, at "
+                f"the prompt {str(row['prompt'])[-200:]!r}; {remedy}"
+            )
+        table = floats_view(result.rewards).reshape(len(lines), len(result.names))
+        return [None if np.isnan(line).all() else float(np.nansum(line)) for line in table]

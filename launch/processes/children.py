@@ -1,0 +1,100 @@
+"""Child processes: spawned with a pipe as lifeline, logged to a file, ended in order or at once.
+
+A child's standard input is its lifeline (`launch/processes/lifeline.py`): a line asks it to stop,
+the end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each
+child leads a session of its own, so that Ctrl-C reaches the launcher alone and a kill takes the
+child's own children along.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+from anyio.abc import Process
+
+from launch.processes.log_lines import ending
+
+TAIL_BYTES = 262_144
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to start: `kind` groups interchangeable children ("learner", "actor", "reward")."""
+
+    name: str
+    kind: str
+    command: Sequence[str]
+    max_restarts: int = 0
+
+
+class Child:
+    """One run of a spec's command; its output begins at byte `log_start` of `log`."""
+
+    def __init__(self, spec: ChildSpec, process: Process, log: Path, log_start: int) -> None:
+        self.spec = spec
+        self.log = log
+        self._process = process
+        self._log_start = log_start
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Wait for the end; return the exit status, negative for a signal."""
+        return await self._process.wait()
+
+    async def ask_to_stop(self) -> None:
+        """Send a line down the lifeline; a child that is gone needs none."""
+        if self._process.stdin is not None:
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                await self._process.stdin.send(b"stop\n")
+
+    def kill(self) -> None:
+        """Kill the child and what it started; nothing happens if it has ended."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def end(self, grace_s: float) -> None:
+        """Ask to stop, and kill after `grace_s`; returns when the child has ended."""
+        await self.ask_to_stop()
+        with anyio.move_on_after(grace_s):
+            await self.wait()
+        self.kill()
+        await self.wait()
+
+    def last_words(self) -> str:
+        """Return what the child's log says of its failure: its last error, or else its end."""
+        with self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, size - TAIL_BYTES))
+            return ending(file.read().decode("utf-8", errors="replace"))
+
+
+async def start(spec: ChildSpec, logs: Path) -> Child:
+    """Spawn a child; its output is appended to `logs/<name>.log`."""
+    await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
+    path = logs / f"{spec.name}.log"
+    with path.open("ab") as log:
+        log_start = log.tell()
+        process = await anyio.open_process(
+            list(spec.command),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Child(spec, process, path, log_start)
+
+
+def describe_status(status: int) -> str:
+    """Say how a process ended: `exit status 1`, `SIGKILL`."""
+    if status < 0:
+        return signal.Signals(-status).name
+    return f"exit status {status}"

@@ -1,0 +1,190 @@
+"""The learner's side of launch/pairs.py: it leases prompts to actors and writes pairs, not steps.
+
+`launch/processes/collect.py RUN_DIR --endpoint … --snapshots … [--rewards …]`, started by
+launch/pairs.py.
+Ledger, coordinator and service are those of GRPO; a batch is written instead of trained, and the
+same policy is announced again as the next version. Exit status 0: all prompts were answered or
+given up, or it was asked to stop; 1: it failed.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import msgspec
+from msgspec import structs
+
+from launch.processes.lifeline import Lifeline
+from launch.processes.start import begin
+from protocol.config.load import load
+from protocol.config.settings import PairsRun
+from protocol.errors import PippinError
+
+log = logging.getLogger("pippin.pairs")
+POLL_S = 0.2
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--endpoint", action="append", default=[], help="where actors connect")
+    parser.add_argument("--snapshots", default="", help="where snapshots are served")
+    parser.add_argument("--rewards", action="append", default=[], help="a service's endpoints, ','")
+    parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    return parser.parse_args()
+
+
+def effective(settings: PairsRun) -> PairsRun:
+    """Return the settings in force: mode "given" samples once from the base, without adapter."""
+    # Prompts held out of the rows stay out of the pairs; others are not even read.
+    data = structs.replace(settings.data, eval_path="", eval_split="")
+    settings = structs.replace(settings, data=data)
+    if settings.pairs.mode == "best_worst":
+        return settings
+    # A fresh LoRA's B is zero, so that learner and actors all hold exactly the base.
+    model = structs.replace(settings.model, adapter_path="", fine_tune_type="lora")
+    sampling = structs.replace(settings.sampling, num_generations=1)
+    return structs.replace(settings, model=model, sampling=sampling)
+
+
+def epochs(settings: PairsRun) -> float | None:
+    """Return how often the rows are gone through; None: until `train.max_steps` batches are done.
+
+    In mode "given" a second pass would give the same chosen answers again: only
+    `train.num_train_epochs` asks for it.
+    """
+    if settings.train.max_steps < 0:
+        return settings.train.num_train_epochs
+    return 1.0 if settings.pairs.mode == "given" else None
+
+
+def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
+    """Serve the prompts until all are answered; write pairs and their counts."""
+    from learner.build.online import new_coordinator, new_service, total_batches
+    from learner.data.prompts import open_prompts
+    from learner.online.source import OnlineSource
+    from protocol.model.policy import load_policy
+    from protocol.transport.bridge import Bridge
+
+    settings = effective(cast("PairsRun", load(PairsRun, args.run_dir / "config.toml")))
+    policy = load_policy(settings.model, seed=settings.run.seed)
+    prompts = open_prompts(
+        settings.data,
+        policy.tokenizer,
+        seed=settings.run.seed,
+        epochs=epochs(settings),
+        batch_size=settings.train.batch_size,
+    )
+    total = total_batches(settings, prompts)
+    coordinator = new_coordinator(args, settings, policy, prompts, total, None)
+    bridge: Bridge[Any, Any] = Bridge()
+    source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
+    service = new_service(args, settings, coordinator, bridge)
+    with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
+        bridge.start(lambda _: service.run())
+        writer = Writer(settings, policy.tokenizer, file)
+        source.stepped(0)
+        step = 0
+        while step < total and not source.exhausted and not lifeline.stop_requested:
+            batch = source.poll(POLL_S)
+            if batch is not None:
+                for item in batch.groups:
+                    writer.add(item)
+                step += 1
+                log.info("batch %d of %d: %s", step, total, writer.counts)
+                source.stepped(step)
+        if step < settings.train.max_steps and not lifeline.stop_requested:
+            log.warning(
+                "all rows are paired after %d of train.max_steps = %d batches: a row's answer is "
+                "given once; for more answers against it, set train.num_train_epochs alone",
+                step,
+                settings.train.max_steps,
+            )
+        writer.finish(args.run_dir)
+        source.finish("all prompts are answered")
+
+
+def output_path(settings: PairsRun, folder: Path) -> Path:
+    """Return the file that the pairs go to."""
+    return Path(settings.pairs.output) if settings.pairs.output else folder / "pairs.jsonl"
+
+
+class Writer:
+    """Turns groups into lines of JSON, and counts by outcome those that gave no pair."""
+
+    def __init__(self, settings: PairsRun, tokenizer: Any, file: TextIO) -> None:  # noqa: ANN401 - mlx-lm's wrapper
+        self.counts: dict[str, int] = {"pairs": 0}
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._file = file
+
+    def add(self, item: Any) -> None:  # noqa: ANN401 - a TrainedGroup of the learner, heavy
+        """Write the pair of a group, if it has one."""
+        from launch.processes.pairing import best_and_worst, given_and_own
+        from learner.online.evaluation import reward_matrix
+        from protocol.messages.arrays import ids_view
+
+        prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids
+        texts = [
+            continuation(self._tokenizer, prompt_ids, ids_view(c.token_ids).tolist())
+            for c in item.group.completions
+        ]
+        _, rewards = reward_matrix([item])
+        weights = self._settings.rewards.reward_weights
+        if self._settings.pairs.mode == "given":
+            column = self._settings.pairs.answer_column
+            pair = given_and_own(item.prompt.row, column, texts, rewards, weights)
+        else:
+            pair = best_and_worst(item.prompt.row, texts, rewards, weights)
+        if isinstance(pair, str):
+            self.counts[pair] = self.counts.get(pair, 0) + 1
+            return
+        self.counts["pairs"] += 1
+        line = {**pair, "row": item.prompt.row_key}
+        self._file.write(msgspec.json.encode(line).decode() + "\n")
+
+    def finish(self, folder: Path) -> None:
+        """Write the counts to `pairs.json`."""
+        counted = msgspec.json.format(msgspec.json.encode(self.counts))
+        (folder / "pairs.json").write_bytes(counted + b"\n")
+
+
+def continuation(
+    tokenizer: Any,  # noqa: ANN401 - mlx-lm's wrapper
+    prompt_ids: list[int] | None,
+    completion_ids: list[int],
+) -> str:
+    """Return a completion's text such that prompt text and it, joined, read as sampled.
+
+    After a plain prompt the space between them is the completion's; alone, decoders drop it.
+    `prompt_ids` None: an answer of a chat, which stands alone.
+    """
+    alone: str = tokenizer.decode(completion_ids, skip_special_tokens=True)
+    if prompt_ids is None:
+        return alone
+    head: str = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    both: str = tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
+    return both[len(head) :] if both.startswith(head) else alone
+
+
+def main() -> int:
+    """Collect; errors of ours are one line in the log."""
+    args = arguments()
+    lifeline = begin(child=args.child, mlx=True)
+    try:
+        collect(args, lifeline)
+    except PippinError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if status else sys.exit(0)

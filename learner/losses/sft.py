@@ -1,0 +1,11 @@
+"""The loss of plain fine-tuning, equal to TRL 1.16.0's SFTTrainer and mlx-lm's `default_loss`."""
+
+import mlx.core as mx
+
+
+def sft_loss(logps: mx.array, *, mask: mx.array, tokens: mx.array) -> mx.array:
+    """Return a micro-batch's share of the mean negative log-prob of the tokens that count.
+
+    `logps`, `mask` (B, C) float32, nats; `tokens` () is the whole batch's number of them.
+    """
+    return -mx.where(mask > 0, logps * mask, 0.0).sum() / tokens

@@ -1,1 +1,0 @@
-"""Where batches come from: datasets (offline, prompts) and actors (online)."""

@@ -1,0 +1,226 @@
+"""The channel between learner and actors: `Server` is the learner's end, `Client` an actor's.
+
+Both are asynchronous context managers on asyncio. `send` never waits: each peer has one bounded
+outbox, and a peer whose outbox is full, or who has gone, is dropped alone. Lost messages need no
+care here: actors keep their groups until acknowledged and say Hello again after a refusal.
+"""
+
+from collections import Counter
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Protocol, Self
+
+import anyio.lowlevel
+import zmq
+import zmq.asyncio
+
+from protocol.errors import ChannelError, WireError
+from protocol.messages import wire
+from protocol.messages.messages import ActorMessage, LearnerMessage, Refuse
+from protocol.transport import endpoints
+from protocol.transport.keys import load_client_keys, load_server_keys
+from protocol.transport.peers import Peers
+
+OUTBOX_BOUND = 1024
+_FAIRNESS = 64  # messages received before other tasks get a turn
+
+
+class ServerChannel(Protocol):
+    """What the learner needs of its end; `Server` and `memory.MemoryServer` have it."""
+
+    refusals: Counter[str]
+
+    async def receive(self) -> tuple[bytes, ActorMessage]:
+        """Wait for the next message: (peer, message)."""
+        ...
+
+    def send(self, peer: bytes, message: LearnerMessage) -> bool:
+        """Put into the peer's outbox; False if the peer is gone."""
+        ...
+
+    def last_seen(self, peer: bytes) -> float | None:
+        """`time.monotonic()` of the peer's newest sign of life; None: unknown."""
+        ...
+
+    def take_gone(self) -> list[bytes]:
+        """Peers dropped since the last call."""
+        ...
+
+
+class ClientChannel(Protocol):
+    """What an actor needs of its end; `Client` and `memory.MemoryClient` have it."""
+
+    async def receive(self) -> LearnerMessage:
+        """Wait for the next message."""
+        ...
+
+    def send(self, message: ActorMessage) -> bool:
+        """Put into the outbox; False if it is full."""
+        ...
+
+
+class Server:
+    """A ROUTER bound to `endpoints`, which may be `ipc://path` and `tcp://host:port`.
+
+    `keys` is a folder of `protocol.transport.keys`; it guards tcp endpoints. Frames that are no
+    message are refused, counted in `refusals` by kind, and answered within a rate limit. ZMQ
+    routing IDs are new on each connection; who a peer is, `Hello` says. Memory is bounded by the
+    number of connections times (16 received + `outbox_bound` outgoing) messages.
+    """
+
+    def __init__(
+        self,
+        endpoints: list[str],
+        *,
+        keys: str | Path | None = None,
+        max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+        outbox_bound: int = OUTBOX_BOUND,
+    ) -> None:
+        self.refusals: Counter[str] = Counter()
+        self.endpoints = list(endpoints)
+        self._keys = keys
+        self._max_message_bytes = max_message_bytes
+        self._outbox_bound = outbox_bound
+        self._peers = Peers()
+        self._resources = AsyncExitStack()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._received = 0
+
+    @property
+    def endpoint(self) -> str:
+        """The first endpoint, with its actual port once bound."""
+        return self.endpoints[0]
+
+    async def __aenter__(self) -> Self:
+        """Bind; raise `ChannelError` that names an endpoint that cannot be."""
+        for endpoint in self.endpoints:
+            endpoints.check_endpoint(endpoint, keys=self._keys is not None)
+        keys = load_server_keys(self._keys) if self._keys is not None else None
+        async with AsyncExitStack() as stack:
+            socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            endpoints.set_limits(
+                socket,
+                max_message_bytes=self._max_message_bytes,
+                outbox_bound=self._outbox_bound,
+            )
+            self.endpoints = endpoints.bind_all(socket, self.endpoints, keys)
+            self._socket = socket
+            self._resources = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close, giving what is in the outboxes (such as `Stop`) a second to leave."""
+        if self._socket is not None:
+            self._socket.setsockopt(zmq.LINGER, 1_000)
+        self._socket = None
+        await self._resources.aclose()
+
+    async def receive(self) -> tuple[bytes, ActorMessage]:
+        """Wait for the next message: (peer, message). Refuse whatever is none."""
+        socket = endpoints.required(self._socket, "Server")
+        while True:
+            self._received += 1
+            if self._received % _FAIRNESS == 0:
+                await anyio.lowlevel.checkpoint()
+            peer, *frames = await socket.recv_multipart()
+            self._peers.seen(peer)
+            try:
+                data = endpoints.single_frame(frames)
+                return peer, wire.decode_actor(data, max_bytes=self._max_message_bytes)
+            except WireError as error:
+                self._refuse(peer, error)
+
+    def send(self, peer: bytes, message: LearnerMessage) -> bool:
+        """Put `message` into the peer's outbox.
+
+        Return False, and report the peer in `take_gone`, if its connection is gone or its outbox
+        is full. Other peers are unaffected. Raise `WireError` for a message above the limit.
+        """
+        socket = endpoints.required(self._socket, "Server")
+        data = wire.encode(message, max_bytes=self._max_message_bytes)
+        if endpoints.send_now(socket, [peer, data]):
+            return True
+        self._peers.drop(peer)
+        return False
+
+    def last_seen(self, peer: bytes) -> float | None:
+        """`time.monotonic()` at the newest bytes from the peer; None if unknown or dropped."""
+        return self._peers.last_seen(peer)
+
+    def take_gone(self) -> list[bytes]:
+        """Peers dropped since the last call."""
+        return self._peers.take_gone()
+
+    def _refuse(self, peer: bytes, error: WireError) -> None:
+        self.refusals[error.kind] += 1
+        if self._peers.may_refuse(peer):
+            code = "undecodable" if error.kind == "undecodable" else "invalid"
+            self.send(peer, Refuse(code=code, reason=str(error)[:500]))
+
+
+class Client:
+    """A DEALER connected to a `Server`; it connects again by itself, and keeps its outbox."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        keys: str | Path | None = None,
+        max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+        outbox_bound: int = OUTBOX_BOUND,
+    ) -> None:
+        self.refusals: Counter[str] = Counter()
+        self.endpoint = endpoint
+        self._keys = keys
+        self._max_message_bytes = max_message_bytes
+        self._outbox_bound = outbox_bound
+        self._resources = AsyncExitStack()
+        self._socket: zmq.asyncio.Socket | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start to connect; raise `ChannelError` for an endpoint or keys that cannot be used."""
+        endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
+        keys = load_client_keys(self._keys) if self._keys is not None else None
+        async with AsyncExitStack() as stack:
+            socket = stack.enter_context(endpoints.open_socket(zmq.DEALER, None))
+            endpoints.set_limits(
+                socket,
+                max_message_bytes=self._max_message_bytes,
+                outbox_bound=self._outbox_bound,
+            )
+            endpoints.connect(socket, self.endpoint, keys)
+            self._socket = socket
+            self._resources = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close, giving what is in the outbox (such as `Release`) a second to leave."""
+        if self._socket is not None:
+            self._socket.setsockopt(zmq.LINGER, 1_000)
+        self._socket = None
+        await self._resources.aclose()
+
+    def send(self, message: ActorMessage) -> bool:
+        """Put `message` into the outbox; False if it is full because the learner is away.
+
+        Raise `WireError` for a message above the limit.
+        """
+        socket = endpoints.required(self._socket, "Client")
+        data = wire.encode(message, max_bytes=self._max_message_bytes)
+        return endpoints.send_now(socket, [data])
+
+    async def receive(self) -> LearnerMessage:
+        """Wait for the next message; raise `ChannelError` if the server speaks otherwise."""
+        socket = endpoints.required(self._socket, "Client")
+        frames = await socket.recv_multipart()
+        try:
+            return wire.decode_learner(
+                endpoints.single_frame(frames), max_bytes=self._max_message_bytes
+            )
+        except WireError as error:
+            self.refusals[error.kind] += 1
+            raise ChannelError(
+                f"{self.endpoint}: required a learner of this version of Pippin, got another "
+                f"message: {error}; check the endpoint and both versions"
+            ) from error

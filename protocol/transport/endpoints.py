@@ -1,0 +1,236 @@
+"""Endpoints: which are allowed, how a socket is bound to one, how it is guarded.
+
+`ipc://` is guarded by the mode of its folder (`ipc_folder`), `tcp://` by CURVE keys, which are
+required off loopback. Keys apply to tcp alone, so that one socket can serve both.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import socket as sockets
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import zmq
+import zmq.asyncio
+import zmq.auth.asyncio
+
+from protocol.errors import ChannelError, WireError
+from protocol.transport.keys import ClientKeys, ServerKeys
+
+MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
+ZAP_DOMAIN = b"pippin"
+HEARTBEAT_INTERVAL_MS = 5_000
+HEARTBEAT_TIMEOUT_MS = 20_000
+
+
+@contextmanager
+def ipc_folder() -> Generator[Path]:
+    """Make a 0700 folder under /tmp for a run's sockets; it is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="pippin-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Say whether a `tcp://` endpoint stays on this machine."""
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def reachable(endpoint: str, through: str) -> str:
+    """Return `endpoint` as a peer reaches it that reached its owner at `through`.
+
+    A wildcard host (0.0.0.0, ::, *) says where the owner listens, not where it is.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or host.strip("[]") not in ("0.0.0.0", "::", "*", ""):
+        return endpoint
+    if not through.startswith("tcp://"):
+        return f"tcp://127.0.0.1:{port}"
+    return f"tcp://{through.removeprefix('tcp://').rpartition(':')[0]}:{port}"
+
+
+def check_endpoint(endpoint: str, *, keys: bool) -> None:
+    """Raise `ChannelError` for an endpoint that cannot be used, or not without keys."""
+    scheme, _, address = endpoint.partition("://")
+    if scheme == "ipc" and address:
+        size = len(address.encode())
+        if size > MAX_IPC_PATH_BYTES:
+            raise ChannelError(
+                f"endpoint {endpoint}: a socket path has at most {MAX_IPC_PATH_BYTES} bytes, got "
+                f"{size}; use a shorter folder, such as one under /tmp"
+            )
+    elif scheme == "tcp" and address:
+        port = address.rpartition(":")[2]
+        if not (port == "*" or (port.isdecimal() and int(port) < 65536)):
+            raise ChannelError(f"endpoint {endpoint}: required tcp://host:port, got no valid port")
+        if not keys and not is_loopback(endpoint):
+            raise ChannelError(
+                f"endpoint {endpoint} can be reached from other machines: CURVE keys are required, "
+                "got none; make them with launch/keys.py and set transport.keys"
+            )
+    else:
+        raise ChannelError(
+            f"endpoint {endpoint!r}: required ipc://path or tcp://host:port; correct it"
+        )
+
+
+def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bound: int) -> None:
+    """Bound what a socket holds for each peer, and notice peers that vanish."""
+    # Twice the limit: what lies between is refused with a word; above, ZMQ hangs up.
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_message_bytes)
+    socket.setsockopt(zmq.RCVHWM, 16)
+    socket.setsockopt(zmq.SNDHWM, outbox_bound)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+
+
+def bind_all(
+    socket: zmq.asyncio.Socket, endpoints: list[str], keys: ServerKeys | None
+) -> list[str]:
+    """Bind every endpoint and return them with the ports that they got.
+
+    Raise `ChannelError` that names the endpoint. An option reaches the sockets that are bound
+    after it was set, so ipc goes first and CURVE guards the tcp ones.
+    """
+    for endpoint in endpoints:
+        check_endpoint(endpoint, keys=keys is not None)
+    bound: dict[int, str] = {}
+    indices = sorted(range(len(endpoints)), key=lambda i: endpoints[i].startswith("tcp://"))
+    for index in indices:
+        endpoint = endpoints[index]
+        if endpoint.startswith("ipc://"):
+            _refuse_live_ipc(endpoint)
+        elif keys is not None:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+            socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        bound[index] = _bind(socket, endpoint)
+    return [bound[index] for index in range(len(endpoints))]
+
+
+def _bind(socket: zmq.asyncio.Socket, endpoint: str) -> str:
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(endpoint) from error
+        raise ChannelError(
+            f"endpoint {endpoint}: required an address of this machine that can be bound, got: "
+            f"{error.strerror}"
+        ) from error
+    last = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(last, bytes)
+    return last.rstrip(b"\0").decode()
+
+
+def _in_use(endpoint: str) -> ChannelError:
+    return ChannelError(
+        f"endpoint {endpoint}: required a free address, got one in use; stop the process that "
+        "holds it, or choose another port (tcp://host:* takes any)"
+    )
+
+
+def _refuse_live_ipc(endpoint: str) -> None:
+    """Raise if somebody listens: ZMQ would take the path over in silence."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        try:
+            probe.connect(endpoint.removeprefix("ipc://"))
+        except OSError:
+            return
+    raise _in_use(endpoint)
+
+
+def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) -> None:
+    """Connect a socket; it goes on trying by itself. Raise `ChannelError` as `check_endpoint`."""
+    check_endpoint(endpoint, keys=keys is not None)
+    if keys is not None and endpoint.startswith("tcp://"):
+        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise ChannelError(
+            f"endpoint {endpoint}: required an address to connect to, got: {error.strerror}"
+        ) from error
+
+
+class _Admission:
+    """Answers the authenticator: is this public key (Z85) admitted."""
+
+    def __init__(self, admitted: bytes) -> None:
+        self._admitted = admitted
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Answer for one connection."""
+        return key == self._admitted
+
+
+@contextmanager
+def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Socket]:
+    """Open a socket in a context of its own and close both at the end.
+
+    With `keys`, only the holder of the admitted key passes the context's CURVE endpoints.
+    """
+    context = zmq.asyncio.Context()
+    socket = context.socket(kind)
+    authenticator = None
+    try:
+        if keys is not None:
+            authenticator = zmq.auth.asyncio.AsyncioAuthenticator(context)
+            authenticator.start()
+            authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), _Admission(keys.admitted))
+        yield socket
+    finally:
+        socket.close()
+        if authenticator is not None:
+            authenticator.stop()
+        context.term()
+
+
+def send_now(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
+    """Send without waiting; False if the peer is gone or what is bound for it is full."""
+    send = cast(
+        "Callable[..., asyncio.Future[object]]",
+        socket.send_multipart,  # pyright: ignore[reportUnknownMemberType]
+    )
+    error = send(frames, flags=zmq.NOBLOCK).exception()  # with NOBLOCK the future is done
+    if error is None:
+        return True
+    if isinstance(error, zmq.ZMQError) and error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
+        return False
+    raise error
+
+
+def single_frame(frames: list[bytes]) -> bytes:
+    """Return the only frame of a message; raise `WireError("undecodable")` for any other count."""
+    if len(frames) != 1:
+        raise WireError(
+            f"required a message of one frame, got {len(frames)} frames; another protocol "
+            "speaks to this socket",
+            kind="undecodable",
+        )
+    return frames[0]
+
+
+def required(socket: zmq.asyncio.Socket | None, owner: str) -> zmq.asyncio.Socket:
+    """Return the open socket; raise `ChannelError` outside the owner's `async with`."""
+    if socket is None:
+        raise ChannelError(f"{owner}: required an open channel, got one that is closed")
+    return socket

@@ -1,0 +1,163 @@
+"""The display: one line a step without a terminal, partial lines waited for, time left."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from launch.pages.progress import Progress, duration, sparkline
+
+AT = "2026-01-02 03:04:05,678 INFO"
+
+
+def test_sparkline_spans_least_to_greatest_and_averages_long_series():
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert sparkline([0.0, 2.0, 7.0]) == "▁▃█"
+    assert sparkline([3.0]) == "▁"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], width=2) == "▁█"
+    assert sparkline([]) == ""
+
+
+def test_duration():
+    assert duration(61.2) == "1:01"
+    assert duration(3_661) == "1:01:01"
+
+
+def test_one_line_a_step_and_partial_or_broken_lines_wait_or_are_left_out(tmp_path: Path):
+    out = io.StringIO()
+    metrics = tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=4, out=out) as progress:
+        metrics.write_text('{"step": 1, "time_s": 10, "reward": 0.25}\nnot json\n{"step": 2, "ti')
+        progress.update()
+        assert progress.time_left() is None
+        with metrics.open("a") as file:
+            file.write('me_s": 15.0, "reward": 0.5, "actors/a/tokens_per_s": 123.4}\n')
+        progress.update()
+        assert progress.time_left() == 10.0
+    lines = out.getvalue().splitlines()
+    assert lines[1:] == [
+        "step 1/4  reward 0.25",
+        "step 2/4  reward 0.5  actors/a/tokens_per_s 123.4  left 0:10",
+    ]
+
+
+def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Path):
+    out = io.StringIO()
+    metrics = tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=2, out=out) as progress:
+        metrics.write_text(
+            '{"step": 0, "eval/loss": 0.7, "eval/rewards/accuracies": 0.5, '
+            '"eval/rewards/margins": 0.01}\n'
+            '{"step": 1, "loss": 0.6, "rewards/margins": -0.25, "step_time": 1.23456}\n'
+        )
+        progress.update()
+    assert out.getvalue().splitlines()[1:] == [
+        "step 0/2  eval/loss 0.7  eval/rewards/accuracies 0.5  eval/rewards/margins 0.01",
+        "step 1/2  loss 0.6  rewards/margins -0.25  step_time 1.235 s",
+    ]
+
+
+def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp_path: Path):
+    out = io.StringIO()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "total_steps").write_text("9\n")  # of an earlier incarnation
+    with Progress(tmp_path, out=out) as progress:
+        (tmp_path / "logs" / "learner.log").write_text(
+            "2026-01-02 03:04:05,678 INFO rows.jsonl: 8 rows kept, 0 dropped, 0 truncated\n"
+        )
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 2.0, "loss": 1.5}\n')
+        progress.update()
+        (tmp_path / "total_steps").write_text("4\n")
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time_s": 5.0, "loss": 1.25}\n')
+    assert out.getvalue().splitlines()[1:] == [
+        "rows.jsonl: 8 rows kept, 0 dropped, 0 truncated",
+        "step 1  loss 1.5",
+        "step 2/4  loss 1.25  left 0:06",
+    ]
+
+
+def test_lines_that_a_resume_leaves_in_their_place_are_not_shown_again(tmp_path: Path):
+    out = io.StringIO()
+    metrics, fresh = tmp_path / "metrics.jsonl", tmp_path / "fresh"
+    old = [f'{{"step": {step}, "time_s": {step}, "loss": {step}.5}}\n' for step in (1, 2, 3)]
+    metrics.write_text("".join(old))
+    with Progress(tmp_path, max_steps=3, out=out) as progress:
+        progress.update()
+        fresh.write_text(old[0] + '{"step": 2, "time_s": 9, "loss": 7.5}\n')
+        fresh.replace(metrics)
+        progress.update()
+        with metrics.open("a") as file:
+            file.write('{"step": 3, "time_s": 10, "loss": 6.5}\n')
+    assert out.getvalue().splitlines()[1:] == ["step 2/3  loss 7.5", "step 3/3  loss 6.5"]
+
+
+def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_the_last_step(
+    tmp_path: Path,
+):
+    out = io.StringIO()
+    (tmp_path / "logs").mkdir()
+    log, metrics = tmp_path / "logs/learner.log", tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=2, out=out) as progress:
+        # The first evaluation is over before anyone looks; the last one is looked at twice.
+        log.write_text(f"{AT} evaluating step 0\n")
+        metrics.write_text(
+            '{"step": 0, "time_s": 1.0, "eval/loss": 0.7}\n'
+            '{"step": 1, "time_s": 2.0, "loss": 0.6}\n'
+        )
+        progress.update()
+        assert progress.time_left() == 1.0
+        with log.open("a") as file:
+            file.write(f"{AT} evaluating step 2\n")
+        with metrics.open("a") as file:
+            file.write('{"step": 2, "time_s": 3.0, "loss": 0.5}\n')
+        progress.update()
+        progress.update()
+        with metrics.open("a") as file:
+            file.write('{"step": 2, "time_s": 63.0, "eval/loss": 0.4}\n')
+    assert out.getvalue().splitlines()[1:] == [
+        "step 0/2  eval/loss 0.7",
+        "step 1/2  loss 0.6  left 0:01",
+        "step 2/2  loss 0.5",
+        "evaluating step 2",
+        "step 2/2  eval/loss 0.4",
+    ]
+
+
+class Terminal(io.StringIO):
+    """A terminal for rich."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def panel(out: Terminal) -> list[list[str]]:
+    """Return the words of each line of the panel as it was drawn last."""
+    text = out.getvalue()
+    return [line.strip("│ ").split() for line in text[text.rindex("╭") :].splitlines()]
+
+
+def test_the_panel_of_a_preference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "90")
+    out = Terminal()
+    with Progress(tmp_path, out=out) as progress:
+        (tmp_path / "total_steps").write_text("8\n")
+        (tmp_path / "metrics.jsonl").write_text(
+            '{"step": 0, "time_s": 1.0, "eval/loss": 0.69, "eval/rewards/accuracies": 0.0}\n'
+            '{"step": 1, "time_s": 2.0, "loss": 0.75, "rewards/margins": 0.5}\n'
+            '{"step": 2, "time_s": 4.0, "loss": 0.25, "rewards/margins": 1.5}\n'
+        )
+        progress.update()
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs/learner.log").write_text(f"{AT} evaluating step 2\n")
+        progress.update()
+        assert ["time", "left", "0:09,", "evaluating", "step", "2"] in panel(out)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time_s": 4.0, "eval/rewards/accuracies": 1.0}\n')
+    rows = panel(out)  # and the evaluation is over
+    assert ["step", "2", "of", "8"] in rows
+    assert ["loss", "█▁", "0.25"] in rows
+    assert ["eval/rewards/accuracies", "▁█", "1"] in rows
+    assert ["rewards/margins", "1.5"] in rows
+    assert ["time", "left", "0:09"] in rows

@@ -1,0 +1,248 @@
+"""The learner program with a real actor and a real reward server, over ipc, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.transport.endpoints import ipc_folder
+from tests.tiny import write_model_folder
+
+ROOT = Path(__file__).resolve().parents[3]
+REWARD = """
+def short(completions, **kwargs):
+    return [1.0 / (1 + len(text.split())) for text in completions]
+
+
+def silent(completions, **kwargs):
+    return [None] * len(completions)
+"""
+
+
+class Run:
+    """A run folder, its sockets, and the processes that the test started."""
+
+    def __init__(self, folder: Path, sockets: Path, *, reward: str = "short", **train: int) -> None:
+        self.folder = folder / "run"
+        self.sockets = sockets
+        self.stack = ExitStack()
+        self.folder.mkdir()
+        model = write_model_folder(folder / "model")
+        (folder / "rewards.py").write_text(REWARD)
+        self.reward = f"{folder}/rewards.py:{reward}"
+        rows = [{"prompt": f"w{2 + i} w{9 + i} w3"} for i in range(12)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        steps = train.get("max_steps", 2)
+        (self.folder / "config.toml").write_text(f"""
+[run]
+seed = 5
+save_steps = {train.get("save_steps", 1)}
+[model]
+path = "{model}"
+dtype = "float32"
+lora = {{rank = 4}}
+[data]
+path = "{folder}/rows.jsonl"
+eval_rows = 2
+[rewards]
+functions = ["{self.reward}"]
+[sampling]
+num_generations = 4
+max_completion_length = 6
+[optimizer]
+learning_rate = 1e-3
+[train]
+batch_size = 2
+micro_batch_size = 2
+max_steps = {steps}
+length_bucket = 8
+[queue]
+max_staleness = 1
+[actors]
+heartbeat_s = 0.2
+""")
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command, "--child"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        assert process.stdin is not None
+        self.stack.callback(process.stdin.close)
+        return process
+
+    def learner(self, *flags: str) -> subprocess.Popen[bytes]:
+        return self.start(
+            "learner",
+            "launch/processes/learn.py",
+            str(self.folder),
+            "--kind=grpo",
+            f"--endpoint=ipc://{self.sockets}/learner",
+            f"--snapshots=ipc://{self.sockets}/snapshots",
+            f"--rewards=ipc://{self.sockets}/rewards",
+            *flags,
+        )
+
+    def actor(self) -> subprocess.Popen[bytes]:
+        return self.start(
+            "actor",
+            "launch/actor.py",
+            f"--connect=ipc://{self.sockets}/learner",
+            "--name=a0",
+            "--max-rows=16",
+        )
+
+    def rewards(self) -> subprocess.Popen[bytes]:
+        return self.start(
+            "rewards",
+            "launch/reward_server.py",
+            self.reward,
+            f"--bind=ipc://{self.sockets}/rewards",
+        )
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def steps(self) -> list[int]:
+        return [int(str(line["step"])) for line in self.lines("metrics.jsonl") if "loss" in line]
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a step is on record; the learner must be alive meanwhile."""
+        deadline = time.monotonic() + 60
+        while max(self.steps(), default=0) < step:
+            assert process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def log(self) -> str:
+        return "".join(
+            f"--- {path.name}\n{path.read_text()[-3000:]}\n" for path in self.folder.glob("*.log")
+        )
+
+    def settle(self, process: subprocess.Popen[bytes], status: int = 0) -> None:
+        assert process.wait(60) == status, self.log()
+
+
+@contextmanager
+def run_of(folder: Path, **options: object) -> Generator[Run]:
+    with ipc_folder() as sockets:
+        run = Run(folder, Path(sockets), **options)  # type: ignore[arg-type]
+        with run.stack:
+            yield run
+
+
+def trained(run: Run) -> list[dict[str, Any]]:
+    return [line for line in run.lines("rollouts.jsonl") if line["kind"] == "train"]
+
+
+def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(tmp_path):
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+
+    with run_of(tmp_path, max_steps=6) as run:
+        rewards, actor, learner = run.rewards(), run.actor(), run.learner()
+        run.wait_for_step(1, learner)
+        os.kill(actor.pid, signal.SIGKILL)
+        os.kill(rewards.pid, signal.SIGKILL)
+        actor.wait()
+        rewards.wait()
+        (run.sockets / "rewards").unlink(missing_ok=True)
+        run.rewards()
+        actor = run.actor()
+        run.settle(learner)
+        run.settle(actor)
+        assert run.steps() == [1, 2, 3, 4, 5, 6]
+        numbers = [line["task"] for line in trained(run)]
+        assert len(numbers) == len(set(map(str, numbers))) == 12
+        assert len({str(line["incarnation"]) for line in run.lines("ledger.jsonl")}) == 1
+        events = [line["event"] for line in run.lines("ledger.jsonl")]
+        formed = [n for event in events if event["type"] == "Formed" for n in event["numbers"]]
+        assert formed == numbers
+        last = [line for line in run.lines("metrics.jsonl") if "loss" in line][-1]
+        wanted = {
+            "reward",
+            "reward_std",
+            "entropy",
+            "grad_norm",
+            "staleness/max",
+            "step_time",
+            "sampling/sampling_logp_difference/max",
+            "actors/tokens_per_s",
+            "learner/waiting_share",
+            "clip_ratio/region_mean",
+            "num_tokens",
+            "completions/mean_length",
+            "frac_reward_zero_std",
+            "rewards/short/mean",
+        }
+        assert wanted <= last.keys()
+        assert float(str(last["staleness/max"])) <= 1
+        evaluated = [line for line in run.lines("metrics.jsonl") if "eval/reward" in line]
+        assert [line["step"] for line in evaluated] == [0, 6]
+        loaded = load(str(tmp_path / "model"), adapter_path=str(run.folder / "adapters"))
+        names = dict(tree_flatten(loaded[0].parameters()))
+        assert any(name.endswith("lora_b") and bool((v != 0).any()) for name, v in names.items())
+
+
+@pytest.mark.slow
+def test_a_killed_learner_resumes_and_says_what_was_lost(tmp_path):
+    with run_of(tmp_path, max_steps=200, save_steps=2) as run:
+        run.rewards()
+        actor, learner = run.actor(), run.learner()
+        run.wait_for_step(3, learner)
+        os.kill(learner.pid, signal.SIGKILL)
+        learner.wait()
+        reached = max(run.steps())
+        saved = max(
+            int(p.parent.name[5:]) for p in run.folder.glob("checkpoints/step-*/state.json")
+        )
+        for socket in ("learner", "snapshots"):
+            (run.sockets / socket).unlink(missing_ok=True)
+        config = run.folder / "config.toml"
+        config.write_text(
+            config.read_text()
+            .replace("[run]", f'[run]\nresume = "{run.folder}"')
+            .replace("max_steps = 200", f"max_steps = {reached + 2}")
+        )
+        again = run.learner()
+        run.settle(again)
+        run.settle(actor)
+        lost = json.loads((run.folder / "lost.json").read_text())
+        assert lost["version"] == saved
+        assert lost["version_reached"] >= reached
+        gone = [task["number"] for task in lost["trained_since"]]
+        assert len(gone) == 2 * (lost["version_reached"] - saved)
+        kept = [line["task"] for line in trained(run)[: 2 * saved]]
+        assert not set(map(str, kept)) & set(map(str, gone))
+        assert run.steps()[-1] == reached + 2
+
+
+def test_rewards_that_are_all_none_stop_the_run_with_a_checkpoint(tmp_path):
+    with run_of(tmp_path, reward="silent", max_steps=9, save_steps=0) as run:
+        run.rewards()
+        run.actor()
+        run.settle(run.learner(), status=1)
+        assert "Every reward of 3 batches in a row was None" in run.log()
+        assert run.steps() == [1, 2]
+        assert (run.folder / "checkpoints/step-000002/state.json").is_file()

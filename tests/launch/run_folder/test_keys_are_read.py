@@ -1,0 +1,156 @@
+"""Programs read the keys that they take, and no others: reads of settings are recorded."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import launch.processes.collect
+import launch.run_folder.cli
+import learner.build.offline
+import learner.build.online
+from launch.pairs import build, read
+from launch.processes.collect import Writer, collect
+from launch.processes.lifeline import Lifeline
+from launch.run_folder.cli import read_command_line
+from learner.build.offline import assemble_offline
+from learner.data.prompts import Prompt
+from learner.online.experience import TrainedGroup
+from protocol.config.fields import leaf_fields
+from protocol.config.settings import LoraSettings, PairsRun, PreferenceRun, Section, SftRun
+from protocol.config.unread import readers
+from protocol.model.policy import load_policy
+from tests.protocol.builders import a_completion, a_group
+from tests.tiny import write_model_folder
+
+HELD_OUT = ["--data.eval_rows=2", "--eval.generate=true", "--eval.max_completion_length=2"]
+STREAM = ["--data.streaming=true", "--train.max_steps=2", "--eval.at_start=false"]
+PREFERENCES = [
+    [*HELD_OUT, "--objective.loss_type=robust,discopop", "--objective.loss_weights=1,1",
+     "--objective.label_smoothing=0.1", "--objective.f_divergence_type=alpha_divergence"],
+    [*STREAM, "--objective.method=simpo"],
+    ["--objective.method=kto"],
+]  # fmt: skip
+# Read for data from a hub, of which there is none here.
+ELSEWHERE = {"data.name"}
+
+
+# Read by what pairs share with GRPO, to no effect: fresh adapters add nothing, actors are sent the
+# whole of [model], other prompts than the rows' are emptied before, and nothing is evaluated.
+IDLE = {f"model.lora.{name}" for name in LoraSettings.__struct_fields__} | {
+    "model.reference",
+    "data.eval_path",
+    "data.eval_split",
+    "eval.max_completion_length",
+}
+
+
+class Recorder:
+    """Notes which keys of which section are read, but for what `unseen` wraps."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[type, str]] = set()
+        self.paused = 0
+
+    def read(self, section: Section, name: str) -> Any:
+        if not self.paused:
+            self.seen.add((type(section), name))
+        return object.__getattribute__(section, name)
+
+    def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.paused += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.paused -= 1
+
+        return wrapped
+
+    def whole(self, section: Section) -> dict[str, Any]:
+        return {name: getattr(section, name) for name in section.__struct_fields__}
+
+    def unread(self, cls: type[Section]) -> set[str]:
+        fields = leaf_fields(cls)
+        return {field.path for field in fields if (field.owner, field.name) not in self.seen}
+
+
+def refused(cls: type[Section]) -> set[str]:
+    """Return the keys that the program refuses."""
+    return {field.path for field in leaf_fields(cls) if readers(cls, field.path)}
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    for module, name in (
+        (launch.run_folder.cli, "load"),  # checks read everything
+        (launch.run_folder.cli, "to_toml"),
+        (launch.run_folder.cli, "resolve_paths"),
+        (learner.build.offline, "load"),
+        (learner.build.offline, "unread"),
+        (launch.processes.collect, "load"),
+    ):
+        monkeypatch.setattr(module, name, made.unseen(getattr(module, name)))
+    # What is sent as a whole is read by actors.
+    monkeypatch.setattr(learner.build.online, "builtins", made.whole)
+    monkeypatch.setattr(Section, "__getattribute__", lambda self, name: made.read(self, name))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind", "runs"),
+    [(SftRun, "sft", [HELD_OUT, STREAM]), (PreferenceRun, "preference", PREFERENCES)],
+)
+def test_every_key_that_is_taken_is_read_and_no_other(
+    tmp_path: Path, recorder: Recorder, cls: Any, kind: str, runs: Any
+):
+    rows = [
+        {"prompt": f"w{2 + i} w7", "chosen": f" w{9 + i}", "rejected": f" w{20 + i} w3"}
+        for i in range(6)
+    ]
+    if kind == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = write_model_folder(tmp_path / "model")
+    for number, flags in enumerate(runs):
+        common = [f"--model.path={model}", "--model.dtype=float32", f"--run.name=r{number}"]
+        common += [f"--data.path={tmp_path / 'rows.jsonl'}", f"--run.dir={tmp_path / 'runs'}"]
+        _, folder = read_command_line(cls, [*common, "--train.batch_size=4", *flags], "")
+        trainer = assemble_offline(folder, kind).trainer
+        while not trainer.done:
+            trainer.advance(timeout_s=1.0)
+    assert recorder.unread(cls) == refused(cls) | ELSEWHERE
+
+
+def test_pairs_read_every_key_that_they_take_and_no_other(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """The collector is asked to stop before it leases; what an actor answers is made by hand."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w5", "answer": "w7"}\n' * 3)
+    common = [f"--model.path={write_model_folder(tmp_path / 'model')}", "--model.dtype=float32"]
+    common += [f"--data.path={tmp_path / 'rows.jsonl'}", f"--run.dir={tmp_path / 'runs'}"]
+    lifeline = Lifeline(child=False)
+    lifeline.request_stop()
+    group = a_group([a_completion([5, 1]), a_completion([6, 1])])
+    item = TrainedGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
+    functions = "--rewards.functions=a.py:f"
+    for number, flags in enumerate((["--mode=given"], [*STREAM[:2], functions])):
+        run, folder = read([*common, f"--run.name=p{number}", *flags])
+        with monkeypatch.context() as patch:
+            patch.setattr(anyio, "run", lambda _: 0)  # no process is started
+            assert build(run, folder) == 0
+        endpoint = f"ipc://{folder}/s"
+        args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
+        args.rewards = ["ipc://x"]
+        collect(args, lifeline)
+        tokenizer = load_policy(run.model, seed=0).tokenizer
+        Writer(run, tokenizer, StringIO()).add(item)
+    unread = recorder.unread(PairsRun)
+    assert unread - refused(PairsRun) == ELSEWHERE
+    assert refused(PairsRun) - unread == IDLE

@@ -1,0 +1,276 @@
+"""The ledger's rules, one example each; times are seconds on a made-up clock."""
+
+import msgspec
+import pytest
+
+from learner.ledger.events import Published
+from learner.ledger.ledger import Ledger
+from learner.ledger.state import LedgerState
+from learner.ledger.types import LedgerSettings, Receipt
+from protocol.errors import LedgerError
+from protocol.messages.parts import TaskId
+
+ACTOR = "actor-0"
+
+
+def settings(**changes) -> LedgerSettings:
+    base = {"batch_size": 2, "max_staleness": 1, "num_generations": 4, "lease_s": 10.0}
+    return LedgerSettings(**{**base, **changes})
+
+
+def started(**changes) -> Ledger:
+    ledger = Ledger(settings(**changes), "run", "first")
+    ledger.published(0, "d0")
+    return ledger
+
+
+def fill(ledger: Ledger) -> list[TaskId]:
+    """Join rows named after their number until there is no room."""
+    joined = []
+    while ledger.room():
+        joined.append(ledger.join(f"row-{len(joined)}", 0.0))
+    return joined
+
+
+def deliver(ledger: Ledger, free_rows: int = 1000, now: float = 0.0) -> None:
+    for grant in ledger.lease(ACTOR, free_rows, now):
+        receipt = ledger.received(grant.task, grant.attempt, ACTOR, now)
+        assert receipt.outcome == "accepted"
+
+
+def test_nothing_joins_or_is_leased_before_a_policy_can_be_fetched():
+    ledger = Ledger(settings(), "run", "first")
+    assert ledger.room() == 0
+    with pytest.raises(LedgerError, match="without room"):
+        ledger.join("row", 0.0)
+    ledger.published(0, "d0")
+    assert ledger.room() == 4
+
+
+@pytest.mark.parametrize(("eta", "rooms"), [(0, [2, 0, 0, 2]), (1, [4, 0, 0, 2])])
+def test_admission_counts_the_queue_training_and_a_late_publication(eta, rooms):
+    ledger = started(max_staleness=eta)
+    seen = [ledger.room()]
+    fill(ledger)
+    deliver(ledger)
+    ledger.form_batch(0.0)
+    seen.append(ledger.room())
+    ledger.consumed()
+    seen.append(ledger.room())
+    ledger.published(1, "d1")
+    seen.append(ledger.room())
+    assert seen == rooms
+
+
+def test_leases_go_out_in_queue_order_within_the_credit():
+    ledger = started()
+    first, second, third, _ = fill(ledger)
+    grants = ledger.lease(ACTOR, 11, 0.0)
+    assert [(g.task, g.attempt, g.min_policy_version) for g in grants] == [
+        (first, 1, 0),
+        (second, 1, 0),
+    ]
+    assert ledger.lease("actor-1", 3, 0.0)[0].task == third
+    assert ledger.lease("actor-1", 3, 0.0) == []
+    assert ledger.lease("actor-2", 0, 0.0) == []
+
+
+def test_a_retry_goes_first_and_keeps_its_place():
+    ledger = started()
+    first, second, third, _ = fill(ledger)
+    ledger.lease("slow", 4, 0.0)
+    ledger.lease(ACTOR, 4, 0.0)
+    (cancelled,) = ledger.actor_gone("slow", 1.0)
+    assert (cancelled.task, cancelled.attempt, cancelled.dropped) == (first, 1, False)
+    grants = ledger.lease("actor-2", 8, 1.0)
+    assert [(g.task, g.attempt) for g in grants] == [(first, 2), (third, 1)]
+    ledger.received(second, 1, ACTOR, 2.0)
+    assert not ledger.batch_ready()
+    ledger.received(first, 2, "actor-2", 2.0)
+    assert ledger.form_batch(2.0).tasks == [first, second]
+
+
+def test_progress_renews_and_silence_expires_until_the_task_is_dropped():
+    ledger = started(max_attempts=2)
+    first, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    ledger.progressed(ACTOR, 9.0)
+    assert ledger.expire(18.9) == []
+    assert [c.dropped for c in ledger.expire(19.0)] == [False]
+    ledger.lease(ACTOR, 4, 20.0)
+    (last,) = ledger.expire(30.0)
+    assert (last.task, last.attempt, last.dropped) == (first, 2, True)
+    assert ledger.counters.dropped == {"expired": 1}
+    assert ledger.room() == 1
+    assert ledger.received(first, 1, ACTOR, 31.0) == Receipt(outcome="dropped")
+    assert ledger.counters.discarded == {"dropped": 1}
+
+
+def test_the_first_attempt_to_come_counts_and_cancels_the_other():
+    ledger = started()
+    first, *_ = fill(ledger)
+    ledger.lease("slow", 4, 0.0)
+    ledger.expire(10.0)
+    ledger.lease(ACTOR, 4, 11.0)
+    receipt = ledger.received(first, 1, "slow", 12.0)
+    assert receipt.outcome == "accepted"
+    assert receipt.cancelled is not None
+    assert (receipt.cancelled.attempt, receipt.cancelled.actor) == (2, ACTOR)
+    assert ledger.received(first, 2, ACTOR, 13.0).outcome == "duplicate"
+    assert (ledger.counters.received, ledger.counters.duplicates) == (1, 1)
+    assert ledger.failed(first, 2, "late", 14.0).outcome == "duplicate"
+
+
+def test_strange_tasks_and_attempts_are_unknown():
+    ledger = started()
+    first, *_ = fill(ledger)
+    other = msgspec.structs.replace(first, incarnation="zeroth")
+    never = msgspec.structs.replace(first, number=99)
+    for task, attempt in ((other, 1), (never, 1), (first, 1), (first, 0)):
+        assert ledger.received(task, attempt, ACTOR, 0.0).outcome == "unknown"
+    assert ledger.failed(other, 1, "?", 0.0).outcome == "unknown"
+
+
+def test_a_group_outside_its_lease_is_stale_and_leased_again():
+    ledger = started()
+    first, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    assert ledger.received(first, 1, ACTOR, 1.0, [0, 1]).outcome == "stale"
+    assert ledger.counters.discarded == {"stale": 1}
+    assert ledger.lease(ACTOR, 4, 1.0)[0].attempt == 2
+    assert ledger.received(first, 2, ACTOR, 1.0, [0]).outcome == "accepted"
+
+
+def test_failures_drop_with_their_reason_and_an_orderly_leave_is_not_one():
+    ledger = started(max_attempts=1)
+    fill(ledger)
+    (grant,) = ledger.lease(ACTOR, 4, 0.0)
+    assert not ledger.actor_gone(ACTOR, 1.0, blamed=False)[0].dropped
+    (again,) = ledger.lease(ACTOR, 4, 1.0)
+    assert (again.task, again.attempt) == (grant.task, 2)
+    assert ledger.failed(again.task, 2, "prompt too long", 2.0).dropped
+    assert ledger.state().dropped == {0: "prompt too long"}
+
+
+def test_the_last_batch_is_short_when_rows_end():
+    ledger = started(max_attempts=1)
+    first, second, third = (ledger.join(i, 0.0) for i in range(3))
+    ledger.end_of_rows(0.0)
+    assert ledger.room() == 0
+    grants = ledger.lease(ACTOR, 12, 0.0)
+    ledger.failed(first, 1, "x", 0.0)
+    for grant in grants[1:]:
+        ledger.received(grant.task, 1, ACTOR, 0.0)
+    assert ledger.form_batch(0.0).tasks == [second, third]
+    ledger.consumed()
+    assert ledger.finished
+    assert (ledger.version, ledger.counters.trained) == (1, 2)
+
+
+def test_a_short_batch_waits_for_the_end_of_rows():
+    ledger = started()
+    only = ledger.join("row", 0.0)
+    deliver(ledger)
+    assert not ledger.batch_ready()
+    ledger.end_of_rows(0.0)
+    assert ledger.form_batch(0.0).tasks == [only]
+
+
+def test_the_run_takes_no_more_rows_than_its_batches_need():
+    ledger = started(max_staleness=4, total_batches=3)
+    assert len(fill(ledger)) == 6
+    for version in (1, 2, 3):
+        assert not ledger.finished
+        deliver(ledger)
+        ledger.form_batch(0.0)
+        ledger.consumed()
+        ledger.published(version, f"d{version}")
+    assert ledger.finished
+    assert ledger.room() == 0
+
+
+def test_evaluation_stands_outside_admission_and_is_pinned():
+    ledger = started(eval_generations=2, max_attempts=1, max_eval_tasks=3)
+    fill(ledger)
+    ledger.join_eval(["a", "b", "c"], 0, 0.0)
+    assert ledger.room() == 0
+    assert ledger.queued == 4
+    with pytest.raises(LedgerError, match="max_eval_tasks"):
+        ledger.join_eval(["d"], 0, 0.0)
+    grants = ledger.lease(ACTOR, 10, 0.0)
+    assert [(g.kind, g.pinned_version) for g in grants] == [
+        ("eval", 0),
+        ("eval", 0),
+        ("eval", 0),
+        ("train", None),
+    ]
+    ledger.received(grants[0].task, 1, ACTOR, 0.0, [0])
+    ledger.failed(grants[1].task, 1, "no", 0.0)
+    assert not ledger.eval_ready()
+    ledger.received(grants[2].task, 1, ACTOR, 0.0, [0])
+    done = ledger.take_eval()
+    assert (done.version, done.dropped) == (0, {"b": "no"})
+    assert done.tasks == [grants[0].task, grants[2].task]
+    assert not ledger.eval_open()
+    assert ledger.received(grants[0].task, 1, ACTOR, 1.0).outcome == "duplicate"
+
+
+def test_a_resume_joins_again_in_order_and_says_what_was_lost():
+    ledger = started()
+    first, second, third, fourth = fill(ledger)
+    ledger.join_eval(["e"], 0, 0.0)
+    grants = ledger.lease(ACTOR, 13, 0.0)
+    assert len(grants) == 4
+    for task in (first, second):
+        ledger.received(task, 1, ACTOR, 0.0)
+    ledger.form_batch(0.0)
+    saved = msgspec.json.decode(msgspec.json.encode(ledger.state()), type=LedgerState)
+    resumed, lost = Ledger.restore(settings(), saved, "second")
+    assert lost.groups == [first, second]
+    assert [c.task for c in lost.leases] == [third, grants[0].task]
+    assert lost.eval_rows == ["e"]
+    assert [r.old for r in lost.rejoined] == [first, second, third, fourth]
+    assert [r.row_key for r in lost.rejoined] == ["row-0", "row-1", "row-2", "row-3"]
+    assert [r.new.number for r in lost.rejoined] == [5, 6, 7, 8]
+    assert resumed.lease(ACTOR, 100, 0.0) == []
+    resumed.published(0, "d0")
+    assert [g.task for g in resumed.lease(ACTOR, 100, 0.0)] == [r.new for r in lost.rejoined]
+    assert resumed.received(first, 1, ACTOR, 0.0).outcome == "unknown"
+    with pytest.raises(LedgerError, match="new incarnation"):
+        Ledger.restore(settings(), saved, "first")
+
+
+def test_a_resume_with_a_tighter_bound_leases_only_what_the_bound_allows():
+    ledger = started(max_staleness=4)
+    fill(ledger)
+    resumed, _ = Ledger.restore(settings(max_staleness=0), ledger.state(), "second")
+    resumed.published(0, "d0")
+    assert resumed.queued == 10
+    assert len(resumed.lease(ACTOR, 1000, 0.0)) == 2
+    assert resumed.room() == 0
+
+
+def test_events_replay_to_the_same_state():
+    ledger = Ledger(settings(), "run", "first")
+    empty = ledger.state()
+    ledger.published(0, "d0")
+    fill(ledger)
+    deliver(ledger, 8)
+    ledger.form_batch(0.0)
+    middle, head = ledger.state(), ledger.drain_events()
+    ledger.consumed()
+    assert Ledger.replay(settings(), empty, head).state() == middle
+    assert Ledger.replay(settings(), middle, ledger.drain_events()).state() == ledger.state()
+    assert ledger.drain_events() == []
+
+
+def test_impossible_events_are_refused():
+    ledger = started()
+    with pytest.raises(LedgerError, match="none is in training"):
+        ledger.consumed()
+    with pytest.raises(LedgerError, match="batch_ready"):
+        ledger.form_batch(0.0)
+    with pytest.raises(LedgerError, match="required 0 to 0"):
+        ledger.published(1, "d1")
+    with pytest.raises(LedgerError, match="required 0 to 0"):
+        Ledger.replay(settings(), ledger.state(), [Published(version=3, digest="d3")])

@@ -1,0 +1,224 @@
+"""Preference losses by hand, by finite differences, and under every split into micro-batches."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from learner.losses.dpo import DPO_LOSSES
+from learner.losses.metrics import finish_metrics, merge_metrics, number
+from learner.losses.orpo_cpo import log_sigmoid_odds
+from learner.losses.preference import (
+    kto_kl,
+    kto_loss,
+    kto_weight_advice,
+    needs_whole_batch,
+    pair_normalisers,
+    preference_loss,
+)
+from protocol.config.preference_checks import DPO_LOSSES as NAMED_LOSSES
+from protocol.config.settings import PreferenceSettings
+
+CPO = [("cpo", [name], alpha) for name in ("sigmoid", "hinge", "ipo") for alpha in (0.0, 0.25)]
+SINGLE = [("dpo", [name], 0.0) for name in DPO_LOSSES]
+ALL = [*SINGLE, *CPO, ("simpo", ["sigmoid"], 0.0), ("orpo", ["sigmoid"], 0.0)]
+EXTREME = [[0.0, 0.0, 0.0], [-1e-8, 0.0, 0.0], [-80.0, -80.0, -80.0], [-0.5, -1.0, -2.0]]
+
+
+def settings_for(method, loss_type, alpha=0.0, **extra):
+    smoothing = 0.1 if set(loss_type) & {"exo_pair", "robust"} else 0.0
+    values = {"label_smoothing": smoothing, "alpha": alpha, **extra}
+    return PreferenceSettings(method=method, loss_type=loss_type, **values)
+
+
+def batch(pairs=8, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, width + 1, 2 * pairs)
+    mask = (np.arange(width) < lengths[:, None]).astype(np.float32)
+    logps = -rng.exponential(0.8, mask.shape).astype(np.float32)
+    ref = -rng.exponential(0.8, mask.shape).astype(np.float32)
+    return logps, ref, mask
+
+
+def call(logps, ref, mask, settings, rows, tokens):
+    values = pair_normalisers(rows=rows, chosen_tokens=tokens)
+    return preference_loss(
+        logps,
+        mask=mx.array(mask),
+        ref_logps=mx.array(ref),
+        log_sum_sq_probs=mx.full(mask.shape, -0.5),
+        normalisers={k: mx.array(v) for k, v in values.items()},
+        settings=settings,
+    )
+
+
+def gradient(logps, ref, mask, settings, rows=None, tokens=None):
+    half = len(mask) // 2
+    rows = half if rows is None else rows
+    tokens = float(mask[:half].sum()) if tokens is None else tokens
+
+    def loss(x):
+        return call(x, ref, mask, settings, rows, tokens)
+
+    (value, metrics), grad = mx.value_and_grad(loss)(mx.array(logps))
+    return number(value), np.array(grad), metrics
+
+
+@pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
+def test_gradients_equal_finite_differences(method, loss_type, alpha):
+    logps, ref, mask = batch(pairs=3, width=3)
+    settings = settings_for(method, loss_type, alpha)
+    _, grad, _ = gradient(logps, ref, mask, settings)
+    direction = np.random.default_rng(1).standard_normal(mask.shape).astype(np.float32)
+    step = np.float32(2e-3)
+    up = gradient(logps + step * direction, ref, mask, settings)[0]
+    down = gradient(logps - step * direction, ref, mask, settings)[0]
+    assert float((grad * direction).sum()) == pytest.approx(
+        (up - down) / (2 * float(step)), rel=5e-3, abs=2e-3 * max(1.0, abs(up))
+    )
+
+
+@pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_extreme_log_probs_stay_finite(method, loss_type, alpha, side):
+    chosen, rejected = EXTREME, EXTREME[side:] + EXTREME[:side]
+    logps = np.array(chosen + rejected, np.float32)
+    mask = np.ones_like(logps)
+    mask[3] = 0.0  # an answer whose tokens are all masked
+    mask[7, 1:] = 0.0  # one token
+    ref = np.full_like(logps, -1.0)
+    value, grad, metrics = gradient(logps, ref, mask, settings_for(method, loss_type, alpha))
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+    assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_alphapo_of_extreme_log_probs_stays_finite(name):
+    logps = np.array([[0.0, -1e-8], [-200.0, -200.0]], np.float32)  # the reward is -exp(100) / 0.5
+    settings = settings_for("cpo", [name], 0.5)
+    value, grad, _ = gradient(logps, np.zeros_like(logps), np.ones_like(logps), settings)
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "exo_pair", "discopop"])
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_divergences_of_extreme_log_probs_stay_finite(divergence, name, side):
+    logps = np.array(EXTREME + EXTREME[side:] + EXTREME[:side], np.float32)
+    settings = settings_for("dpo", [name], f_divergence_type=divergence)
+    value, grad, _ = gradient(logps, np.full_like(logps, -1.0), np.ones_like(logps), settings)
+    assert math.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
+def test_micro_batches_add_up(method, loss_type, alpha, parts):
+    settings = settings_for(method, loss_type, alpha)
+    if needs_whole_batch(settings):
+        assert loss_type[0].startswith("aot")
+        return
+    logps, ref, mask = batch()
+    tokens = float(mask[:8].sum())
+    whole, grad, metrics = gradient(logps, ref, mask, settings)
+    total, merged, summed = 0.0, {}, np.zeros_like(grad)
+    for first in range(0, 8, 8 // parts):
+        index = np.r_[first : first + 8 // parts]
+        index = np.concatenate([index, index + 8])
+        value, part, some = gradient(logps[index], ref[index], mask[index], settings, 8, tokens)
+        total += value
+        summed[index] += part
+        merged = merge_metrics(merged, some)
+    assert total == pytest.approx(whole, rel=1e-5, abs=1e-7)
+    assert np.linalg.norm(summed - grad) <= 1e-5 * np.linalg.norm(grad)
+    assert finish_metrics(merged) == pytest.approx(finish_metrics(metrics), rel=1e-5, abs=1e-6)
+
+
+def test_dpo_begins_at_log_two():
+    logps, _, mask = batch()
+    assert gradient(logps, logps, mask, settings_for("dpo", ["sigmoid"]))[0] == pytest.approx(
+        0.693147, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("z", [-16.0, 4.0, 16.0])
+def test_exo_pair_keeps_the_digits_of_its_gradient_in_the_tails(z):
+    logps = np.array([[-0.5], [-1.0]], np.float32)
+    ref = np.array([[-0.5 - z], [-1.0]], np.float32)
+    settings = settings_for("dpo", ["exo_pair"], beta=1.0)
+    _, grad, _ = gradient(logps, ref, np.ones((2, 1), np.float32), settings)
+    # d/dz of KL(softmax || (0.9, 0.1)): p (1 - p) (z - log 9)
+    p = 1 / (1 + math.exp(-z))
+    q = 1 / (1 + math.exp(z))
+    assert grad[0, 0] == pytest.approx(p * q * (z - math.log(9)), rel=1e-5)
+
+
+def test_orpo_ratio_of_certain_answers_is_its_limit():
+    # p_c = 1: odds_c / (odds_c + odds_r) = 1, and its gradient is odds_r = 1 at p_r = 1/2
+    half = mx.array([-math.log(2)])
+    value, grad = mx.value_and_grad(lambda c: log_sigmoid_odds(c, half).sum())(mx.array([0.0]))
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+    assert grad.item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_preference_score_scales_a_pair():
+    logps, ref, mask = batch(pairs=2)
+    values = pair_normalisers(rows=2, chosen_tokens=1.0)
+    arguments = {
+        "mask": mx.array(mask),
+        "ref_logps": mx.array(ref),
+        "normalisers": {k: mx.array(v) for k, v in values.items()},
+        "settings": settings_for("dpo", ["sigmoid"]),
+    }
+    plain = [
+        preference_loss(mx.array(logps), **arguments, scores=mx.array(s))[0].item()
+        for s in ([1.0, 0.0], [0.0, 1.0], [2.0, 0.5])
+    ]
+    assert plain[2] == pytest.approx(2.0 * plain[0] + 0.5 * plain[1], rel=1e-6)
+
+
+def test_kto_by_hand_and_split():
+    logps = mx.array([[-1.0, -1.0], [-0.5, -9.0]])
+    mask = mx.array([[1.0, 1.0], [1.0, 0.0]])
+    ref, labels = mx.array([[-2.0, -1.0], [-1.5, 0.0]]), mx.array([1.0, 0.0])
+    kl = kto_kl(np.array([-1.0, -2.0]), np.array([-2.0, -2.0]))
+    assert kl == 0.5
+    assert kto_kl(np.array([-3.0]), np.array([-2.0])) == 0.0
+    settings = PreferenceSettings(method="kto", undesirable_weight=2.0)
+    normalisers = {"rows": mx.array(2.0)}
+
+    def loss(rows):
+        return kto_loss(
+            logps[rows], ref_logps=ref[rows], mask=mask[rows], labels=labels[rows],
+            kl=mx.array(kl), normalisers=normalisers, settings=settings,
+        )  # fmt: skip
+
+    # both ratios are 1: 1 - sigmoid(.1 * (1 - .5)) and 2 (1 - sigmoid(.1 * (.5 - 1)))
+    low = 1 / (1 + math.exp(0.05))
+    value, metrics = loss(slice(0, 2))
+    assert value.item() == pytest.approx((low + 2 * (1 - low)) / 2, rel=1e-6)
+    first, second = loss(slice(0, 1)), loss(slice(1, 2))
+    assert first[0].item() + second[0].item() == pytest.approx(value.item(), rel=1e-6)
+    merged = finish_metrics(merge_metrics(first[1], second[1]))
+    assert merged == pytest.approx(finish_metrics(metrics))
+    assert merged["rewards/chosen"] == pytest.approx(0.1)
+
+
+def test_every_named_loss_is_there():
+    assert tuple(DPO_LOSSES) == NAMED_LOSSES
+
+
+def test_kto_weights_that_do_not_balance_the_answers_are_named():
+    plain = PreferenceSettings(method="kto")
+    # 30 good, 10 bad: 10/30 and 1.33 x 10/30; 30/10/1.33 and 30/10
+    advice = kto_weight_advice(30, 10, plain)
+    assert "30 good and 10 bad" in advice
+    assert "desirable_weight in [0.33, 0.44]" in advice
+    assert "undesirable_weight in [2.26, 3.0]" in advice
+    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", undesirable_weight=3)) == ""
+    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", desirable_weight=0.4)) == ""
+    assert kto_weight_advice(10, 10, PreferenceSettings(method="kto", desirable_weight=9)) == ""
+    assert "7 good and 0 bad" in kto_weight_advice(7, 0, plain)

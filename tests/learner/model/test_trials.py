@@ -1,0 +1,145 @@
+"""Which models may compute a group's prompt once, and what the log says of the others."""
+
+import logging
+from functools import partial
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from learner.model.logprobs import Head
+from learner.model.trials import choose_shared_prompt
+from protocol.config.settings import ModelSettings
+from protocol.model.adapters import attach_adapters
+from protocol.model.snapshots import trainable
+from tests.tiny import tiny_model
+
+
+def choose(
+    models: list[nn.Module],
+    wanted: Literal["auto", "on", "off"] = "auto",
+    *,
+    head: Head = "chunked",
+    recompute=False,
+    compiled=False,
+):
+    return choose_shared_prompt(
+        models, wanted, head=head, gradient_checkpointing=recompute, compiled=compiled
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_models_that_attend_through_their_caches_are_chosen(kind, dtype, recompute, caplog):
+    model = tiny_model()
+    attach_adapters(model, ModelSettings(fine_tune_type=kind))
+    model.set_dtype(dtype)
+    model.train()
+    reference = tiny_model()
+    reference.freeze()
+    before = trainable(model)
+    with caplog.at_level(logging.INFO):
+        assert choose([model, reference], recompute=recompute)
+        assert choose([model, reference], recompute=recompute, head="full")
+        assert not choose([model, reference], "off")
+    assert not caplog.records
+    assert (model.training, reference.training) == (True, False)
+    after = trainable(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is array for name, array in before.items())
+
+
+def test_on_cuda_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("learner.model.trials._on_cuda", lambda: True)
+    assert not choose([tiny_model()])
+    assert choose([tiny_model()], "on")
+
+
+def windowed():
+    types = ["full_attention", "sliding_attention"]
+    return tiny_model(model_type="llama", layer_types=types, sliding_window=4)
+
+
+def recurrent():
+    return tiny_model(
+        model_type="mamba", state_size=4, intermediate_size=32, conv_kernel=4, use_bias=False,
+        use_conv_bias=True, time_step_rank=4,
+    )  # fmt: skip
+
+
+def dropping():
+    model = tiny_model()
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 4, "scale": 2.0, "dropout": 0.1})
+    return model
+
+
+def changed_attention(change):
+    """Make a model whose last layer uses its cache otherwise than the others."""
+    model: Any = tiny_model(num_hidden_layers=3)
+    attention = model.layers[-1].self_attn
+    kind = type(attention)
+
+    def call(self, x, mask=None, cache=None):
+        return kind.__call__(self, x, *change(mask, cache))
+
+    attention.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return model
+
+
+class Elsewhere:
+    """A cache that tells another position."""
+
+    def __init__(self, cache):
+        self.offset = 0
+        self.update_and_fetch = cache.update_and_fetch
+
+
+class Cut:
+    """A cache whose keys and values of the prompt get no gradient."""
+
+    def __init__(self, cache):
+        self.offset = cache.offset
+        self.update_and_fetch = lambda *own: tuple(
+            mx.concatenate([mx.stop_gradient(both[..., :-8, :]), both[..., -8:, :]], axis=-2)
+            for both in cache.update_and_fetch(*own)
+        )
+
+
+def with_mask(mask, cache):
+    return ("causal" if cache else mask), cache
+
+
+def with_elsewhere(mask, cache):
+    return mask, Elsewhere(cache) if cache else None
+
+
+def with_cut(mask, cache):
+    return mask, Cut(cache) if cache else None
+
+
+def with_nothing(mask, _):
+    return (mask if isinstance(mask, str) else "causal"), None
+
+
+OBSTACLES = {
+    "windows": (windowed, "RotatingKVCache"),
+    "recurrent": (recurrent, "ArraysCache"),
+    "dropout": (dropping, "dropout"),
+    "own mask": (partial(changed_attention, with_mask), "log-probs differ by"),
+    "own positions": (partial(changed_attention, with_elsewhere), "log-probs differ by"),
+    "no gradient": (partial(changed_attention, with_cut), "gradients differ by"),
+    "no cache": (partial(changed_attention, with_nothing), "has written nothing to its cache"),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_other_models_keep_whole_rows_and_the_log_says_why(case, caplog):
+    make, reason = OBSTACLES[case]
+    with caplog.at_level(logging.INFO):
+        assert not choose([tiny_model(), make()])
+    assert "is computed again for each completion of a group" in caplog.text
+    assert reason in caplog.text

@@ -1,0 +1,279 @@
+"""One process, no socket: coordinator, actor worker, engine and trainer on a tiny model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+
+from actors import bridge_messages as actor_port
+from actors.engine.mlx_engine import MlxEngine
+from actors.session import Identity, Session
+from actors.worker import Worker
+from learner.checkpoint import load_checkpoint
+from learner.data.epochs import ListFeed
+from learner.data.filter import Report
+from learner.data.prompts import Prompt, PromptSource
+from learner.ledger.ledger import Ledger
+from learner.ledger.types import LedgerSettings
+from learner.losses.metrics import number
+from learner.objectives.completions import gather_rows
+from learner.objectives.grpo import GrpoObjective
+from learner.online.actors import Terms
+from learner.online.coordinator import Coordinator
+from learner.online.experience import CoordinatorState, TrainBatch, TrainedGroup
+from learner.optim.step import Step
+from learner.records import Records
+from learner.trainer import Schedule, Trainer
+from protocol.config.settings import (
+    DataSettings,
+    GrpoSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
+from protocol.messages.arrays import floats_bytes
+from protocol.messages.messages import ActorMessage, Policy
+from protocol.messages.parts import RewardResult, Sampling
+from protocol.model.policy import (
+    LoadedPolicy,
+    apply_snapshot,
+    load_policy,
+    read_snapshot,
+    write_snapshot,
+)
+from protocol.model.snapshots import load_trainable, trainable
+from tests.protocol.builders import a_welcome
+from tests.tiny import VOCAB, write_model_folder
+
+ACTOR = b"actor"
+G = 4
+
+
+class Loop:
+    """The wire between the two, in memory, and the source that the trainer polls."""
+
+    def __init__(self, made: Coordinator, learner: LoadedPolicy, folder: Path) -> None:
+        self.made, self.learner, self.folder = made, learner, folder
+        self.exhausted = False
+        self.inbox: list[ActorMessage] = []
+        self.events: list[actor_port.Event] = []
+        self.paths: dict[int, Path] = {}
+        self.batches: list[TrainBatch] = []
+        self.now = 0.0
+        self.worker: Worker | None = None
+
+    # the actor's port
+
+    def poll_port(self) -> list[actor_port.Event]:
+        events, self.events = self.events, []
+        return events
+
+    def put(self, command: actor_port.Command) -> None:
+        match command:
+            case actor_port.Send(message):
+                self.inbox.append(message)
+            case actor_port.Fetch(policy):
+                data = self.paths[policy.version].read_bytes()
+                self.events.append(actor_port.Fetched(policy, data))
+            case actor_port.Score(key=key, completion_ids=ids):
+                values = [float(sum(t % 2 for t in row)) / len(row) for row in ids]
+                reward = RewardResult(names=["odd"], rewards=floats_bytes(values))
+                self.events.append(actor_port.Scored(key, reward, 0.0))
+            case actor_port.UseRewards():
+                pass
+
+    # the trainer's source
+
+    def poll(self, timeout_s: float = 0.0) -> TrainBatch | None:
+        assert self.worker is not None
+        self.now += 0.01
+        self.worker.advance()
+        inbox, self.inbox = self.inbox, []
+        for message in inbox:
+            self.made.receive(ACTOR, message, self.now)
+        for _, message in self.made.take_outgoing():
+            self.events.append(actor_port.Received(message))
+        batch = self.made.next_batch(self.now)
+        if batch is not None:
+            self.batches.append(batch)
+        return batch
+
+    def stepped(self, version: int) -> None:
+        path = self.folder / f"policy-{version}"
+        written = write_snapshot(path, self.learner.model, version)
+        self.paths[version] = path
+        announced = Policy(version=version, digest=written.digest, size=written.size)
+        self.made.advance(announced, self.now)
+
+    def figures(self) -> dict[str, float]:
+        return self.made.rates()
+
+    def state(self) -> bytes:
+        return msgspec.msgpack.encode(self.made.state())
+
+
+class Port:
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+
+    def poll(self) -> list[actor_port.Event]:
+        return self.loop.poll_port()
+
+    def put(self, command: actor_port.Command) -> None:
+        self.loop.put(command)
+
+
+def settings_of(folder: Path) -> ModelSettings:
+    if not (folder / "model").exists():
+        write_model_folder(folder / "model")
+    lora = LoraSettings(rank=4)
+    return ModelSettings(path=str(folder / "model"), dtype="float32", lora=lora)
+
+
+def prompts() -> PromptSource:
+    rng = np.random.default_rng(3)
+    rows = [
+        Prompt(row_key=i, prompt_ids=rng.integers(2, VOCAB, 4 + i % 3).tolist(), row={"prompt": ""})
+        for i in range(10)
+    ]
+    feed = ListFeed(rows, DataSettings(), seed=1, batch_size=1, length=lambda p: len(p.prompt_ids))
+    return PromptSource(feed, Report("rows"), None)
+
+
+def build(
+    folder: Path, *, eta: int, temperature: float, length: int, batch: int, resume: bool = False
+) -> tuple[Trainer[Any], Loop, GrpoObjective]:
+    settings = settings_of(folder)
+    learner, actor = load_policy(settings, seed=5), load_policy(settings, seed=5)
+    incarnation = "L2" if resume else "L1"
+    sampling = Sampling(num_generations=G, max_completion_length=length, temperature=temperature)
+    limits = LedgerSettings(
+        batch_size=batch, max_staleness=eta, num_generations=G, total_batches=None
+    )
+    welcome = a_welcome(
+        incarnation,
+        model_digest=learner.model_digest,
+        tokenizer_digest=learner.tokenizer_digest,
+        seed=5,
+    )
+    terms = Terms(
+        welcome=welcome, train=sampling, evaluate=sampling, seed=5, lease_s=1e6, vocab_size=VOCAB,
+        actor_timeout_s=1e6,
+    )  # fmt: skip
+    checkpoint = load_checkpoint(folder / "run/checkpoints") if resume else None
+    if checkpoint is None:
+        made = Coordinator(Ledger(limits, "r", incarnation), prompts(), [], terms)
+    else:
+        state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+        ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
+        made = Coordinator(ledger, prompts(), [], terms)
+        made.adopt(state, lost)
+        load_trainable(learner.model, checkpoint.weights, "checkpoint")
+    loop = Loop(made, learner, folder)
+    engine = MlxEngine(
+        actor.model, stop_token_ids=actor.stop_token_ids, vocab_size=VOCAB, max_rows=64
+    )
+    session = Session(Identity("a0", "1", "here", actor.model_digest, actor.tokenizer_digest))
+    loop.worker = Worker(
+        engine, session, Port(loop), decode=str,
+        load=lambda data, _: lambda: apply_snapshot(actor.model, read_snapshot(data)),
+        clock=lambda: loop.now,
+    )  # fmt: skip
+    loop.worker.start()
+
+    def describe(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
+        return {"kind": "train", "trained_at": trained_at, "task": item.group.task.number}
+
+    train = TrainSettings(batch_size=batch, micro_batch_size=2, length_bucket=8)
+    objective = GrpoObjective(
+        GrpoSettings(), train, learner.model, temperature, length, None, "full", describe
+    )
+    step = Step(
+        learner.model, OptimizerSettings(learning_rate=1e-2), total_steps=10, compiled=False
+    )
+    trainer: Trainer[Any] = Trainer(
+        learner.model, loop, objective, step, Records(folder / "run", 0.0),
+        Schedule(None, 2, 5, 0, eval_at_start=False),
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    loop.stepped(trainer.step)
+    return trainer, loop, objective
+
+
+def run_to(trainer: Trainer[Any], step: int) -> None:
+    turns = 0
+    while trainer.step < step:
+        trainer.advance()
+        turns += 1
+        assert turns < 5000, "the round does not come to its end"
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_batches_train_in_queue_order_within_the_bound(tmp_path, eta):
+    trainer, loop, _ = build(tmp_path, eta=eta, temperature=1.0, length=6, batch=2)
+    before = {name: mx.array(value) for name, value in trainable(trainer.model).items()}
+    run_to(trainer, 4)
+    numbers = [item.group.task.number for batch in loop.batches for item in batch.groups]
+    assert numbers == list(range(8))
+    ages = [
+        batch.trained_at - span.version
+        for batch in loop.batches
+        for item in batch.groups
+        for completion in item.group.completions
+        for span in completion.policy_spans
+    ]
+    assert max(ages) == eta
+    after = trainable(trainer.model)
+    moved = max(number(mx.abs(after[name] - value).max()) for name, value in before.items())
+    assert 0.01 < moved < 0.06  # four steps of Adam at a learning rate of at most 0.01
+    assert loop.made.rates()["ledger/trained"] == 8
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_behaviour_logprobs_are_those_of_the_learners_forward(tmp_path, temperature, capsys):
+    trainer, loop, objective = build(tmp_path, eta=0, temperature=temperature, length=48, batch=16)
+    batch = None
+    for _ in range(2000):
+        batch = batch or loop.poll()
+    assert batch is not None
+    gaps: list[np.ndarray] = []
+    rows = gather_rows(batch.groups)
+    masks = [np.ones(len(c), np.float32) for c in rows.completions]
+    for start in range(0, len(masks), 8):
+        index = list(range(start, start + 8))
+        arrays = objective._arrays(rows, masks, np.ones(len(masks)), index)
+        ours = objective._scores(trainer.model, arrays).logps
+        gap = np.abs(np.array(ours) - np.array(arrays["sampling_logps"]))
+        gaps.append(gap[np.array(arrays["mask"]) > 0])
+    flat = np.concatenate(gaps)
+    with capsys.disabled():
+        print(
+            f"\nT={temperature}: {flat.size} tokens, mean {flat.mean():.2e}, max {flat.max():.2e}"
+        )
+    assert flat.size >= 1000
+    assert flat.max() < 1e-4
+    assert flat.mean() > 0
+
+
+def test_a_resumed_run_samples_the_same_next_batch(tmp_path):
+    trainer, loop, _ = build(tmp_path, eta=0, temperature=1.0, length=6, batch=2)
+    run_to(trainer, 4)  # checkpoints at 2 and 4
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    again, second, _ = build(tmp_path, eta=0, temperature=1.0, length=6, batch=2, resume=True)
+    assert again.step == 2
+    run_to(again, 4)
+    for ours, theirs in zip(second.batches, loop.batches[2:], strict=True):
+        for one, other in zip(ours.groups, theirs.groups, strict=True):
+            assert one.prompt == other.prompt
+            assert [c.token_ids for c in one.group.completions] == [
+                c.token_ids for c in other.group.completions
+            ]
+    final = trainable(again.model)
+    for name, value in trainable(trainer.model).items():
+        np.testing.assert_allclose(np.array(final[name]), np.array(value), atol=1e-6)

@@ -1,0 +1,171 @@
+"""Recipes and flags: read, overridden, refused with the field's path and the nearest name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protocol.config.fields import leaf_fields
+from protocol.config.help import help_text
+from protocol.config.load import load, to_toml
+from protocol.config.settings import GrpoRun, PreferenceRun, SftRun
+from protocol.config.unread import readers
+from protocol.errors import ConfigError
+
+GRPO = ["--model.path=m", "--data.path=d", "--rewards.functions=a.py:f"]
+OFFLINE = ["--model.path", "m", "--data.path", "d"]
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        "[model]\npath = 'm'\n[model.lora]\nrank = 4\n[data]\npath = 'd'\n"
+        "[rewards]\nfunctions = ['a.py:f']\n[optimizer]\nlearning_rate = 1\n"
+    )
+    run = load(GrpoRun, recipe, ["--model.lora.rank", "8", "--queue.max_staleness=0"])
+    assert run.model.lora.rank == 8
+    assert run.model.lora.scale == 2.0
+    assert run.queue.max_staleness == 0
+    assert run.optimizer.learning_rate == 1.0
+    assert run.sampling.num_generations == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "value"),
+    [
+        ("--model.lora.keys=q_proj, v_proj", "model.lora.keys", ["q_proj", "v_proj"]),
+        ("--model.lora.keys=none", "model.lora.keys", None),
+        ("--rewards.functions=['a,b:f']", "rewards.functions", ["a,b:f"]),
+        ("--rewards.reward_weights=0.5", "rewards.reward_weights", [0.5]),
+        ("--data.columns=prompt=question,answer=a", "data.columns",
+         {"prompt": "question", "answer": "a"}),
+        ("--data.columns={prompt = 'q'}", "data.columns", {"prompt": "q"}),
+        ("--data.max_prompt_length=none", "data.max_prompt_length", None),
+        ("--train.max_steps=-1", "train.max_steps", -1),
+        ("--eval.at_start=false", "eval.at_start", False),
+        ("--model.quantize_bits=4", "model.quantize_bits", 4),
+        ("--optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
+        ("--data.system_prompt=a=b --c", "data.system_prompt", "a=b --c"),
+    ],
+)  # fmt: skip
+def test_flag_values(flag: str, path: str, value: object):
+    got: object = load(GrpoRun, None, [*GRPO, flag])
+    for name in path.split("."):
+        got = getattr(got, name)
+    assert got == value
+
+
+def test_a_run_keeps_the_defaults_that_it_sets_for_a_section(tmp_path: Path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[optimizer]\nwarmup_steps = 5\n")
+    run = load(SftRun, recipe, OFFLINE)
+    assert run.optimizer.warmup_steps == 5
+    assert run.optimizer.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[samplng]\nbeta = 1", r"unknown section 'samplng'; did you mean 'sampling'\?"),
+        (
+            "[model.lora]\nrnak = 1",
+            r"unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'",
+        ),
+        ("[train]\nbatch_size = 'x'", "train.batch_size must be int, got 'x'"),
+        ("[model]\nfine_tune_type = 'lore'", r"must be lora\|dora\|full, got 'lore'"),
+        ("train = 3", r"\[train\] is a section of keys, not 3"),
+        ("[optimizer]\nlearning_rate = nan", "must be a finite float, got nan"),
+        ("[run", "is not valid TOML"),
+        ("[run]\nseed = true", "run.seed must be int, got True"),
+    ],
+)
+def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: str, message: str):
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text(toml)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(GrpoRun, recipe, GRPO)
+    assert str(recipe) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampling.beta", "1"], r"unknown key --sampling.beta; did you mean 'objective.beta'"),
+        (["--model.lora", "1"], "--model.lora is a section"),
+        (["--run.seed"], "--run.seed needs a value"),
+        (["recipe.toml"], "'recipe.toml' is not a flag"),
+        (["--run.seed=1.5"], "--run.seed must be int, got '1.5'"),
+        (["--run.seed", "9" * 30], "run.seed must be int in"),
+        (["--eval.at_start", "maybe"], "--eval.at_start must be bool, got 'maybe'"),
+        (["--sampling.num_generations=1"], "sampling.num_generations must be at least 2.*got 1"),
+        (["--rewards.reward_weights=1,2"], r"one weight for each of the 1 rewards.functions"),
+        (["--rewards.functions="], "rewards.functions must name at least one"),
+        (["--objective.epsilon=0"], "objective.epsilon must be positive, got 0"),
+        (["--objective.beta=-1"], "objective.beta must be at least 0"),
+        (["--objective.delta=1.1"], r"objective.delta must exceed 1 \+ epsilon_high \(1.2\)"),
+        (["--objective.importance_sampling_correction=true"], 'old_logprobs = "recompute"'),
+        (["--transport.bind=tcp://0.0.0.0:5"], "not a loopback address and needs transport.keys"),
+        (["--transport.bind=ipc:///x"], "must be tcp://host:port"),
+        (["--actors.count=0"], "unless transport.bind"),
+        (["--eval.steps=5"], "eval.steps needs data.eval_path"),
+        (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
+        (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
+        (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
+        (["--model.path="], "model.path must name"),
+    ],
+)
+def test_bad_flags_are_refused(flags: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(GrpoRun, None, [*GRPO, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective.loss_type=sigmoid,sft", "--objective.loss_weights=1"], "each of the 2"),
+        (["--objective.loss_type=sigmod"], "must be of sigmoid.*; did you mean 'sigmoid'"),
+        (["--data.order=shufled"], "got 'shufled'; did you mean 'shuffled'"),
+        (["--eval.generate=true"], "eval.generate needs data.eval_path"),
+        (["--objective.method=orpo", "--objective.loss_type=ipo"], "is not used"),
+        (["--objective.beta=0"], "objective.beta must be positive"),
+        (
+            ["--train.shared_prompt=off"],
+            "train.shared_prompt is read by launch/grpo.py: leave it out",
+        ),
+    ],
+)
+def test_preference_clashes_are_refused(flags: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(PreferenceRun, None, [*OFFLINE, *flags])
+
+
+def test_toml_round_trips_with_none_lists_tables_and_odd_strings(tmp_path: Path):
+    run = load(GrpoRun, None, [
+        *GRPO, "--data.system_prompt=a \"b\"\\\n\x7f\u2028é", "--data.max_rows=none",
+        "--data.columns=prompt=my question", "--rewards.reward_weights=1e-30",
+        "--model.lora.keys=q,v", "--objective.epsilon_high=0.28",
+    ])  # fmt: skip
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(run), encoding="utf-8")
+    assert load(GrpoRun, path) == run
+
+
+@pytest.mark.parametrize("cls", [GrpoRun, PreferenceRun, SftRun])
+def test_help_lists_every_key_that_is_read_with_type_default_and_comment(cls: type):
+    text = help_text(cls, "launch/x.py")
+    headings = [line for line in text.splitlines() if line.startswith("[")]
+    assert len(headings) == len(set(headings))
+    for field in leaf_fields(cls):
+        assert (f"--{field.path} " in text) == (readers(cls, field.path) is None)
+    assert "--model.lora.scale float = 2.0" in text
+    assert "alpha / rank" in text
+
+
+def test_configuration_loads_neither_mlx_nor_transformers():
+    code = (
+        "import sys, protocol.config.load, protocol.config.help;"
+        "print([m for m in ('mlx', 'mlx_lm', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
