@@ -1,0 +1,1 @@
+"""Makes experience: samples completions and has them scored. It imports `protocol` alone."""

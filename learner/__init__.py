@@ -1,0 +1,4 @@
+"""Turns experience into weights: sources, objectives, the step, the ledger.
+
+It imports `protocol` alone; `launch` imports it.
+"""

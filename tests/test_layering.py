@@ -1,4 +1,4 @@
-"""The four packages import each other along the allowed arrows only, and nothing in a circle."""
+"""Packages and their rooms import each other along the allowed arrows only, never in a circle."""
 
 import ast
 import importlib.util
@@ -16,6 +16,39 @@ ALLOWED = {
     "learner": {"protocol"},
     "launch": {"protocol", "actors", "learner"},
 }
+
+# Which rooms of its own package a room may import. A file beside the rooms is a room of its own.
+ROOMS = {
+    "protocol.errors": set(),
+    "protocol.messages": {"errors"},
+    "protocol.transport": {"errors", "messages"},
+    "protocol.config": {"errors"},
+    "protocol.model": {"errors", "config"},
+    "actors.engine": set(),
+    "actors.rewards": set(),
+    "actors.bridge_messages": set(),
+    "actors.policy_store": set(),
+    "actors.actions": {"engine"},
+    "actors.session": {"actions", "bridge_messages", "engine"},
+    "actors.io": {"bridge_messages"},
+    "actors.worker": {"actions", "bridge_messages", "engine", "policy_store", "session"},
+    "learner.interfaces": set(),
+    "learner.records": set(),
+    "learner.checkpoint": set(),
+    "learner.losses": set(),
+    "learner.data": set(),
+    "learner.model": set(),
+    "learner.optim": {"model"},
+    "learner.ledger": {"records"},
+    "learner.online": {"data", "ledger"},
+    "learner.objectives": {"interfaces", "losses", "data", "model", "online"},
+    "learner.offline": {"interfaces", "losses", "data", "model", "objectives"},
+    "learner.trainer": {"interfaces", "losses", "optim", "checkpoint", "records"},
+    "learner.build": {
+        "interfaces", "losses", "data", "model", "optim", "ledger", "online", "objectives",
+        "offline", "trainer", "checkpoint", "records",
+    },
+}  # fmt: skip
 LIGHT = (
     "protocol.messages.arrays",
     "protocol.messages.messages",
@@ -38,6 +71,11 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
+
+
+def room(name):
+    """Name the room of a module: the folder or the file beside the folders."""
+    return ".".join(name.split(".")[:2])
 
 
 def imports(name, *, at_import_time=False):
@@ -67,20 +105,69 @@ def _outside_functions(node):
         yield from _outside_functions(child)
 
 
+def arrows_between(group):
+    """Map (importer's group, imported group) to the imports that make the arrow."""
+    found = {}
+    for name in MODULES:
+        for other in imports(name):
+            if group(name) != group(other):
+                found.setdefault((group(name), group(other)), []).append(f"{name} -> {other}")
+    return found
+
+
+def layers(graph):
+    """Return the nodes in layers, each of which imports earlier ones only; fail on a circle."""
+    left, found = dict(graph), []
+    while left:
+        free = sorted(name for name, targets in left.items() if not targets & left.keys())
+        assert free, f"circle among {sorted(left)}"
+        found.append(free)
+        for name in free:
+            del left[name]
+    return found
+
+
 def test_packages_import_along_the_arrows_only(capsys):
-    arrows = {
-        (name.split(".")[0], other.split(".")[0]): (name, other)
-        for name in MODULES
-        for other in imports(name)
-        if name.split(".")[0] != other.split(".")[0]
-    }
+    arrows = arrows_between(lambda name: name.split(".")[0])
     with capsys.disabled():
         drawn = ", ".join(f"{source} -> {target}" for source, target in sorted(arrows))
         print(f"\nlayering: {len(MODULES)} modules; {drawn}")
-    wrong = {
-        arrow: modules for arrow, modules in arrows.items() if arrow[1] not in ALLOWED[arrow[0]]
-    }
+    wrong = {arrow: found for arrow, found in arrows.items() if arrow[1] not in ALLOWED[arrow[0]]}
     assert not wrong
+
+
+def test_rooms_import_along_the_arrows_only():
+    wrong = {}
+    for (source, target), found in arrows_between(room).items():
+        package, _, name = target.partition(".")
+        if package == "launch" or source.split(".")[0] != package or not name or source == package:
+            continue
+        if source not in ROOMS or name not in ROOMS[source]:
+            wrong[source, target] = found
+    assert not wrong
+
+
+def test_the_table_of_rooms_is_that_of_the_tree():
+    rooms = {room(name) for name in MODULES if not name.startswith("launch")} - set(PACKAGES)
+    assert rooms == ROOMS.keys()
+    graph = {
+        name: {f"{name.split('.')[0]}.{target}" for target in targets}
+        for name, targets in ROOMS.items()
+    }
+    assert not {name: targets - ROOMS.keys() for name, targets in graph.items()
+                if targets - ROOMS.keys()}  # fmt: skip
+    layers(graph)
+
+
+def test_every_room_says_what_it_is_for():
+    folders = {path.parent for path in MODULES.values()}
+    silent = [
+        str(folder.relative_to(ROOT))
+        for folder in folders
+        if (folder / "__init__.py").exists()
+        and not ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    ]
+    assert not silent
 
 
 def test_every_local_import_names_a_module():
@@ -94,12 +181,7 @@ def test_no_imports_go_in_circles():
     for name, targets in graph.items():
         parents = {target.rpartition(".")[0] for target in targets} & MODULES.keys()
         graph[name] = (targets | parents) - {name, name.rpartition(".")[0]}
-    left = dict(graph)
-    while left:
-        free = [name for name, targets in left.items() if not targets & left.keys()]
-        assert free, f"circle among {sorted(left)}"
-        for name in free:
-            del left[name]
+    layers(graph)
 
 
 def test_modules_start_nothing_when_imported():

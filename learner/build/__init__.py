@@ -1,0 +1,4 @@
+"""Puts a learner together from a run's settings.
+
+Imported by `launch`; it imports every other room.
+"""
