@@ -245,11 +245,11 @@ class Session:
             if now - lease.sent_at >= self.resend_s:
                 self._send_owed(lease, now)
 
-    def credit(self, free_rows: int) -> None:
+    def credit(self, free_completions: int) -> None:
         """Ask for work when there is more room than the learner knows of."""
-        if self.joined and free_rows > self._offered:
-            self._offered = free_rows
-            self._say(Request(free_rows=free_rows))
+        if self.joined and free_completions > self._offered:
+            self._offered = free_completions
+            self._say(Request(free_completions=free_completions))
 
     def _owe(self, lease: _Lease, now: float) -> None:
         lease.stage, lease.result = "owed", None

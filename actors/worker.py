@@ -94,7 +94,7 @@ class Worker:
         self._swap()
         busy = self._step(now) or busy
         self._session.tick(now)
-        self._session.credit(self._engine.free_rows)
+        self._session.credit(self._engine.free_completions)
         policy = self._policies.next_fetch(now)
         if policy is not None:
             self._port.put(Fetch(policy))

@@ -47,13 +47,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the learner's")
     parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
     parser.add_argument("--model", default="", metavar="PATH", help="where the model is here")
-    parser.add_argument("--max-rows", type=int, default=32, help="completions sampled at once")
+    parser.add_argument(
+        "--max-concurrent-completions", type=int, default=32, help="completions sampled at once"
+    )
     parser.add_argument("--prefill-step-size", type=int, default=2048, help="prompt tokens a pass")
     parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     args = parser.parse_args()
-    if args.max_rows < 1 or args.prefill_step_size < 1:
-        parser.error("--max-rows and --prefill-step-size must be at least 1")
+    if args.max_concurrent_completions < 1 or args.prefill_step_size < 1:
+        parser.error("--max-concurrent-completions and --prefill-step-size must be at least 1")
     return args
 
 
@@ -169,7 +171,7 @@ def _worker(
         policy.model,
         stop_token_ids=policy.stop_token_ids,
         vocab_size=policy.vocab_size,
-        max_rows=args.max_rows,
+        max_concurrent_completions=args.max_concurrent_completions,
         prefill_step_size=args.prefill_step_size,
         context_length=policy.config.get("max_position_embeddings"),
     )

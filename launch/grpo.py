@@ -56,7 +56,13 @@ def neighbour(endpoint: str, offset: int) -> str:
 def actor_specs(run: GrpoRun, endpoint: str) -> list[ChildSpec]:
     """Return the local actors to start."""
     settings = run.actors
-    common = ["--connect", endpoint, "--child", "--max-rows", str(settings.max_rows)]
+    common = [
+        "--connect",
+        endpoint,
+        "--child",
+        "--max-concurrent-completions",
+        str(settings.max_concurrent_completions),
+    ]
     common += ["--prefill-step-size", str(settings.prefill_step_size)]
     common += ["--keys", run.transport.keys] if run.transport.keys else []
     return [

@@ -71,7 +71,7 @@ class Row:
         filtered = has_filter(self.work.request.sampling)
         return Completion(
             token_ids=ids_bytes(self.token_ids),
-            behaviour_logprobs=floats_bytes(self.logprobs),
+            sampling_logprobs=floats_bytes(self.logprobs),
             kept_logmass=floats_bytes(self.kept_logmass) if filtered else b"",
             policy_spans=self.spans,
             finish_reason=finish_reason,

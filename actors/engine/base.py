@@ -68,7 +68,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def free_rows(self) -> int:
+    def free_completions(self) -> int:
         """Completions that could be added now and start at once."""
         ...
 

@@ -46,8 +46,8 @@ class _Float32Logits(nn.Module):
 class MlxEngine:
     """An `Engine` over an mlx-lm model. Use it from the thread that owns MLX.
 
-    Rows of all groups share one batch of at most `max_rows`. Models whose caches mlx-lm cannot
-    batch decode row by row, each from a copy of its group's prompt cache.
+    Rows of all groups share one batch of at most `max_concurrent_completions`. Models whose caches
+    mlx-lm cannot batch decode row by row, each from a copy of its group's prompt cache.
     """
 
     def __init__(
@@ -56,18 +56,21 @@ class MlxEngine:
         *,
         stop_token_ids: Sequence[int],
         vocab_size: int,
-        max_rows: int = 32,
+        max_concurrent_completions: int = 32,
         prefill_step_size: int = 2048,
         context_length: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if max_rows < 1:
-            raise ModelError(f"actors.max_rows must be at least 1, got {max_rows}")
+        if max_concurrent_completions < 1:
+            raise ModelError(
+                "actors.max_concurrent_completions must be at least 1, got "
+                f"{max_concurrent_completions}"
+            )
         self._model = model
         self._decoder = _Float32Logits(model)
         self._stop = StopSequences([[token] for token in stop_token_ids])
         self._vocab_size = vocab_size
-        self._max_rows = max_rows
+        self._max_concurrent_completions = max_concurrent_completions
         self._context_length = context_length
         self._clock = clock
         self._prefiller = Prefiller(model, prefill_step_size)
@@ -87,10 +90,10 @@ class MlxEngine:
         return self._version
 
     @property
-    def free_rows(self) -> int:
+    def free_completions(self) -> int:
         """Completions that could be added now and start at once."""
         held = sum(len(work.waiting) + len(work.running) for work in self._works.values())
-        return max(0, self._max_rows - held)
+        return max(0, self._max_concurrent_completions - held)
 
     @property
     def oldest_version(self) -> int:
@@ -204,7 +207,7 @@ class MlxEngine:
 
     def _admit(self) -> int:
         """Start waiting rows while there is room; returns the prompt tokens read."""
-        room = self._max_rows - sum(len(rows) for _, rows in self._lanes)
+        room = self._max_concurrent_completions - sum(len(rows) for _, rows in self._lanes)
         chosen: list[Work] = []
         planned = longest = 0
         for work in self._works.values():

@@ -23,7 +23,7 @@ from learner.data.sequences import (
 from learner.data.tokens import RowError, Tokenizer
 from protocol.config.settings import DataSettings
 
-Logps = npt.NDArray[np.float32]  # (tokens of a completion,) nats
+Logprobs = npt.NDArray[np.float32]  # (tokens of a completion,) nats
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PreferenceExample:
 
     The two contexts are equal unless truncation from the start cut them differently, or the pair
     shares nothing. Each holds at least one token, as does each answer. `score` is the row's
-    `preference_score`. `ref_logps`: the reference's of chosen and rejected, if precomputed.
+    `preference_score`. `ref_logprobs`: the reference's of chosen and rejected, if precomputed.
     `row_json`: see `with_rows`.
     """
 
@@ -42,7 +42,7 @@ class PreferenceExample:
     rejected_prompt_ids: list[int]
     rejected_ids: list[int]
     score: float | None = None
-    ref_logps: tuple[Logps, Logps] | None = field(default=None, compare=False, repr=False)
+    ref_logprobs: tuple[Logprobs, Logprobs] | None = field(default=None, compare=False, repr=False)
     row_json: bytes | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -58,16 +58,16 @@ class PreferenceExample:
 class UnpairedExample:
     """An answer judged good (`label`) or bad; context and answer hold at least one token.
 
-    `ref_logps`: the reference's of the answer, if precomputed, and `kl_ref_logps` those of the
-    answer before it in its batch, to this prompt. `row_json`: see `with_rows`.
+    `ref_logprobs`: the reference's of the answer, if precomputed, and `kl_ref_logprobs` those of
+    the answer before it in its batch, to this prompt. `row_json`: see `with_rows`.
     """
 
     row: int
     prompt_ids: list[int]
     completion_ids: list[int]
     label: bool
-    ref_logps: Logps | None = field(default=None, compare=False, repr=False)
-    kl_ref_logps: Logps | None = field(default=None, compare=False, repr=False)
+    ref_logprobs: Logprobs | None = field(default=None, compare=False, repr=False)
+    kl_ref_logprobs: Logprobs | None = field(default=None, compare=False, repr=False)
     row_json: bytes | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -125,22 +125,22 @@ class Ledger:
 
     # ---- leases -------------------------------------------------------------------------------
 
-    def lease(self, actor: str, free_rows: int, now: float) -> list[Grant]:
-        """Give tasks to an actor with room for `free_rows` completions.
+    def lease(self, actor: str, free_completions: int, now: float) -> list[Grant]:
+        """Give tasks to an actor with room for `free_completions` completions.
 
         Tasks leased before come first, then evaluation, then new ones; each in queue order. A
-        group larger than `free_rows` goes only to an actor that has room and holds no lease.
+        group larger than `free_completions` goes only to an actor that has room and holds no lease.
         """
         published = self._state.published
-        if published is None or free_rows <= 0:
+        if published is None or free_completions <= 0:
             return []
         idle = not held(self._state, actor)
         grants: list[Grant] = []
         for record in leasable(self.settings, self._state):
             rows = generations(self.settings, record)
-            if rows > free_rows and not (idle and not grants):
+            if rows > free_completions and not (idle and not grants):
                 break
-            free_rows -= rows
+            free_completions -= rows
             pinned = record.pinned_version
             floor = published if pinned is None else pinned
             grants.append(self._grant(record, actor, floor, now))

@@ -59,14 +59,14 @@ def entropy_quantile(
 
 
 def importance_ratio(
-    old_logps: mx.array, sampling_logps: mx.array, mask: mx.array, settings: GrpoSettings
+    old_logprobs: mx.array, sampling_logprobs: mx.array, mask: mx.array, settings: GrpoSettings
 ) -> mx.array:
     """Return exp(old - sampler) as the settings truncate or mask it: (B, C), or (B, 1) a sequence.
 
     TRL's `vllm_importance_sampling_correction` in its four modes.
     """
     mode = settings.importance_sampling_mode
-    gap = old_logps - sampling_logps
+    gap = old_logprobs - sampling_logprobs
     gap = mx.where(mx.isnan(gap), 0.0, gap) * mask
     if mode.startswith("sequence"):
         gap = gap.sum(axis=-1, keepdims=True)
@@ -81,14 +81,14 @@ def importance_ratio(
 
 
 def grpo_loss(
-    logps: mx.array,
+    logprobs: mx.array,
     entropies: mx.array,
     *,
     advantages: mx.array,
     mask: mx.array,
-    old_logps: mx.array,
-    ref_logps: mx.array | None = None,
-    sampling_logps: mx.array | None = None,
+    old_logprobs: mx.array,
+    ref_logprobs: mx.array | None = None,
+    sampling_logprobs: mx.array | None = None,
     ratio: mx.array | None = None,
     rows: mx.array | None = None,
     normalisers: Normalisers,
@@ -96,23 +96,23 @@ def grpo_loss(
 ) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of the loss, and metrics that `merge_metrics` takes.
 
-    `logps`, `entropies`, `mask`, `old_logps`, `ref_logps`, `sampling_logps` (B, C) float32, nats;
-    `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction; without
-    `sampling_logps` the off-policy mask compares with `old_logps`. `rows` (B,) is 0 for empty rows
-    that only fill the batch, which metrics leave out.
+    `logprobs`, `entropies`, `mask`, `old_logprobs`, `ref_logprobs`, `sampling_logprobs` (B, C)
+    float32, nats; `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction;
+    without `sampling_logprobs` the off-policy mask compares with `old_logprobs`. `rows` (B,) is 0
+    for empty rows that only fill the batch, which metrics leave out.
     """
     advantage = advantages[:, None]
     live = mask > 0
     rows = mx.ones(advantages.shape) if rows is None else rows
     # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
-    gap = mx.where(live, logps - old_logps, 0.0)
+    gap = mx.where(live, logprobs - old_logprobs, 0.0)
     weights = saturated(_token_or_sequence(gap, mask, settings))
     coefficient = mx.exp(weights)
-    loss, parts = _policy_loss(logps, gap, coefficient, advantage, mask, ratio, settings)
+    loss, parts = _policy_loss(logprobs, gap, coefficient, advantage, mask, ratio, settings)
     if settings.off_policy_mask_threshold is not None:
-        sampler = old_logps if sampling_logps is None else sampling_logps
+        sampler = old_logprobs if sampling_logprobs is None else sampling_logprobs
         loss = loss * off_policy_mask(
-            logps, sampler, advantage, mask, settings.off_policy_mask_threshold
+            logprobs, sampler, advantage, mask, settings.off_policy_mask_threshold
         )
     effective = mask
     if settings.top_entropy_quantile < 1.0:
@@ -122,10 +122,10 @@ def grpo_loss(
         loss = loss * ratio
     metrics = loss_metrics(parts | {"entropy": entropies}, ratio, mask, rows)
     if settings.beta != 0.0:
-        if ref_logps is None:
-            raise ValueError("beta is not 0: grpo_loss needs ref_logps")
+        if ref_logprobs is None:
+            raise ValueError("beta is not 0: grpo_loss needs ref_logprobs")
         log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
-        kl = k3(mx.where(live, ref_logps - logps, 0.0), log_weights)
+        kl = k3(mx.where(live, ref_logprobs - logprobs, 0.0), log_weights)
         loss = loss + settings.beta * kl
         metrics |= average("kl", kl, mask, rows)
     total = aggregate(loss, mask, normalisers, settings)
@@ -161,14 +161,14 @@ def saturated(exponent: mx.array) -> mx.array:
 
 
 def off_policy_mask(
-    logps: mx.array,
-    sampling_logps: mx.array,
+    logprobs: mx.array,
+    sampling_logprobs: mx.array,
     advantage: mx.array,
     mask: mx.array,
     threshold: float,
 ) -> mx.array:
     """Return (B, 1), 0 for sequences of negative advantage that drifted too far (DeepSeek-V3.2)."""
-    drift = sampling_logps - mx.stop_gradient(logps)
+    drift = sampling_logprobs - mx.stop_gradient(logprobs)
     drift = mx.where(mx.isnan(drift) | (mask == 0), 0.0, drift)
     average = drift.sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1.0)
     return ((advantage >= 0) | (average <= threshold)).astype(mask.dtype)
@@ -201,7 +201,7 @@ def _token_or_sequence(gap: mx.array, mask: mx.array, settings: GrpoSettings) ->
 
 
 def _policy_loss(
-    logps: mx.array,
+    logprobs: mx.array,
     gap: mx.array,
     coefficient: mx.array,
     advantage: mx.array,
@@ -227,14 +227,14 @@ def _policy_loss(
     if settings.loss_type == "cispo":
         factor = mx.stop_gradient(mx.minimum(coefficient, high))
         over = ((coefficient > high) & (advantage > 0)).astype(mx.float32)
-        return -factor * advantage * logps, {"cispo_clip_ratio": over}
+        return -factor * advantage * logprobs, {"cispo_clip_ratio": over}
     if settings.loss_type == "sapo":
         positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
         temperature = mx.where(advantage > 0, positive, negative)
         soft = mx.sigmoid(temperature * (coefficient - 1)) * 4 / temperature
         return -soft * advantage, {}
     phi = mx.stop_gradient(_vespo_weight(gap, advantage, mask, ratio, settings))
-    return -phi * advantage * logps, {"vespo/phi_seq_mean": phi}
+    return -phi * advantage * logprobs, {"vespo/phi_seq_mean": phi}
 
 
 def _vespo_weight(

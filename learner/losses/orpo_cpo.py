@@ -49,11 +49,11 @@ def cpo_loss_type(settings: PreferenceSettings) -> str:
     )
 
 
-def cpo_rewards(logps: mx.array, settings: PreferenceSettings) -> mx.array:
+def cpo_rewards(logprobs: mx.array, settings: PreferenceSettings) -> mx.array:
     """Return log-probs (B,), or AlphaPO's (1 - p^-alpha) / alpha of them."""
     if settings.alpha == 0.0:
-        return logps
-    return -mx.expm1(mx.minimum(-settings.alpha * logps, EXPONENT_LIMIT)) / settings.alpha
+        return logprobs
+    return -mx.expm1(mx.minimum(-settings.alpha * logprobs, EXPONENT_LIMIT)) / settings.alpha
 
 
 def cpo_terms(chosen: mx.array, rejected: mx.array, settings: PreferenceSettings) -> mx.array:

@@ -55,10 +55,10 @@ def pair_normalisers(
 
 
 def preference_loss(
-    logps: mx.array,
+    logprobs: mx.array,
     *,
     mask: mx.array,
-    ref_logps: mx.array | None = None,
+    ref_logprobs: mx.array | None = None,
     lengths: mx.array | None = None,
     log_sum_sq_probs: mx.array | None = None,
     nll_mask: mx.array | None = None,
@@ -69,31 +69,31 @@ def preference_loss(
 ) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of the loss of B pairs, and mergeable metrics.
 
-    `logps`, `ref_logps`, `mask`, `nll_mask`, `log_sum_sq_probs`, `entropies` (2B, C) float32, nats;
-    rows [:B] chosen, [B:] rejected. `mask` counts completion tokens, `nll_mask` those of ORPO's
-    NLL. `lengths` (2B,): tokens that ipo and sigmoid_norm divide by, the mask's by default.
+    `logprobs`, `ref_logprobs`, `mask`, `nll_mask`, `log_sum_sq_probs`, `entropies` (2B, C) float32,
+    nats; rows [:B] chosen, [B:] rejected. `mask` counts completion tokens, `nll_mask` those of
+    ORPO's NLL. `lengths` (2B,): tokens that ipo and sigmoid_norm divide by, the mask's by default.
     `scores` (B,): `preference_score`, a factor of each pair's loss.
     """
     live = mask > 0
-    logps = mx.where(live if nll_mask is None else live | (nll_mask > 0), logps, 0.0)
+    logprobs = mx.where(live if nll_mask is None else live | (nll_mask > 0), logprobs, 0.0)
     if settings.method == "dpo":
-        if ref_logps is None and not settings.reference_free:
-            raise ValueError("dpo needs ref_logps; only objective.reference_free does without")
-        ref = mx.zeros_like(logps) if ref_logps is None else mx.where(live, ref_logps, 0.0)
+        if ref_logprobs is None and not settings.reference_free:
+            raise ValueError("dpo needs ref_logprobs; only objective.reference_free does without")
+        ref = mx.zeros_like(logprobs) if ref_logprobs is None else mx.where(live, ref_logprobs, 0.0)
         counted = mask.sum(axis=1) if lengths is None else lengths
         loss, metrics = _dpo(
-            logps, ref, mask, counted, log_sum_sq_probs, scores, normalisers, settings
+            logprobs, ref, mask, counted, log_sum_sq_probs, scores, normalisers, settings
         )
     else:
         nll = mask if nll_mask is None else nll_mask
-        loss, metrics = _without_reference(logps, mask, nll, scores, normalisers, settings)
+        loss, metrics = _without_reference(logprobs, mask, nll, scores, normalisers, settings)
     if entropies is not None:
         metrics |= mean("entropy", mx.where(live, entropies, 0.0).sum(), mask.sum())
     return loss, {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
 def _dpo(
-    logps: mx.array,
+    logprobs: mx.array,
     ref: mx.array,
     mask: mx.array,
     lengths: mx.array,
@@ -102,11 +102,11 @@ def _dpo(
     normalisers: Normalisers,
     settings: PreferenceSettings,
 ) -> tuple[mx.array, Metrics]:
-    half = logps.shape[0] // 2
+    half = logprobs.shape[0] // 2
     weights = mask if settings.ld_alpha is None else truncated_tail(mask, settings.ld_alpha)
-    policy, ratio = (logps * weights).sum(axis=1), ((logps - ref) * weights).sum(axis=1)
+    policy, ratio = (logprobs * weights).sum(axis=1), ((logprobs - ref) * weights).sum(axis=1)
     chosen_factor = mx.ones((half, 1)) if scores is None else scores[:, None]
-    sft = -(logps[:half] * mask[:half] * chosen_factor).sum() / normalisers["chosen_tokens"]
+    sft = -(logprobs[:half] * mask[:half] * chosen_factor).sum() / normalisers["chosen_tokens"]
     pairs = Pairs(
         chosen=policy[:half],
         rejected=policy[half:],
@@ -121,7 +121,7 @@ def _dpo(
     if settings.use_weighting:
         if log_sum_sq_probs is None:
             raise ValueError("objective.use_weighting needs log_sum_sq_probs")
-        factor = _wpo(logps, log_sum_sq_probs, mask)
+        factor = _wpo(logprobs, log_sum_sq_probs, mask)
     terms = _scored_terms(pairs, factor, scores, settings)
     chosen = settings.beta * pairs.chosen_ratio
     rejected = settings.beta * pairs.rejected_ratio
@@ -147,30 +147,30 @@ def _fields(settings: PreferenceSettings) -> dict[str, object]:
     return {name: getattr(settings, name) for name in settings.__struct_fields__}
 
 
-def _wpo(logps: mx.array, log_sum_sq_probs: mx.array, mask: mx.array) -> mx.array:
+def _wpo(logprobs: mx.array, log_sum_sq_probs: mx.array, mask: mx.array) -> mx.array:
     """Return WPO's weight of each pair (B,), detached."""
-    half = logps.shape[0] // 2
-    aligned = mx.where(mask > 0, logps - log_sum_sq_probs, 0.0).sum(axis=1)
+    half = logprobs.shape[0] // 2
+    aligned = mx.where(mask > 0, logprobs - log_sum_sq_probs, 0.0).sum(axis=1)
     weights = mx.exp(aligned / mx.maximum(mask.sum(axis=1), 1.0))
     return mx.stop_gradient(weights[:half] * weights[half:])
 
 
 def _without_reference(
-    logps: mx.array,
+    logprobs: mx.array,
     mask: mx.array,
     nll_mask: mx.array,
     scores: mx.array | None,
     normalisers: Normalisers,
     settings: PreferenceSettings,
 ) -> tuple[mx.array, Metrics]:
-    half = logps.shape[0] // 2
-    totals = (logps * mask).sum(axis=1)
+    half = logprobs.shape[0] // 2
+    totals = (logprobs * mask).sum(axis=1)
     orpo = settings.method == "orpo"
     if orpo or cpo_loss_type(settings) in ("ipo", "simpo"):
         totals = totals / mx.maximum(mask.sum(axis=1), 1.0)
     chosen, rejected = totals[:half], totals[half:]
     factor = mx.ones_like(chosen) if scores is None else scores
-    nll_sum = -(logps[:half] * nll_mask[:half] * factor[:, None]).sum()
+    nll_sum = -(logprobs[:half] * nll_mask[:half] * factor[:, None]).sum()
     nll = nll_sum / normalisers["nll_tokens"]
     if orpo:
         ratio = log_sigmoid_odds(chosen, rejected)
@@ -194,7 +194,7 @@ def _without_reference(
 
 
 def _pair_metrics(
-    chosen: mx.array, rejected: mx.array, chosen_logps: mx.array, rejected_logps: mx.array
+    chosen: mx.array, rejected: mx.array, chosen_logprobs: mx.array, rejected_logprobs: mx.array
 ) -> Metrics:
     """Return TRL's metrics from rewards and log-probs (B,); a tie is no accuracy."""
     values = {
@@ -202,8 +202,8 @@ def _pair_metrics(
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).astype(mx.float32),
         "rewards/margins": chosen - rejected,
-        "logps/chosen": chosen_logps,
-        "logps/rejected": rejected_logps,
+        "logps/chosen": chosen_logprobs,
+        "logps/rejected": rejected_logprobs,
     }
     count = mx.array(float(chosen.size))
     metrics: Metrics = {}
@@ -223,15 +223,15 @@ def kto_loss_type(settings: PreferenceSettings) -> str:
     )
 
 
-def kto_kl(kl_logps: np.ndarray, ref_kl_logps: np.ndarray) -> float:
+def kto_kl(kl_logprobs: np.ndarray, ref_kl_logprobs: np.ndarray) -> float:
     """Return max(mean(policy - reference), 0) of the whole batch's mismatched completions (N,)."""
-    return max(float(np.mean(kl_logps - ref_kl_logps)), 0.0) if kl_logps.size else 0.0
+    return max(float(np.mean(kl_logprobs - ref_kl_logprobs)), 0.0) if kl_logprobs.size else 0.0
 
 
 def kto_loss(
-    logps: mx.array,
+    logprobs: mx.array,
     *,
-    ref_logps: mx.array,
+    ref_logprobs: mx.array,
     mask: mx.array,
     labels: mx.array,
     kl: mx.array,
@@ -240,12 +240,12 @@ def kto_loss(
 ) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of KTO's loss over B judged answers, and mergeable metrics.
 
-    `logps`, `ref_logps`, `mask` (B, C) float32, nats; `labels` (B,) 1 = desirable; `kl` () is
+    `logprobs`, `ref_logprobs`, `mask` (B, C) float32, nats; `labels` (B,) 1 = desirable; `kl` () is
     `kto_kl`'s; `normalisers["rows"]` the batch's rows. A sum over groups that may be empty.
     """
     live = mask > 0
-    policy = mx.where(live, logps, 0.0).sum(axis=1)
-    ratio = mx.where(live, logps - ref_logps, 0.0).sum(axis=1)
+    policy = mx.where(live, logprobs, 0.0).sum(axis=1)
+    ratio = mx.where(live, logprobs - ref_logprobs, 0.0).sum(axis=1)
     good = labels > 0
     shift = kl if kto_loss_type(settings) == "kto" else mx.zeros_like(kl)
     z = settings.beta * (ratio - mx.stop_gradient(shift))

@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 
-def sft_loss(logps: mx.array, *, mask: mx.array, tokens: mx.array) -> mx.array:
+def sft_loss(logprobs: mx.array, *, mask: mx.array, tokens: mx.array) -> mx.array:
     """Return a micro-batch's share of the mean negative log-prob of the tokens that count.
 
-    `logps`, `mask` (B, C) float32, nats; `tokens` () is the whole batch's number of them.
+    `logprobs`, `mask` (B, C) float32, nats; `tokens` () is the whole batch's number of them.
     """
-    return -mx.where(mask > 0, logps * mask, 0.0).sum() / tokens
+    return -mx.where(mask > 0, logprobs * mask, 0.0).sum() / tokens

@@ -24,11 +24,12 @@ Logits = Callable[[mx.array], mx.array]
 class TokenScores(NamedTuple):
     """What a head says of tokens: four float32 arrays of one shape, zeros where not asked for.
 
-    Of logits / temperature: `logps` of the targets and `entropies`, nats; `mean_logits`, their mean
-    over the vocabulary; `top1`, 1 where the target has the largest, of equal ones as the first.
+    Of logits / temperature: `logprobs` of the targets and `entropies`, nats; `mean_logits`, their
+    mean over the vocabulary; `top1`, 1 where the target has the largest, of equal ones as the
+    first.
     """
 
-    logps: mx.array
+    logprobs: mx.array
     entropies: mx.array
     mean_logits: mx.array
     top1: mx.array
@@ -66,14 +67,14 @@ def chunked_logprobs(
 
 
 def token_scores(
-    logps: mx.array, entropies: mx.array, *metrics: mx.array, entropy_gradient: bool
+    logprobs: mx.array, entropies: mx.array, *metrics: mx.array, entropy_gradient: bool
 ) -> TokenScores:
     """Return scores with gradients only where they belong, and zeros for `metrics` left out."""
     if not entropy_gradient:
         entropies = mx.stop_gradient(entropies)
     if not metrics:
-        return TokenScores(logps, entropies, *[mx.zeros_like(logps)] * 2)
-    return TokenScores(logps, entropies, *(mx.stop_gradient(metric) for metric in metrics))
+        return TokenScores(logprobs, entropies, *[mx.zeros_like(logprobs)] * 2)
+    return TokenScores(logprobs, entropies, *(mx.stop_gradient(metric) for metric in metrics))
 
 
 class _Stats:
@@ -94,23 +95,25 @@ class _Stats:
         self.dtype = logits.dtype
         self.targets = targets[:, None]
         self.total = mx.logsumexp(scaled, axis=-1, keepdims=True)
-        self.logps = mx.take_along_axis(scaled, self.targets, axis=-1) - self.total
-        self.logps = self.logps.squeeze(-1)
-        self.entropies = entropies_of(scaled, self.total) if entropy else mx.zeros_like(self.logps)
+        self.logprobs = mx.take_along_axis(scaled, self.targets, axis=-1) - self.total
+        self.logprobs = self.logprobs.squeeze(-1)
+        self.entropies = (
+            entropies_of(scaled, self.total) if entropy else mx.zeros_like(self.logprobs)
+        )
         self.metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
 
     def values(self) -> list[mx.array]:
         """Return all scores that were asked for."""
-        return [self.logps, self.entropies, *self.metrics]
+        return [self.logprobs, self.entropies, *self.metrics]
 
-    def logps_slope(self) -> mx.array:
+    def logprobs_slope(self) -> mx.array:
         """Return p minus one-hot (n, V): -T times the gradient of each log-prob.
 
         In the logits' dtype; the target's p - 1 comes from the log-prob, for where p is near 1
         nothing would be left of it.
         """
         p = mx.softmax(self.logits, axis=-1, precise=True).astype(self.dtype)
-        target = mx.expm1(self.logps[:, None]).astype(self.dtype)
+        target = mx.expm1(self.logprobs[:, None]).astype(self.dtype)
         return mx.put_along_axis(p, self.targets, target, axis=-1)
 
     def entropies_slope(self) -> mx.array:
@@ -198,7 +201,11 @@ def _built_forward(
         for start in _starts(hidden):
             chunk, chunk_targets = _chunk(hidden, targets, start, previous)
             result = stats(logits_of(head, chunk), chunk_targets)
-            previous = [result.logps, result.entropies, _pull(head, chunk, result.logps_slope())]
+            previous = [
+                result.logprobs,
+                result.entropies,
+                _pull(head, chunk, result.logprobs_slope()),
+            ]
             if entropy_gradient:
                 previous.append(_pull(head, chunk, result.entropies_slope()))
             previous += result.metrics
@@ -214,8 +221,8 @@ def _built_forward(
             slope = slope + outputs[3] * (cotangents[1] * factor)[:, None]
         return slope.astype(primals[0].dtype), mx.zeros_like(primals[1])
 
-    logps, entropies, _, *rest = cast(list[mx.array], both(hidden, targets))
-    return [logps, entropies, *rest[int(entropy_gradient) :]]
+    logprobs, entropies, _, *rest = cast(list[mx.array], both(hidden, targets))
+    return [logprobs, entropies, *rest[int(entropy_gradient) :]]
 
 
 def _recomputed(
@@ -251,7 +258,7 @@ def _recomputed(
             stop = start + _size()
             chunk, chunk_targets = _chunk(hidden, targets, start, sums + slopes[-1:])
             result = stats(logits(chunk, *parameters), chunk_targets)
-            pull = result.logps_slope() * (cotangents[0][start:stop, None] * factor)
+            pull = result.logprobs_slope() * (cotangents[0][start:stop, None] * factor)
             if entropy_gradient:
                 slope = result.entropies_slope()
                 pull = pull + slope * (cotangents[1][start:stop, None] * factor)

@@ -184,12 +184,12 @@ def _plain(
     logit_metrics: bool,
 ) -> TokenScores:
     scaled = logits.astype(mx.float32) * (1 / temperature)
-    logps = -nn.losses.cross_entropy(scaled, targets)
-    entropies = mx.zeros_like(logps)
+    logprobs = -nn.losses.cross_entropy(scaled, targets)
+    entropies = mx.zeros_like(logprobs)
     if entropy or entropy_gradient:
         entropies = entropies_of(scaled, mx.logsumexp(scaled, axis=-1, keepdims=True))
     metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
-    return token_scores(logps, entropies, *metrics, entropy_gradient=entropy_gradient)
+    return token_scores(logprobs, entropies, *metrics, entropy_gradient=entropy_gradient)
 
 
 def drops(model: nn.Module) -> bool:

@@ -111,22 +111,22 @@ def _trial(
 
     def loss(parameters: dict[str, Any], ids: mx.array) -> tuple[mx.array, mx.array]:
         owner.update(parameters)
-        logps, *_ = completion_logprobs(model, ids, positions, targets, prompt=prompt, head=head)
-        return (logps * weights).sum(), logps * mask
+        logprobs, *_ = completion_logprobs(model, ids, positions, targets, prompt=prompt, head=head)
+        return (logprobs * weights).sum(), logprobs * mask
 
     def run(parameters: dict[str, Any], ids: mx.array) -> tuple[mx.array, dict[str, Any]]:
         if not _leaves(parameters):
             return loss(parameters, ids)[1], {}
-        (_, logps), gradients = mx.value_and_grad(loss)(parameters, ids)
-        return logps, gradients
+        (_, logprobs), gradients = mx.value_and_grad(loss)(parameters, ids)
+        return logprobs, gradients
 
     with layer_by_layer(model, recompute=recompute):
         try:
-            logps, gradients = (mx.compile(run) if compiled else run)(held, ids)
+            logprobs, gradients = (mx.compile(run) if compiled else run)(held, ids)
         finally:
             owner.update(held)
         flat = [array.astype(mx.float32).flatten() for _, array in _leaves(gradients)]
-        result = logps.flatten(), mx.concatenate(flat) if flat else mx.zeros(1)
+        result = logprobs.flatten(), mx.concatenate(flat) if flat else mx.zeros(1)
         mx.eval(result)
     return result
 

@@ -15,7 +15,7 @@ class Rows:
 
     prompts: list[np.ndarray]
     completions: list[np.ndarray]
-    sampler_logprobs: list[np.ndarray]
+    sampling_logprobs: list[np.ndarray]
     finished: np.ndarray  # (N,) bool, False: cut at max_completion_length
     groups: np.ndarray  # (N,) int
 
@@ -26,7 +26,7 @@ def gather_rows(groups: Sequence[TrainedGroup]) -> Rows:
     return Rows(
         prompts=[np.asarray(item.prompt.prompt_ids, np.int32) for _, item, _ in pairs],
         completions=[ids_view(c.token_ids) for _, _, c in pairs],
-        sampler_logprobs=[floats_view(c.behaviour_logprobs) for _, _, c in pairs],
+        sampling_logprobs=[floats_view(c.sampling_logprobs) for _, _, c in pairs],
         finished=np.array([c.finish_reason == "stop" for _, _, c in pairs]),
         groups=np.array([i for i, _, _ in pairs]),
     )

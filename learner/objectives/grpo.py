@@ -162,7 +162,7 @@ class GrpoObjective:
             length_bucket=self.train.length_bucket,
             one_prompt=self.share_prompt and len(set(rows.groups[index])) == 1,
         )
-        sampler = aligned([rows.sampler_logprobs[i] for i in index], tokens)
+        sampler = aligned([rows.sampling_logprobs[i] for i in index], tokens)
         arrays = to_device(tokens)
         if prompt is not None:
             arrays |= prompt._asdict()
@@ -170,22 +170,22 @@ class GrpoObjective:
         weights = np.concatenate([row_advantages[index], filling])
         arrays["advantages"] = mx.array(weights.astype(np.float32))
         arrays["rows"] = mx.array(np.concatenate([np.ones(len(index), np.float32), filling]))
-        arrays["sampling_logps"] = mx.array(sampler)
+        arrays["sampling_logprobs"] = mx.array(sampler)
         settings = self.settings
         if settings.old_logprobs == "recompute" or settings.top_entropy_quantile < 1:
             scores = self._scores(self.model, arrays)
             if settings.old_logprobs == "recompute":
-                arrays["old_logps"] = scores.logps
+                arrays["old_logprobs"] = scores.logprobs
             if settings.top_entropy_quantile < 1:
                 arrays["entropies"] = scores.entropies
         if settings.importance_sampling_correction:
             arrays["ratio"] = objective.importance_ratio(
-                arrays["old_logps"], arrays["sampling_logps"], arrays["mask"], settings
+                arrays["old_logprobs"], arrays["sampling_logprobs"], arrays["mask"], settings
             )
         if settings.beta > 0:
             if self.reference is None:
                 raise ValueError("objective.beta > 0 needs a reference policy")
-            arrays["ref_logps"] = self._scores(self.reference, arrays).logps
+            arrays["ref_logprobs"] = self._scores(self.reference, arrays).logprobs
         mx.eval(arrays)
         return arrays
 
@@ -204,7 +204,7 @@ class GrpoObjective:
 
     def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """Return a micro-batch's share of the loss and its mergeable metrics."""
-        logps, entropies, *_ = completion_logprobs(
+        logprobs, entropies, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
@@ -215,15 +215,15 @@ class GrpoObjective:
             entropy=True,
             entropy_gradient=self.settings.entropy_coef != 0,
         )
-        sampling = arrays["sampling_logps"]
+        sampling = arrays["sampling_logprobs"]
         loss, metrics = objective.grpo_loss(
-            logps,
+            logprobs,
             entropies,
             advantages=arrays["advantages"],
             mask=arrays["mask"],
-            old_logps=arrays.get("old_logps", sampling),
-            ref_logps=arrays.get("ref_logps"),
-            sampling_logps=sampling,
+            old_logprobs=arrays.get("old_logprobs", sampling),
+            ref_logprobs=arrays.get("ref_logprobs"),
+            sampling_logprobs=sampling,
             ratio=arrays.get("ratio"),
             rows=arrays.get("rows"),
             normalisers={
@@ -235,7 +235,10 @@ class GrpoObjective:
         )
         if "skipped" in arrays:
             metrics = merge_metrics(metrics, unclipped(arrays["skipped"], self.settings))
-        gap = mx.abs(arrays.get("old_logps", mx.stop_gradient(logps)) - sampling) * arrays["mask"]
+        gap = (
+            mx.abs(arrays.get("old_logprobs", mx.stop_gradient(logprobs)) - sampling)
+            * arrays["mask"]
+        )
         name = "sampling/sampling_logp_difference"
         metrics |= mean(f"{name}/mean", gap.sum(), arrays["mask"].sum())
         return loss, metrics | maximum(f"{name}/max", gap.max())

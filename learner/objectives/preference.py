@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from learner.data.examples import Logps, PreferenceExample, UnpairedExample
+from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
 from learner.interfaces import Arrays, Prepared
 from learner.losses.metrics import finish_metrics, merge_metrics, token_mean
 from learner.losses.preference import (
@@ -104,9 +104,9 @@ class PreferenceObjective:
         }
         if not self._unpaired:
             loss, metrics = preference_loss(
-                scores.logps,
+                scores.logprobs,
                 mask=arrays["mask"],
-                ref_logps=arrays.get("ref_logps"),
+                ref_logprobs=arrays.get("ref_logprobs"),
                 log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
                 nll_mask=arrays.get("nll_mask"),
                 scores=arrays.get("scores"),
@@ -116,8 +116,8 @@ class PreferenceObjective:
             )
         else:
             loss, metrics = kto_loss(
-                scores.logps,
-                ref_logps=arrays["ref_logps"],
+                scores.logprobs,
+                ref_logprobs=arrays["ref_logprobs"],
                 mask=arrays["mask"],
                 labels=arrays["labels"],
                 kl=arrays["kl"],
@@ -169,9 +169,9 @@ class PreferenceObjective:
                 scores = [1.0 if pair.score is None else pair.score for pair in part]
                 arrays["scores"] = mx.array(scores, dtype=mx.float32)
             if needs_reference(self.settings):
-                sides = [pair.ref_logps or (None, None) for pair in part]
+                sides = [pair.ref_logprobs or (None, None) for pair in part]
                 stored = [chosen for chosen, _ in sides] + [rejected for _, rejected in sides]
-                arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
+                arrays["ref_logprobs"] = self._reference_logprobs(arrays, tokens, stored)
             if self.settings.use_weighting and self.settings.method == "dpo":
                 arrays["log_sum_sq_probs"] = self._log_sum_sq_probs(arrays)
             mx.eval(arrays)
@@ -201,14 +201,14 @@ class PreferenceObjective:
             tokens = answer_tokens(part, [answer.completion_ids for answer in part], bucket)
             arrays = to_device(tokens)
             arrays["labels"] = mx.array([float(answer.label) for answer in part])
-            stored = [answer.ref_logps for answer in part]
-            arrays["ref_logps"] = self._reference_logps(arrays, tokens, stored)
+            stored = [answer.ref_logprobs for answer in part]
+            arrays["ref_logprobs"] = self._reference_logprobs(arrays, tokens, stored)
             if with_kl:
                 tokens = answer_tokens(part, others, bucket)
                 mismatched = to_device(tokens)
-                stored = [answer.kl_ref_logps for answer in part]
-                gap = self._logps(self.model, mismatched)
-                gap = gap - self._reference_logps(mismatched, tokens, stored)
+                stored = [answer.kl_ref_logprobs for answer in part]
+                gap = self._logprobs(self.model, mismatched)
+                gap = gap - self._reference_logprobs(mismatched, tokens, stored)
                 gaps.append(np.array((gap * mismatched["mask"]).sum(axis=1)))
             mx.eval(arrays)
             micro.append(arrays)
@@ -220,8 +220,8 @@ class PreferenceObjective:
         values = {"rows": float(len(answers))}
         return Prepared(_shared(micro, values), {"batch_tokens": tokens})
 
-    def _reference_logps(
-        self, arrays: Arrays, tokens: TokenBatch, stored: Sequence[Logps | None]
+    def _reference_logprobs(
+        self, arrays: Arrays, tokens: TokenBatch, stored: Sequence[Logprobs | None]
     ) -> mx.array:
         """Return the reference's log-probs (B, C), nats: those that were precomputed, if all were.
 
@@ -229,7 +229,7 @@ class PreferenceObjective:
         """
         rows = [row for row in stored if row is not None]
         if len(rows) < len(stored):
-            return self._logps(self.reference, arrays)
+            return self._logprobs(self.reference, arrays)
         lengths = [len(row) for row in rows]
         wanted = tokens.mask.sum(axis=1).astype(int).tolist()
         if lengths != wanted:
@@ -239,14 +239,16 @@ class PreferenceObjective:
             )
         return mx.array(aligned(rows, tokens))
 
-    def _logps(self, model: nn.Module | None, arrays: Arrays, temperature: float = 1.0) -> mx.array:
+    def _logprobs(
+        self, model: nn.Module | None, arrays: Arrays, temperature: float = 1.0
+    ) -> mx.array:
         """Return (B, C) log-probs, nats, without a gradient."""
         if model is None:
             raise ValueError(
                 "these examples have no precomputed reference log-probs, and there is no reference "
                 "policy to compute them with"
             )
-        logps, *_ = completion_logprobs(
+        logprobs, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
@@ -255,14 +257,14 @@ class PreferenceObjective:
             head=self.head,
             gradient=False,
         )
-        return logps
+        return logprobs
 
     def _log_sum_sq_probs(self, arrays: Arrays) -> mx.array:
         """Return log sum p^2 (B, C) of the policy.
 
         lse(2z) - 2 lse(z) = 2 log p - log q, for q the target's probability at temperature 1/2.
         """
-        return 2 * self._logps(self.model, arrays) - self._logps(self.model, arrays, 0.5)
+        return 2 * self._logprobs(self.model, arrays) - self._logprobs(self.model, arrays, 0.5)
 
 
 def _shared(micro: list[Arrays], normalisers: dict[str, float]) -> list[Arrays]:

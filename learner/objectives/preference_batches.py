@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from learner.data.examples import Logps, PreferenceExample, UnpairedExample
+from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
 from learner.losses.preference import kto_loss_type, needs_whole_batch
 from learner.model.batches import TokenBatch, token_batch
 from protocol.config.settings import PreferenceSettings, TrainSettings
@@ -96,29 +96,29 @@ def reference_inputs(
 
 def with_reference(
     batch: Sequence[PreferenceExample] | Sequence[UnpairedExample],
-    logps: Iterator[list[Logps]],
+    logprobs: Iterator[list[Logprobs]],
     settings: PreferenceSettings,
     train: TrainSettings,
 ) -> list[PreferenceExample] | list[UnpairedExample]:
     """Return the batch's examples with their reference log-probs.
 
-    `logps` yields the rows of each of `reference_inputs`, without padding.
+    `logprobs` yields the rows of each of `reference_inputs`, without padding.
     """
     if settings.method != "kto":
         pairs: list[PreferenceExample] = []
         given = [example for example in batch if isinstance(example, PreferenceExample)]
         for part in pair_parts(given, settings, train):
-            rows = next(logps)
+            rows = next(logprobs)
             sides = zip(rows[: len(part)], rows[len(part) :], strict=True)
-            pairs += [replace(p, ref_logps=both) for p, both in zip(part, sides, strict=True)]
+            pairs += [replace(p, ref_logprobs=both) for p, both in zip(part, sides, strict=True)]
         return pairs
     answers: list[UnpairedExample] = []
     judged = [example for example in batch if isinstance(example, UnpairedExample)]
     for part, _ in answer_parts(judged, train):
-        own = next(logps)
-        kl = next(logps) if kto_loss_type(settings) == "kto" else [None] * len(part)
+        own = next(logprobs)
+        kl = next(logprobs) if kto_loss_type(settings) == "kto" else [None] * len(part)
         answers += [
-            replace(answer, ref_logps=ref, kl_ref_logps=other)
+            replace(answer, ref_logprobs=ref, kl_ref_logprobs=other)
             for answer, ref, other in zip(part, own, kl, strict=True)
         ]
     return answers

@@ -61,7 +61,7 @@ class SftObjective:
         mask = arrays["mask"]
         metrics: Arrays = token_mean("entropy", scores.entropies, mask)
         metrics |= token_mean("mean_token_accuracy", scores.top1, mask)
-        return sft_loss(scores.logps, mask=mask, tokens=arrays["normaliser"]), metrics
+        return sft_loss(scores.logprobs, mask=mask, tokens=arrays["normaliser"]), metrics
 
     def merge(self, first: Arrays, second: Arrays) -> Arrays:
         """Merge the metrics of two micro-batches."""

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from learner.data.examples import Logps, PreferenceExample, UnpairedExample
+from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
 from learner.model.batches import TokenBatch, to_device
 from learner.model.logprobs import Head, completion_logprobs
 from learner.model.reference import Reference
@@ -57,10 +57,10 @@ class Scorer:
         for batch in batches:
             yield from reference_inputs(batch, self.settings, self.train)
 
-    def score(self, tokens: TokenBatch) -> Logps:
+    def score(self, tokens: TokenBatch) -> Logprobs:
         """Return the log-probs (tokens,) of the rows one after the other, without padding."""
         arrays = to_device(tokens)
-        logps, *_ = completion_logprobs(
+        logprobs, *_ = completion_logprobs(
             self.reference.model,
             arrays["input_ids"],
             arrays["positions"],
@@ -68,7 +68,7 @@ class Scorer:
             head=self.head,
             gradient=False,
         )
-        return np.array(logps)[tokens.mask > 0]
+        return np.array(logprobs)[tokens.mask > 0]
 
     def identity(self) -> str:
         """Describe all but the tokens that the numbers depend on, to the last bit."""
@@ -144,7 +144,7 @@ def _compute(
     starts: np.ndarray,
     total: int,
     stopped: Callable[[], bool],
-) -> Logps | None:
+) -> Logprobs | None:
     """Return the log-probs (total,) of all token batches, each from its start on; None: stopped."""
     flat = np.empty(total, np.float32)
     reported = time.monotonic()
@@ -157,22 +157,22 @@ def _compute(
                 len(starts),
             )
             return None
-        logps = scorer.score(tokens)
-        flat[starts[index] : starts[index] + len(logps)] = logps
+        logprobs = scorer.score(tokens)
+        flat[starts[index] : starts[index] + len(logprobs)] = logprobs
         if time.monotonic() - reported > _REPORT_S:
             reported = time.monotonic()
             log.info("reference log-probs: %d of %d micro-batches", index + 1, len(starts))
     return flat
 
 
-def _rows(flat: Logps, starts: np.ndarray, sizes: list[np.ndarray]) -> Iterator[list[Logps]]:
+def _rows(flat: Logprobs, starts: np.ndarray, sizes: list[np.ndarray]) -> Iterator[list[Logprobs]]:
     """Yield each token batch's rows, as views of `flat`."""
     for start, size in zip(starts, sizes, strict=True):
         ends = start + np.concatenate([[0], np.cumsum(size)])
         yield [flat[a:b] for a, b in pairwise(ends)]
 
 
-def _read(path: Path, total: int) -> Logps | None:
+def _read(path: Path, total: int) -> Logprobs | None:
     """Return what an earlier run stored, or None."""
     try:
         arrays, _ = read_tensors(path.read_bytes(), str(path))
@@ -188,7 +188,7 @@ def _read(path: Path, total: int) -> Logps | None:
     return np.array(flat)
 
 
-def _write(path: Path, flat: Logps) -> None:
+def _write(path: Path, flat: Logprobs) -> None:
     """Store the log-probs by one rename; without room for them, training goes on all the same."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

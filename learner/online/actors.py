@@ -98,8 +98,8 @@ def _fault(
         return f"at most {sampling.max_completion_length} tokens are allowed, got {ids.size}"
     if ids.min() < 0 or ids.max() >= vocab_size:
         return f"token IDs must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
-    if not np.isfinite(floats_view(completion.behaviour_logprobs)).all():
-        return "behaviour_logprobs must be finite"
+    if not np.isfinite(floats_view(completion.sampling_logprobs)).all():
+        return "sampling_logprobs must be finite"
     for span in completion.policy_spans:
         ours = digests.get(span.version, span.digest)
         if ours != span.digest:

@@ -75,7 +75,7 @@ class Coordinator:
         match message:
             case Request():
                 actor.stalled = False
-                actor.credit = message.free_rows
+                actor.credit = message.free_completions
             case Group():
                 actor.stalled = False
                 self._group(peer, actor, message, now)

@@ -185,7 +185,8 @@ def _check_grpo(run: GrpoRun) -> None:
         "must be at least 1 unless transport.bind lets remote actors connect",
         actors.count,
     )
-    require(actors.max_rows >= 1, "actors.max_rows", "must be at least 1", actors.max_rows)
+    most = actors.max_concurrent_completions
+    require(most >= 1, "actors.max_concurrent_completions", "must be at least 1", most)
     chunk = actors.prefill_step_size
     require(chunk >= 1, "actors.prefill_step_size", "must be at least 1", chunk)
     restarts = actors.max_restarts

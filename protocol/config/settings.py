@@ -202,7 +202,7 @@ class ActorSettings(Section, frozen=True, kw_only=True):
     """The local actors."""
 
     count: int = 1
-    max_rows: int = 32  # completions sampled at once by one actor
+    max_concurrent_completions: int = 32  # sampled at once by one actor
     prefill_step_size: int = 2048
     heartbeat_s: float = 2.0
     max_restarts: int = 10

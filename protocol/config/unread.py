@@ -39,7 +39,10 @@ READ_BY: dict[str, tuple[tuple[type[AnyRun], ...], str]] = {
     "eval.steps": (TRAINING, NO_TRAINING),
     "eval.at_start": (TRAINING, NO_TRAINING),
     "eval.max_completion_length": (TRAINING, NO_TRAINING),
-    "eval.batch_size": (OFFLINE, "offline programs; GRPO's actors have actors.max_rows"),
+    "eval.batch_size": (
+        OFFLINE,
+        "offline programs; GRPO's actors have actors.max_concurrent_completions",
+    ),
     "eval.generate": (OFFLINE, "offline programs; GRPO's evaluation always samples"),
 }
 # Recipes that a program takes as they are, beside its own: keys that only their program reads are

@@ -19,7 +19,7 @@ from protocol.messages.parts import (
     require,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 TaskKind = Literal["train", "eval"]
 
@@ -46,7 +46,7 @@ class Hello(Message, frozen=True, kw_only=True):
 class Request(Message, frozen=True, kw_only=True):
     """Credit: the actor has room for this many more completions."""
 
-    free_rows: int
+    free_completions: int
 
 
 class Release(Message, frozen=True, kw_only=True):

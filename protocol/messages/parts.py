@@ -67,13 +67,13 @@ class Segment(Part, frozen=True, kw_only=True):
 class Completion(Part, frozen=True, kw_only=True):
     """One sampled completion. C tokens, the stop token included.
 
-    `token_ids`: (C,) int32. `behaviour_logprobs`: (C,) float32, nats, of the float32 distribution
+    `token_ids`: (C,) int32. `sampling_logprobs`: (C,) float32, nats, of the float32 distribution
     at the sampling temperature, before top-k, top-p and min-p. `kept_logmass`: (C,) float32, the
     log of the mass that those kept, or empty where none was in force.
     """
 
     token_ids: bytes
-    behaviour_logprobs: bytes
+    sampling_logprobs: bytes
     kept_logmass: bytes = b""
     policy_spans: list[PolicySpan]
     segments: list[Segment] = []
@@ -82,7 +82,7 @@ class Completion(Part, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         require(n > 0 and n % 4 == 0, "Completion.token_ids must hold at least one int32")
-        require(len(self.behaviour_logprobs) == n, "behaviour_logprobs must align with token_ids")
+        require(len(self.sampling_logprobs) == n, "sampling_logprobs must align with token_ids")
         require(len(self.kept_logmass) in (0, n), "kept_logmass must be empty or align")
         count = n // 4
         starts = [span.start for span in self.policy_spans]

@@ -53,7 +53,7 @@ def launch(args: argparse.Namespace, bound: int, *, save_steps: int = 0) -> Laun
         "queue.max_staleness": bound,
         "queue.lease_s": 5 if args.freeze else 120,
         "actors.count": 2,
-        "actors.max_rows": 4 * BATCH,
+        "actors.max_concurrent_completions": 4 * BATCH,
     }
     return Launcher(folder, [f"--{key}={value}" for key, value in flags.items()])
 

@@ -116,9 +116,9 @@ def score(text: str, number: int = 1) -> Score:
 
 def test_messages_pass_both_ways_and_heartbeats_follow_the_main_thread():
     async def scenario(house: House) -> None:
-        house.bridge.inward.put_nowait(Send(Request(free_rows=4)))
+        house.bridge.inward.put_nowait(Send(Request(free_completions=4)))
         peer, message = await house.server.receive()
-        assert message == Request(free_rows=4)
+        assert message == Request(free_completions=4)
         house.server.send(peer, Stop(reason="done"))
         assert await house.bridge.outward.get() == Received(Stop(reason="done"))
         house.heartbeat = Heartbeat(progress=7, groups_held=2)

@@ -68,7 +68,7 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     session = Session(identity(), resend_s=5.0)
     session.hello(0.0)
     (hello,) = said(session)
-    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 1)
+    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 2)
     session.credit(8)
     session.tick(4.9)
     assert said(session) == []
@@ -80,17 +80,17 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     assert said(session) == []
 
 
-def test_credit_follows_free_rows_less_what_was_leased():
+def test_credit_follows_free_completions_less_what_was_leased():
     session = joined_session()
     session.credit(8)
     session.credit(8)
-    assert said(session) == [Request(free_rows=8)]
+    assert said(session) == [Request(free_completions=8)]
     session.receive(a_task(1), 0.0)
     session.take_actions()
     session.credit(6)  # 8 offered, 2 leased: the learner knows
     assert said(session) == []
     session.credit(7)
-    assert said(session) == [Request(free_rows=7)]
+    assert said(session) == [Request(free_completions=7)]
 
 
 def test_a_task_is_sampled_scored_sent_and_kept_until_acknowledged():
@@ -181,7 +181,7 @@ def test_after_a_reconnect_hello_comes_first_then_what_is_owed():
     session.receive(a_welcome(), 6.6)
     assert said(session) == [group]
     session.credit(32)
-    assert said(session) == [Request(free_rows=32)]
+    assert said(session) == [Request(free_completions=32)]
 
 
 def test_a_new_learner_gets_a_new_hello_and_nothing_of_the_old():

@@ -51,7 +51,7 @@ class FakeEngine:
     pinned: bool = False
 
     @property
-    def free_rows(self) -> int:
+    def free_completions(self) -> int:
         return 8 - 2 * len(self.held)
 
     def add(self, request: GenerationRequest) -> None:
@@ -166,7 +166,7 @@ def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
     hello, rewards, request = house.port.take()
     assert isinstance(hello, Hello)
     assert rewards == UseRewards(a_welcome().rewards)
-    assert request == Request(free_rows=8)
+    assert request == Request(free_completions=8)
     assert not worker.advance()
     assert worker.heartbeat is not None
     assert worker.heartbeat.progress == 2
@@ -189,7 +189,7 @@ def test_a_group_from_lease_to_acknowledgement():
         completion_ids=[[1, 2], [3]],
         trainer_state={"global_step": 3},
     )
-    assert request == Request(free_rows=8)
+    assert request == Request(free_completions=8)
     house.tell(Scored(key, REWARD, 0.5))
     (group,) = house.port.take()
     assert isinstance(group, Group)

@@ -67,7 +67,7 @@ def run_engine(
     model: nn.Module, prompts: list[list[int]], group: int, tokens: int, rows: int
 ) -> tuple[int, float]:
     """Sample `group` completions of each prompt; returns (tokens, seconds)."""
-    engine = MlxEngine(model, stop_token_ids=[], vocab_size=VOCAB, max_rows=rows)
+    engine = MlxEngine(model, stop_token_ids=[], vocab_size=VOCAB, max_concurrent_completions=rows)
     engine.set_policy(lambda: None, 0, "base")
     sampling = Sampling(num_generations=group, max_completion_length=tokens)
     start = time.perf_counter()

@@ -84,10 +84,10 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
 
     def loss(hidden: mx.array, parameters: dict) -> mx.array:
         model.update(parameters)
-        logps, *_ = completion_logprobs(
+        logprobs, *_ = completion_logprobs(
             model, hidden, positions, targets, head="full" if options.way == "full" else "chunked"
         )
-        return -logps.mean()
+        return -logprobs.mean()
 
     mx.reset_peak_memory()
     held = mx.get_active_memory()

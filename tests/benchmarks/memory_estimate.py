@@ -96,8 +96,10 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
 
     def loss(model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         ids, positions = arrays["ids"], arrays["positions"]
-        logps, *_ = completion_logprobs(model, ids, positions, ids, prompt=before, head=case.head)
-        return -logps.mean(), {}
+        logprobs, *_ = completion_logprobs(
+            model, ids, positions, ids, prompt=before, head=case.head
+        )
+        return -logprobs.mean(), {}
 
     step = Step(
         model,

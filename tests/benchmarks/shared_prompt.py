@@ -57,8 +57,10 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     def loss(model: nn.Module, arrays: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
         tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
         prompt = SharedPrompt.of(arrays)
-        logps, *_ = completion_logprobs(model, *tokens, prompt=prompt, head=args.head, entropy=True)
-        return -(logps * arrays["mask"]).mean(), {}
+        logprobs, *_ = completion_logprobs(
+            model, *tokens, prompt=prompt, head=args.head, entropy=True
+        )
+        return -(logprobs * arrays["mask"]).mean(), {}
 
     step = Step(
         model,

@@ -142,14 +142,14 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
     )
 
     def loss(model: "nn.Module", arrays: dict[str, mx.array]) -> tuple[mx.array, dict]:
-        logps, *_ = completion_logprobs(
+        logprobs, *_ = completion_logprobs(
             model,
             arrays["input_ids"],
             arrays["positions"],
             arrays["targets"],
             head="full" if way == "full" else "chunked",
         )
-        return -logps.mean(), {}
+        return -logprobs.mean(), {}
 
     def run() -> None:
         step.accumulate(arrays, loss)

@@ -49,7 +49,14 @@ def with_actor(scenario: Callable[[Server], Awaitable[None]], *flags: str) -> tu
         with ipc_folder() as folder, anyio.fail_after(30):
             async with Server([f"ipc://{folder}/learner"]) as server:
                 command = [sys.executable, str(ROOT / "launch/actor.py"), "--child", *flags]
-                command += ["--connect", server.endpoint, "--name", "a0", "--max-rows", "4"]
+                command += [
+                    "--connect",
+                    server.endpoint,
+                    "--name",
+                    "a0",
+                    "--max-concurrent-completions",
+                    "4",
+                ]
                 process = await anyio.open_process(
                     command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
                 )
@@ -123,7 +130,7 @@ def test_an_actor_joins_samples_and_leaves_at_the_end_of_the_run(tmp_path):
             policy.tokenizer_digest,
         )
         server.send(peer, welcome)
-        assert (await next_of(server, Request))[1].free_rows == 4
+        assert (await next_of(server, Request))[1].free_completions == 4
         server.send(peer, task())
         server.send(peer, announced)
         assert (await next_of(server, Applied))[1] == Applied(version=4, digest=written.digest)
@@ -148,21 +155,21 @@ def test_an_actor_joins_samples_and_leaves_at_the_end_of_the_run(tmp_path):
         assert theirs.token_ids == ours.token_ids
         assert theirs.policy_spans == ours.policy_spans
         np.testing.assert_allclose(
-            floats_view(theirs.behaviour_logprobs), floats_view(ours.behaviour_logprobs), atol=1e-5
+            floats_view(theirs.sampling_logprobs), floats_view(ours.sampling_logprobs), atol=1e-5
         )
 
 
 def test_a_refused_actor_says_why_and_fails():
     async def learner(server: Server) -> None:
         peer, hello = await next_of(server, Hello)
-        assert hello.protocol_version == 1
-        reason = "the learner speaks protocol version 2, actor a0 speaks 1"
+        assert hello.protocol_version == 2
+        reason = "the learner speaks protocol version 3, actor a0 speaks 2"
         server.send(peer, Refuse(code="protocol_version", reason=reason, fatal=True))
         await anyio.sleep_forever()
 
     status, logged = with_actor(learner)
     assert status == 1
-    assert "refused actor a0 (protocol_version): the learner speaks protocol version 2" in logged
+    assert "refused actor a0 (protocol_version): the learner speaks protocol version 3" in logged
 
 
 def test_an_actor_ends_when_its_launcher_is_gone():

@@ -58,7 +58,7 @@ def coordinator(*, eval_rows: int = 0) -> Coordinator:
 
 def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
     """Make an actor's first word."""
-    fields = {"protocol_version": 1, "model_digest": "m", "tokenizer_digest": "t", **changes}
+    fields = {"protocol_version": 2, "model_digest": "m", "tokenizer_digest": "t", **changes}
     return Hello(actor_id=name, actor_incarnation=incarnation, **fields)  # type: ignore[arg-type]
 
 
@@ -79,8 +79,10 @@ def tasks(made: Coordinator, peer: bytes) -> list[Task]:
     return [message for message in said(made, peer) if isinstance(message, Task)]
 
 
-def join(made: Coordinator, peer: bytes = A, name: str = "a", free_rows: int = 8) -> list[Task]:
-    """Have an actor join with room for `free_rows` completions; return its leases."""
+def join(
+    made: Coordinator, peer: bytes = A, name: str = "a", free_completions: int = 8
+) -> list[Task]:
+    """Have an actor join with room for `free_completions` completions; return its leases."""
     made.receive(peer, hello(name), 0.0)
-    made.receive(peer, Request(free_rows=free_rows), 0.0)
+    made.receive(peer, Request(free_completions=free_completions), 0.0)
     return tasks(made, peer)

@@ -178,9 +178,9 @@ def _grpo(
         arrays = _tokens(part, objective) | shared
         arrays["advantages"] = mx.array(row_advantages.astype(np.float32))
         first = (step["step"] - 1) * accumulation
-        arrays["sampling_logps"] = _old_logps(recording, first + number, objective, old)
+        arrays["sampling_logprobs"] = _old_logprobs(recording, first + number, objective, old)
         if objective.reference is not None:
-            arrays["ref_logps"] = frozen_logps(objective, objective.reference, arrays)
+            arrays["ref_logprobs"] = frozen_logprobs(objective, objective.reference, arrays)
         mx.eval(arrays)
         micro.append(arrays)
     return micro
@@ -192,7 +192,7 @@ def generation_slices(recording: Recording) -> int:
     return given["steps_per_generation"] or given["gradient_accumulation_steps"]
 
 
-def _old_logps(
+def _old_logprobs(
     recording: Recording, index: int, objective: GrpoObjective, old: OldLogps
 ) -> mx.array:
     """Return (B, C) log-probs of the run's micro-batch `index` when its rollouts came.
@@ -204,7 +204,7 @@ def _old_logps(
     if index % (slices * recording.arguments["num_iterations"]) == 0:
         parts = [micro["inputs"] for step in recording.data["steps"] for micro in step["micro"]]
         for number, part in enumerate(parts[index : index + slices]):
-            old[number] = frozen_logps(objective, objective.model, _tokens(part, objective))
+            old[number] = frozen_logprobs(objective, objective.model, _tokens(part, objective))
         mx.eval(old)
     return old[index % slices]
 
@@ -220,7 +220,7 @@ def _tokens(part: dict[str, Any], objective: GrpoObjective) -> Arrays:
     return to_device(tokens)
 
 
-def frozen_logps(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:
+def frozen_logprobs(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:
     """Return (B, C) log-probs, nats, without a gradient."""
     tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
     return completion_logprobs(

@@ -125,15 +125,17 @@ def grpo_case(inputs: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     values["tokens"] = max(float(mask.sum()), 1.0) * ga
     values["generation_tokens"] = max(inputs["n_items"], 1.0) * ga / spg
 
-    def loss_of(logps: mx.array) -> Any:
+    def loss_of(logprobs: mx.array) -> Any:
         return grpo_loss(
-            logps,
+            logprobs,
             floats(ent),
             advantages=floats(inputs["adv"]),
             mask=floats(mask),
-            old_logps=mx.stop_gradient(logps) if inputs["old"] is None else floats(inputs["old"]),
-            ref_logps=floats(inputs["ref"]) if settings.beta else None,
-            sampling_logps=floats(inputs["sampling"]) if "sampling" in inputs else None,
+            old_logprobs=mx.stop_gradient(logprobs)
+            if inputs["old"] is None
+            else floats(inputs["old"]),
+            ref_logprobs=floats(inputs["ref"]) if settings.beta else None,
+            sampling_logprobs=floats(inputs["sampling"]) if "sampling" in inputs else None,
             ratio=None if case["isr"] is None else floats(case["isr"]),
             normalisers=scalars(values, dtype),
             settings=settings,
@@ -163,11 +165,11 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     mask, half = whole[:, 1:], len(whole) // 2
     values = pair_normalisers(rows=half, chosen_tokens=float(mask[:half].sum()))
 
-    def loss_of(logps: mx.array) -> Any:
+    def loss_of(logprobs: mx.array) -> Any:
         return preference_loss(
-            logps,
+            logprobs,
             mask=floats(mask),
-            ref_logps=floats(data["ref"]),
+            ref_logprobs=floats(data["ref"]),
             lengths=floats(whole.sum(1)),
             log_sum_sq_probs=floats(data["log_sum_sq_probs"]),
             entropies=mx.ones(mask.shape),
@@ -197,10 +199,10 @@ def kto_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
         sums = [(np.asarray(data[name]) * kl_mask).sum(1) for name in ("kl_logps", "kl_ref")]
         kl = kto_kl(*sums)
 
-    def loss_of(logps: mx.array) -> Any:
+    def loss_of(logprobs: mx.array) -> Any:
         return kto_loss(
-            logps,
-            ref_logps=floats(data["ref"]),
+            logprobs,
+            ref_logprobs=floats(data["ref"]),
             mask=floats(mask),
             labels=floats(data["labels"]),
             kl=mx.array(kl, dtype=dtype),

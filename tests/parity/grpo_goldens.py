@@ -52,9 +52,9 @@ def grpo_case(inputs, changes, ratio):
     """Return one case of GRPOTrainer._compute_loss."""
     cfg = GRPO | changes
     trainer = GRPOTrainer.__new__(GRPOTrainer)
-    logps = tensor(inputs["logps"]).requires_grad_()
+    logprobs = tensor(inputs["logps"]).requires_grad_()
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
-        logps, tensor(inputs["ent"]), None,
+        logprobs, tensor(inputs["ent"]), None,
     )  # fmt: skip
     trainer.args = SimpleNamespace(
         use_bias_correction_kl=cfg["bias_kl"], delta=cfg["delta"], steps_per_generation=cfg["spg"],
@@ -95,7 +95,7 @@ def grpo_case(inputs, changes, ratio):
         "cfg": cfg,
         "isr": None if ratio is None else ratio.tolist(),
         "loss": loss.item(),
-        "grad": logps.grad.tolist(),
+        "grad": logprobs.grad.tolist(),
         "metrics": last(trainer._metrics),
     }
 

@@ -48,9 +48,9 @@ def dpo_case(data, names, kw):
     trainer = DPOTrainer.__new__(DPOTrainer)
     # TRL's alpha divergence takes no float64.
     dtype = torch.float32 if kw.get("fd") == "alpha_divergence" else torch.float64
-    logps = tensor(data["logps"]).to(dtype).requires_grad_()
+    logprobs = tensor(data["logps"]).to(dtype).requires_grad_()
     mask = torch.tensor(data["completion_mask"])
-    ones = torch.ones_like(logps)
+    ones = torch.ones_like(logprobs)
     ref, squares = (tensor(data[name]).to(dtype) for name in ("ref", "log_sum_sq_probs"))
 
     def outputs(values):
@@ -76,13 +76,13 @@ def dpo_case(data, names, kw):
     for name, value in values.items():
         object.__setattr__(trainer, name, value)
     batch = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    loss = trainer._compute_loss(lambda **_: outputs(logps), batch, False)
+    loss = trainer._compute_loss(lambda **_: outputs(logprobs), batch, False)
     loss.backward()
     return {
         "loss_type": names,
         "kw": kw,
         "loss": loss.item(),
-        "grad": logps.grad.tolist(),
+        "grad": logprobs.grad.tolist(),
         "metrics": last(trainer._metrics),
     }
 
@@ -90,8 +90,8 @@ def dpo_case(data, names, kw):
 def kto_case(data, name, kw):
     """Return one case of KTOTrainer._compute_loss, whose KL term is TRL's own too."""
     trainer = KTOTrainer.__new__(KTOTrainer)
-    logps = tensor(data["logps"]).requires_grad_()
-    ones = torch.ones_like(logps)
+    logprobs = tensor(data["logps"]).requires_grad_()
+    ones = torch.ones_like(logprobs)
     mask, kl_mask = (torch.tensor(data[k]) for k in ("completion_mask", "kl_completion_mask"))
 
     def model(own, mismatched):
@@ -119,13 +119,13 @@ def kto_case(data, name, kw):
         "KL_input_ids": kl_mask, "KL_attention_mask": torch.ones_like(kl_mask),
         "KL_completion_mask": kl_mask, "label": torch.tensor(data["labels"]),
     }  # fmt: skip
-    loss = trainer._compute_loss(model(logps, tensor(data["kl_logps"])), batch, False)
+    loss = trainer._compute_loss(model(logprobs, tensor(data["kl_logps"])), batch, False)
     loss.backward()
     return {
         "loss_type": name,
         "kw": kw,
         "loss": loss.item(),
-        "grad": logps.grad.tolist(),
+        "grad": logprobs.grad.tolist(),
         "metrics": last(trainer._metrics),
     }
 

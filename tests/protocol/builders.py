@@ -64,7 +64,7 @@ def a_completion(token_ids: Sequence[int], version: int = 3, **changes: Any) -> 
     """Make a completion of one policy; its log-probs are -0.5 nats a token."""
     fields: dict[str, Any] = {
         "token_ids": ids_bytes(token_ids),
-        "behaviour_logprobs": floats_bytes([-0.5] * len(token_ids)),
+        "sampling_logprobs": floats_bytes([-0.5] * len(token_ids)),
         "policy_spans": [PolicySpan(start=0, version=version, digest=f"d{version}")],
         "finish_reason": "stop",
     }

@@ -32,7 +32,7 @@ from tests.protocol.builders import (
 TASK = task_id(7)
 COMPLETION = a_completion(
     [5, 6, 2],
-    behaviour_logprobs=floats_bytes([-0.5, -1.25, 0.0]),
+    sampling_logprobs=floats_bytes([-0.5, -1.25, 0.0]),
     policy_spans=[
         PolicySpan(start=0, version=3, digest="d3"),
         PolicySpan(start=2, version=4, digest="d4"),
@@ -48,8 +48,8 @@ GROUP = a_group(
     ),
 )
 ACTOR_MESSAGES: list[ActorMessage] = [
-    Hello(protocol_version=1, actor_id="a", actor_incarnation="x"),
-    Request(free_rows=8),
+    Hello(protocol_version=2, actor_id="a", actor_incarnation="x"),
+    Request(free_completions=8),
     Release(reason="bye"),
     GROUP,
     Failed(task=TASK, attempt=2, reason="prompt too long"),

@@ -43,7 +43,11 @@ def tiny_llama(seed: int = 0) -> nn.Module:
 
 def engine_of(model: nn.Module, *, version: int = 0, **kwargs) -> MlxEngine:
     """Make an engine with a policy in force, unless `version` is negative."""
-    kwargs = {"stop_token_ids": [STOP], "vocab_size": VOCAB, "max_rows": 32} | kwargs
+    kwargs = {
+        "stop_token_ids": [STOP],
+        "vocab_size": VOCAB,
+        "max_concurrent_completions": 32,
+    } | kwargs
     engine = MlxEngine(model, **kwargs)
     if version >= 0:
         engine.set_policy(lambda: None, version, f"d{version}")
@@ -82,6 +86,6 @@ def all_tokens(result: GenerationResult) -> list[list[int]]:
 def reference_logprobs(model: nn.Module, prompt: list[int], completion: list[int], scale: float):
     """Return the log-probs (C,) of a completion from one pass over all its tokens."""
     logits = model(mx.array([prompt + completion]))[0].astype(mx.float32) * scale
-    logps = nn.log_softmax(logits, axis=-1)
+    logprobs = nn.log_softmax(logits, axis=-1)
     rows = mx.arange(len(completion)) + len(prompt) - 1
-    return np.array(logps[rows, mx.array(completion)])
+    return np.array(logprobs[rows, mx.array(completion)])

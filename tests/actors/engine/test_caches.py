@@ -82,7 +82,7 @@ def pinned_window() -> nn.Module:
 
 
 def run(model: nn.Module, requests: list[GenerationRequest], rows: int = 16):
-    engine = engine_of(model, stop_token_ids=[], max_rows=rows)
+    engine = engine_of(model, stop_token_ids=[], max_concurrent_completions=rows)
     for request in requests:
         engine.add(request)
     return run_out(engine)
@@ -117,7 +117,7 @@ def test_rows_of_any_cache_decode_as_they_would_alone(make, tolerance):
     for key, prompt in prompts.items():
         for completion in together[key].completions:
             np.testing.assert_allclose(
-                floats_view(completion.behaviour_logprobs),
+                floats_view(completion.sampling_logprobs),
                 alone_logprobs(model, prompt, completion),
                 atol=tolerance,
             )

@@ -22,7 +22,7 @@ from tests.actors.engine.engines import (
 
 @pytest.mark.parametrize("prompt", [[5], [3, 9, 14, 2, 31]])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_behaviour_logprobs_are_those_of_a_full_forward(prompt, temperature):
+def test_sampling_logprobs_are_those_of_a_full_forward(prompt, temperature):
     model = tiny_llama()
     engine = engine_of(model)
     engine.add(request("a", prompt, temperature=temperature, num_generations=16))
@@ -33,7 +33,7 @@ def test_behaviour_logprobs_are_those_of_a_full_forward(prompt, temperature):
         ids = tokens(completion)
         expected = reference_logprobs(model, prompt, ids, 1 / temperature)
         np.testing.assert_allclose(
-            floats_view(completion.behaviour_logprobs), expected, atol=2e-5, rtol=0
+            floats_view(completion.sampling_logprobs), expected, atol=2e-5, rtol=0
         )
         assert completion.kept_logmass == b""
         assert STOP not in ids[:-1]
@@ -52,7 +52,7 @@ def test_greedy_takes_the_argmax_with_logprobs_at_temperature_one():
     for t, token in enumerate(ids):
         assert int(mx.argmax(model(mx.array([prompt + ids[:t]]))[0, -1])) == token
     np.testing.assert_allclose(
-        floats_view(completion.behaviour_logprobs),
+        floats_view(completion.sampling_logprobs),
         reference_logprobs(model, prompt, ids, 1.0),
         atol=2e-5,
     )
@@ -71,7 +71,7 @@ def test_the_same_task_gives_the_same_tokens_in_any_company():
         request("d", [1, 2], seed=8, num_generations=1, temperature=0),
     ]
     for order in ([0, 1, 2], [2, 1, 0]):
-        engine = engine_of(model, max_rows=9)
+        engine = engine_of(model, max_concurrent_completions=9)
         for i in order[:2]:
             engine.add(others[i])
         engine.step()
@@ -84,12 +84,12 @@ def test_the_same_task_gives_the_same_tokens_in_any_company():
 
 def test_groups_larger_than_max_rows_are_split():
     model = tiny_llama()
-    wide, narrow = engine_of(model), engine_of(model, max_rows=3)
+    wide, narrow = engine_of(model), engine_of(model, max_concurrent_completions=3)
     for engine in (wide, narrow):
         engine.add(request("a", num_generations=8))
-    assert narrow.free_rows == 0
+    assert narrow.free_completions == 0
     assert all_tokens(run(narrow)["a"]) == all_tokens(run(wide)["a"])
-    assert narrow.free_rows == 3
+    assert narrow.free_completions == 3
 
 
 def test_filters_keep_their_mass_and_their_tokens():
@@ -122,7 +122,7 @@ def test_filters_keep_their_mass_and_their_tokens():
 
 
 def test_a_prompt_is_prefilled_once_for_its_group():
-    engine = engine_of(tiny_llama(), max_rows=4)
+    engine = engine_of(tiny_llama(), max_concurrent_completions=4)
     engine.add(request("a", [3] * 20, num_generations=8))
     prefilled = 0
     while (step := engine.step()).progressed:
@@ -135,7 +135,7 @@ def test_cancel_leaves_the_others_alone():
     alone = engine_of(model)
     alone.add(request("a", seed=5))
     expected = all_tokens(run(alone)["a"])
-    engine = engine_of(model, max_rows=6)
+    engine = engine_of(model, max_concurrent_completions=6)
     engine.add(request("b", seed=9))
     engine.add(request("a", seed=5))
     engine.step()
@@ -149,7 +149,7 @@ def test_cancel_leaves_the_others_alone():
     engine.step()
     engine.cancel("b")
     assert run(engine) == {}
-    assert engine.free_rows == 6
+    assert engine.free_completions == 6
 
 
 def test_requests_that_cannot_be_sampled_are_refused():

@@ -47,15 +47,15 @@ def test_spans_say_which_weights_drew_each_token():
             (6, 1, "d1"),
         ]
         ids = tokens(completion)
-        logps = floats_view(completion.behaviour_logprobs)
+        logprobs = floats_view(completion.sampling_logprobs)
         expected = reference_logprobs(old, prompt, ids, 1.0)
-        np.testing.assert_allclose(logps[:6], expected[:6], atol=2e-5)
+        np.testing.assert_allclose(logprobs[:6], expected[:6], atol=2e-5)
         # From the seventh on: new weights over the old keys and values.
         cache = _cache(old, prompt + ids[:5])
         logits = swapper.other(mx.array([ids[5:]]), cache=cache)[0]
         new = nn.log_softmax(logits.astype(mx.float32), axis=-1)
         expected_new = np.array(new[mx.arange(len(ids) - 6), mx.array(ids[6:])])
-        np.testing.assert_allclose(logps[6:], expected_new, atol=2e-5)
+        np.testing.assert_allclose(logprobs[6:], expected_new, atol=2e-5)
 
 
 def _cache(model: nn.Module, ids: list[int]):
@@ -66,7 +66,7 @@ def _cache(model: nn.Module, ids: list[int]):
 
 def test_rows_that_had_not_started_are_prefilled_again_after_a_swap():
     swapper = Swapper()
-    engine = engine_of(swapper.model, max_rows=2, stop_token_ids=[])
+    engine = engine_of(swapper.model, max_concurrent_completions=2, stop_token_ids=[])
     engine.add(request("a", num_generations=4, max_completion_length=3))
     engine.step()
     engine.set_policy(swapper.apply, 1, "d1")
@@ -74,7 +74,7 @@ def test_rows_that_had_not_started_are_prefilled_again_after_a_swap():
     for completion in late:
         assert [s.version for s in completion.policy_spans] == [1]
         expected = reference_logprobs(swapper.other, [3, 9, 14, 2, 31], tokens(completion), 1.0)
-        np.testing.assert_allclose(floats_view(completion.behaviour_logprobs), expected, atol=2e-5)
+        np.testing.assert_allclose(floats_view(completion.sampling_logprobs), expected, atol=2e-5)
 
 
 def test_nothing_is_sampled_below_the_least_version():
@@ -112,5 +112,5 @@ def test_reset_forgets_requests_and_version():
     engine.step()
     assert engine.oldest_version == 3
     engine.reset()
-    assert (engine.version, engine.free_rows, engine.oldest_version) == (-1, 32, -1)
+    assert (engine.version, engine.free_completions, engine.oldest_version) == (-1, 32, -1)
     assert engine.wants_policy(0)

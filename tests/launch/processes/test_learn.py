@@ -104,7 +104,7 @@ heartbeat_s = 0.2
             "launch/actor.py",
             f"--connect=ipc://{self.sockets}/learner",
             "--name=a0",
-            "--max-rows=16",
+            "--max-concurrent-completions=16",
         )
 
     def rewards(self) -> subprocess.Popen[bytes]:

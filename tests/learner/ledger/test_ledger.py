@@ -32,8 +32,8 @@ def fill(ledger: Ledger) -> list[TaskId]:
     return joined
 
 
-def deliver(ledger: Ledger, free_rows: int = 1000, now: float = 0.0) -> None:
-    for grant in ledger.lease(ACTOR, free_rows, now):
+def deliver(ledger: Ledger, free_completions: int = 1000, now: float = 0.0) -> None:
+    for grant in ledger.lease(ACTOR, free_completions, now):
         receipt = ledger.received(grant.task, grant.attempt, ACTOR, now)
         assert receipt.outcome == "accepted"
 

@@ -146,10 +146,10 @@ class Simulation(RuleBasedStateMachine):
 
     # ---- the actors ---------------------------------------------------------------------------
 
-    @rule(name=ACTORS, free_rows=st.sampled_from([0, 2, 3, 7, 12]))
-    def lease(self, name: str, free_rows: int) -> None:
+    @rule(name=ACTORS, free_completions=st.sampled_from([0, 2, 3, 7, 12]))
+    def lease(self, name: str, free_completions: int) -> None:
         self.join(6)
-        self.give(name, free_rows)
+        self.give(name, free_completions)
 
     @rule(name=ACTORS, count=st.integers(1, 4), data=st.data())
     def sample(self, name: str, count: int, data: Any) -> None:
@@ -163,11 +163,11 @@ class Simulation(RuleBasedStateMachine):
                 versions = (first, data.draw(st.integers(first, self.published)))
             self.network.append(Parcel(grant, name, versions))
 
-    @rule(name=ACTORS, free_rows=st.sampled_from([3, 6, 12]))
-    def work_well(self, name: str, free_rows: int) -> None:
+    @rule(name=ACTORS, free_completions=st.sampled_from([3, 6, 12]))
+    def work_well(self, name: str, free_completions: int) -> None:
         """Lease, sample with the oldest policy that is allowed, deliver twice, and train."""
         self.join(6)
-        for grant in self.give(name, free_rows):
+        for grant in self.give(name, free_completions):
             version = grant.min_policy_version
             self.hand_over(Parcel(grant, name, (version,)))
             self.hand_over(Parcel(grant, name, (version,)))
@@ -228,11 +228,11 @@ class Simulation(RuleBasedStateMachine):
         if receipt.cancelled is not None:
             self.cancel([receipt.cancelled])
 
-    def give(self, name: str, free_rows: int) -> list[Grant]:
+    def give(self, name: str, free_completions: int) -> list[Grant]:
         idle = not self.ledger.leases_held(name)
-        grants = self.ledger.lease(name, free_rows, self.now)
+        grants = self.ledger.lease(name, free_completions, self.now)
         rows = sum(G if g.kind == "train" else EVAL_G for g in grants)
-        assert rows <= free_rows or (idle and free_rows > 0 and len(grants) == 1)
+        assert rows <= free_completions or (idle and free_completions > 0 and len(grants) == 1)
         for grant in grants:
             if grant.kind == "train":
                 self.leased_rows.add(self.row_of[grant.task])

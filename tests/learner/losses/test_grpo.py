@@ -53,14 +53,14 @@ def run(data, settings, index=None):
     )
     part = {k: mx.array(v[rows]) for k, v in data.items()}
 
-    def loss(logps):
+    def loss(logprobs):
         return grpo_loss(
-            logps,
+            logprobs,
             part["ent"],
             advantages=part["adv"],
             mask=part["mask"],
-            old_logps=part["old"],
-            ref_logps=part["ref"],
+            old_logprobs=part["old"],
+            ref_logprobs=part["ref"],
             normalisers={k: mx.array(v) for k, v in values.items()},
             settings=settings,
         )
@@ -127,18 +127,18 @@ def test_gradients_with_a_detached_weight_equal_differences_at_that_weight(loss_
     if loss_type == "cispo":
         assert 0 < (weight == settings.epsilon_high).sum() < weight.size  # the cap binds, somewhere
 
-    def loss(logps):
-        gap, ahead = logps - data["old"], data["ref"] - logps
+    def loss(logprobs):
+        gap, ahead = logprobs - data["old"], data["ref"] - logprobs
         if level == "sequence":
             gap = (gap * mask).sum(1, keepdims=True) / mask.sum(1, keepdims=True)
         kl = (np.exp(ahead) - ahead - 1) * np.exp(gap)  # the bias-corrected k3
-        each = -weight * data["adv"][:, None] * logps + settings.beta * kl
+        each = -weight * data["adv"][:, None] * logprobs + settings.beta * kl
         return (each * mask).sum() / mask.sum()
 
-    logps, step = data["logps"].astype(np.float64), 1e-6
-    wanted = np.zeros_like(logps)
-    for index in np.ndindex(*logps.shape):
-        up, down = logps.copy(), logps.copy()
+    logprobs, step = data["logps"].astype(np.float64), 1e-6
+    wanted = np.zeros_like(logprobs)
+    for index in np.ndindex(*logprobs.shape):
+        up, down = logprobs.copy(), logprobs.copy()
         up[index] += step
         down[index] -= step
         wanted[index] = (loss(up) - loss(down)) / (2 * step)

@@ -36,24 +36,24 @@ def batch(pairs=8, width=6, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, width + 1, 2 * pairs)
     mask = (np.arange(width) < lengths[:, None]).astype(np.float32)
-    logps = -rng.exponential(0.8, mask.shape).astype(np.float32)
+    logprobs = -rng.exponential(0.8, mask.shape).astype(np.float32)
     ref = -rng.exponential(0.8, mask.shape).astype(np.float32)
-    return logps, ref, mask
+    return logprobs, ref, mask
 
 
-def call(logps, ref, mask, settings, rows, tokens):
+def call(logprobs, ref, mask, settings, rows, tokens):
     values = pair_normalisers(rows=rows, chosen_tokens=tokens)
     return preference_loss(
-        logps,
+        logprobs,
         mask=mx.array(mask),
-        ref_logps=mx.array(ref),
+        ref_logprobs=mx.array(ref),
         log_sum_sq_probs=mx.full(mask.shape, -0.5),
         normalisers={k: mx.array(v) for k, v in values.items()},
         settings=settings,
     )
 
 
-def gradient(logps, ref, mask, settings, rows=None, tokens=None):
+def gradient(logprobs, ref, mask, settings, rows=None, tokens=None):
     half = len(mask) // 2
     rows = half if rows is None else rows
     tokens = float(mask[:half].sum()) if tokens is None else tokens
@@ -61,19 +61,19 @@ def gradient(logps, ref, mask, settings, rows=None, tokens=None):
     def loss(x):
         return call(x, ref, mask, settings, rows, tokens)
 
-    (value, metrics), grad = mx.value_and_grad(loss)(mx.array(logps))
+    (value, metrics), grad = mx.value_and_grad(loss)(mx.array(logprobs))
     return number(value), np.array(grad), metrics
 
 
 @pytest.mark.parametrize(("method", "loss_type", "alpha"), ALL)
 def test_gradients_equal_finite_differences(method, loss_type, alpha):
-    logps, ref, mask = batch(pairs=3, width=3)
+    logprobs, ref, mask = batch(pairs=3, width=3)
     settings = settings_for(method, loss_type, alpha)
-    _, grad, _ = gradient(logps, ref, mask, settings)
+    _, grad, _ = gradient(logprobs, ref, mask, settings)
     direction = np.random.default_rng(1).standard_normal(mask.shape).astype(np.float32)
     step = np.float32(2e-3)
-    up = gradient(logps + step * direction, ref, mask, settings)[0]
-    down = gradient(logps - step * direction, ref, mask, settings)[0]
+    up = gradient(logprobs + step * direction, ref, mask, settings)[0]
+    down = gradient(logprobs - step * direction, ref, mask, settings)[0]
     assert float((grad * direction).sum()) == pytest.approx(
         (up - down) / (2 * float(step)), rel=5e-3, abs=2e-3 * max(1.0, abs(up))
     )
@@ -83,12 +83,12 @@ def test_gradients_equal_finite_differences(method, loss_type, alpha):
 @pytest.mark.parametrize("side", [0, 1, 2])
 def test_extreme_log_probs_stay_finite(method, loss_type, alpha, side):
     chosen, rejected = EXTREME, EXTREME[side:] + EXTREME[:side]
-    logps = np.array(chosen + rejected, np.float32)
-    mask = np.ones_like(logps)
+    logprobs = np.array(chosen + rejected, np.float32)
+    mask = np.ones_like(logprobs)
     mask[3] = 0.0  # an answer whose tokens are all masked
     mask[7, 1:] = 0.0  # one token
-    ref = np.full_like(logps, -1.0)
-    value, grad, metrics = gradient(logps, ref, mask, settings_for(method, loss_type, alpha))
+    ref = np.full_like(logprobs, -1.0)
+    value, grad, metrics = gradient(logprobs, ref, mask, settings_for(method, loss_type, alpha))
     assert math.isfinite(value)
     assert np.isfinite(grad).all()
     assert all(math.isfinite(v) for v in finish_metrics(metrics).values())
@@ -96,9 +96,11 @@ def test_extreme_log_probs_stay_finite(method, loss_type, alpha, side):
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "simpo"])
 def test_alphapo_of_extreme_log_probs_stays_finite(name):
-    logps = np.array([[0.0, -1e-8], [-200.0, -200.0]], np.float32)  # the reward is -exp(100) / 0.5
+    logprobs = np.array(
+        [[0.0, -1e-8], [-200.0, -200.0]], np.float32
+    )  # the reward is -exp(100) / 0.5
     settings = settings_for("cpo", [name], 0.5)
-    value, grad, _ = gradient(logps, np.zeros_like(logps), np.ones_like(logps), settings)
+    value, grad, _ = gradient(logprobs, np.zeros_like(logprobs), np.ones_like(logprobs), settings)
     assert math.isfinite(value)
     assert np.isfinite(grad).all()
 
@@ -107,9 +109,11 @@ def test_alphapo_of_extreme_log_probs_stays_finite(name):
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "exo_pair", "discopop"])
 @pytest.mark.parametrize("side", [0, 1, 2])
 def test_divergences_of_extreme_log_probs_stay_finite(divergence, name, side):
-    logps = np.array(EXTREME + EXTREME[side:] + EXTREME[:side], np.float32)
+    logprobs = np.array(EXTREME + EXTREME[side:] + EXTREME[:side], np.float32)
     settings = settings_for("dpo", [name], f_divergence_type=divergence)
-    value, grad, _ = gradient(logps, np.full_like(logps, -1.0), np.ones_like(logps), settings)
+    value, grad, _ = gradient(
+        logprobs, np.full_like(logprobs, -1.0), np.ones_like(logprobs), settings
+    )
     assert math.isfinite(value)
     assert np.isfinite(grad).all()
 
@@ -121,14 +125,14 @@ def test_micro_batches_add_up(method, loss_type, alpha, parts):
     if needs_whole_batch(settings):
         assert loss_type[0].startswith("aot")
         return
-    logps, ref, mask = batch()
+    logprobs, ref, mask = batch()
     tokens = float(mask[:8].sum())
-    whole, grad, metrics = gradient(logps, ref, mask, settings)
+    whole, grad, metrics = gradient(logprobs, ref, mask, settings)
     total, merged, summed = 0.0, {}, np.zeros_like(grad)
     for first in range(0, 8, 8 // parts):
         index = np.r_[first : first + 8 // parts]
         index = np.concatenate([index, index + 8])
-        value, part, some = gradient(logps[index], ref[index], mask[index], settings, 8, tokens)
+        value, part, some = gradient(logprobs[index], ref[index], mask[index], settings, 8, tokens)
         total += value
         summed[index] += part
         merged = merge_metrics(merged, some)
@@ -138,18 +142,18 @@ def test_micro_batches_add_up(method, loss_type, alpha, parts):
 
 
 def test_dpo_begins_at_log_two():
-    logps, _, mask = batch()
-    assert gradient(logps, logps, mask, settings_for("dpo", ["sigmoid"]))[0] == pytest.approx(
+    logprobs, _, mask = batch()
+    assert gradient(logprobs, logprobs, mask, settings_for("dpo", ["sigmoid"]))[0] == pytest.approx(
         0.693147, abs=1e-6
     )
 
 
 @pytest.mark.parametrize("z", [-16.0, 4.0, 16.0])
 def test_exo_pair_keeps_the_digits_of_its_gradient_in_the_tails(z):
-    logps = np.array([[-0.5], [-1.0]], np.float32)
+    logprobs = np.array([[-0.5], [-1.0]], np.float32)
     ref = np.array([[-0.5 - z], [-1.0]], np.float32)
     settings = settings_for("dpo", ["exo_pair"], beta=1.0)
-    _, grad, _ = gradient(logps, ref, np.ones((2, 1), np.float32), settings)
+    _, grad, _ = gradient(logprobs, ref, np.ones((2, 1), np.float32), settings)
     # d/dz of KL(softmax || (0.9, 0.1)): p (1 - p) (z - log 9)
     p = 1 / (1 + math.exp(-z))
     q = 1 / (1 + math.exp(z))
@@ -165,23 +169,23 @@ def test_orpo_ratio_of_certain_answers_is_its_limit():
 
 
 def test_preference_score_scales_a_pair():
-    logps, ref, mask = batch(pairs=2)
+    logprobs, ref, mask = batch(pairs=2)
     values = pair_normalisers(rows=2, chosen_tokens=1.0)
     arguments = {
         "mask": mx.array(mask),
-        "ref_logps": mx.array(ref),
+        "ref_logprobs": mx.array(ref),
         "normalisers": {k: mx.array(v) for k, v in values.items()},
         "settings": settings_for("dpo", ["sigmoid"]),
     }
     plain = [
-        preference_loss(mx.array(logps), **arguments, scores=mx.array(s))[0].item()
+        preference_loss(mx.array(logprobs), **arguments, scores=mx.array(s))[0].item()
         for s in ([1.0, 0.0], [0.0, 1.0], [2.0, 0.5])
     ]
     assert plain[2] == pytest.approx(2.0 * plain[0] + 0.5 * plain[1], rel=1e-6)
 
 
 def test_kto_by_hand_and_split():
-    logps = mx.array([[-1.0, -1.0], [-0.5, -9.0]])
+    logprobs = mx.array([[-1.0, -1.0], [-0.5, -9.0]])
     mask = mx.array([[1.0, 1.0], [1.0, 0.0]])
     ref, labels = mx.array([[-2.0, -1.0], [-1.5, 0.0]]), mx.array([1.0, 0.0])
     kl = kto_kl(np.array([-1.0, -2.0]), np.array([-2.0, -2.0]))
@@ -192,7 +196,7 @@ def test_kto_by_hand_and_split():
 
     def loss(rows):
         return kto_loss(
-            logps[rows], ref_logps=ref[rows], mask=mask[rows], labels=labels[rows],
+            logprobs[rows], ref_logprobs=ref[rows], mask=mask[rows], labels=labels[rows],
             kl=mx.array(kl), normalisers=normalisers, settings=settings,
         )  # fmt: skip
 

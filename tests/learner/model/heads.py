@@ -47,8 +47,8 @@ def gradients(model, arrays, forward):
     weights = mx.random.normal((2, *arrays["mask"].shape)) * arrays["mask"]
 
     def loss(model):
-        logps, entropies, *_ = forward(model)
-        return (logps * weights[0]).sum() + (entropies * weights[1]).sum()
+        logprobs, entropies, *_ = forward(model)
+        return (logprobs * weights[0]).sum() + (entropies * weights[1]).sum()
 
     value, tree = nn.value_and_grad(model, loss)(model)
     return value, dict(tree_flatten(tree))

@@ -34,8 +34,8 @@ def plain(model, arrays, temperature):
     logits = model(arrays["input_ids"]).astype(mx.float32) / temperature
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
-    logps = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
-    return logps, -(mx.exp(logs) * logs).sum(axis=-1)
+    logprobs = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
+    return logprobs, -(mx.exp(logs) * logs).sum(axis=-1)
 
 
 def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, entropy: bool):
@@ -113,7 +113,7 @@ def test_gradients_against_finite_differences():
 
 def test_padding_changes_nothing():
     model = trained("lora")
-    logps = {}
+    logprobs = {}
     for bucket in (1, 8, 32):
         batch = ragged_batch(bucket=bucket)
         arrays = to_device(batch)
@@ -122,9 +122,9 @@ def test_padding_changes_nothing():
         )
         assert mx.isfinite(values).all().item()
         assert mx.isfinite(entropies).all().item()
-        logps[bucket] = np.array(values)[batch.mask > 0]
-    np.testing.assert_allclose(logps[8], logps[1], rtol=0, atol=5e-6)
-    np.testing.assert_allclose(logps[32], logps[1], rtol=0, atol=5e-6)
+        logprobs[bucket] = np.array(values)[batch.mask > 0]
+    np.testing.assert_allclose(logprobs[8], logprobs[1], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(logprobs[32], logprobs[1], rtol=0, atol=5e-6)
 
 
 def test_extreme_logits_stay_finite():

@@ -28,13 +28,13 @@ def settings_of(folder, **changes):
 
 
 def nll(model, arrays):
-    logps, *_ = completion_logprobs(
+    logprobs, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"]
     )
-    return -(logps * arrays["mask"]).sum(), {}
+    return -(logprobs * arrays["mask"]).sum(), {}
 
 
-def logps_of(model):
+def logprobs_of(model):
     arrays = to_device(ragged_batch())
     return completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"], gradient=False
@@ -66,7 +66,9 @@ def adapter_folder(folder, target, **changes):
 def test_the_initial_reference_is_the_untrained_policy_to_the_bit(folder, kind, bits, dtype):
     settings = settings_of(folder, fine_tune_type=kind, quantize_bits=bits, dtype=dtype)
     policy = load_policy(settings, seed=1)
-    assert mx.array_equal(logps_of(make_reference(policy, settings).model), logps_of(policy.model))
+    assert mx.array_equal(
+        logprobs_of(make_reference(policy, settings).model), logprobs_of(policy.model)
+    )
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -76,8 +78,8 @@ def test_a_hundred_steps_and_a_resume_leave_it_bit_identical(folder, tmp_path, k
     policy = load_policy(settings, seed=1)
     base, _ = load_base(settings, folder)
     reference = make_reference(policy, settings)
-    digest, before = reference.weights_digest(), logps_of(reference.model)
-    assert mx.array_equal(before, logps_of(base))
+    digest, before = reference.weights_digest(), logprobs_of(reference.model)
+    assert mx.array_equal(before, logprobs_of(base))
     assert not trainable(reference.model)
     step = step_of(policy)
     train(policy, 50, step)
@@ -85,9 +87,9 @@ def test_a_hundred_steps_and_a_resume_leave_it_bit_identical(folder, tmp_path, k
         tmp_path, Checkpoint(50, trainable(policy.model), step.state(), b"", {}), keep=1
     )
     train(policy, 50, step)
-    assert not mx.array_equal(logps_of(policy.model), before)
+    assert not mx.array_equal(logprobs_of(policy.model), before)
     assert reference.weights_digest() == digest
-    assert mx.array_equal(logps_of(reference.model), before)
+    assert mx.array_equal(logprobs_of(reference.model), before)
 
     resumed = load_policy(settings, seed=1)
     again = make_reference(resumed, settings)
@@ -100,7 +102,7 @@ def test_a_hundred_steps_and_a_resume_leave_it_bit_identical(folder, tmp_path, k
     straight = trainable(policy.model)
     assert all(mx.array_equal(a, straight[name]) for name, a in trainable(resumed.model).items())
     assert again.weights_digest() == digest
-    assert mx.array_equal(logps_of(again.model), before)
+    assert mx.array_equal(logprobs_of(again.model), before)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -109,16 +111,16 @@ def test_initial_with_an_adapter_is_that_adapter_frozen(folder, tmp_path, kind):
     settings = settings_of(folder, fine_tune_type=kind, adapter_path=str(start))
     policy = load_policy(settings, seed=1)
     reference = make_reference(policy, settings)
-    digest, before = reference.weights_digest(), logps_of(policy.model)
-    assert mx.array_equal(logps_of(reference.model), before)
+    digest, before = reference.weights_digest(), logprobs_of(policy.model)
+    assert mx.array_equal(logprobs_of(reference.model), before)
     train(policy, 3)
     assert reference.weights_digest() == digest
-    assert mx.array_equal(logps_of(reference.model), before)
+    assert mx.array_equal(logprobs_of(reference.model), before)
     base, _ = load_base(settings, folder)
     bare = make_reference(
         policy, settings_of(folder, fine_tune_type=kind, reference="base", adapter_path=str(start))
     )
-    assert mx.array_equal(logps_of(bare.model), logps_of(base))
+    assert mx.array_equal(logprobs_of(bare.model), logprobs_of(base))
     assert bare.digest != reference.digest
 
 
@@ -127,17 +129,17 @@ def test_an_adapter_or_a_model_can_be_the_reference(folder, tmp_path):
     other = write_model_folder(tmp_path / "other", seed=8)
     plain = load_policy(settings_of(folder, adapter_path=str(start)), seed=1)
     wanted = {
-        start: logps_of(plain.model),
-        other: logps_of(load_base(settings_of(other), other)[0]),
+        start: logprobs_of(plain.model),
+        other: logprobs_of(load_base(settings_of(other), other)[0]),
     }
     digests = set()
-    for path, logps in wanted.items():
+    for path, logprobs in wanted.items():
         settings = settings_of(folder, reference=str(path))
         policy = load_policy(settings, seed=1)
         reference = make_reference(policy, settings)
-        assert mx.array_equal(logps_of(reference.model), logps)
+        assert mx.array_equal(logprobs_of(reference.model), logprobs)
         train(policy, 2)
-        assert mx.array_equal(logps_of(reference.model), logps)
+        assert mx.array_equal(logprobs_of(reference.model), logprobs)
         digests.add(reference.digest)
     assert len(digests) == 2
 
@@ -153,12 +155,12 @@ def test_an_adapter_of_any_kind_is_the_reference_of_a_policy_of_any_kind(
     )
     settings = settings_of(folder, fine_tune_type=kind, reference=str(other))
     policy = load_policy(settings, seed=1)
-    begun = logps_of(policy.model)
+    begun = logprobs_of(policy.model)
     reference = make_reference(policy, settings)
-    assert mx.array_equal(logps_of(policy.model), begun)  # the adapter is not on the policy
+    assert mx.array_equal(logprobs_of(policy.model), begun)  # the adapter is not on the policy
     train(policy, 2)
-    assert mx.array_equal(logps_of(reference.model), logps_of(adapted.model))
-    assert not mx.array_equal(logps_of(adapted.model), begun)
+    assert mx.array_equal(logprobs_of(reference.model), logprobs_of(adapted.model))
+    assert not mx.array_equal(logprobs_of(adapted.model), begun)
 
 
 def test_impossible_references_are_refused(folder, tmp_path):

@@ -68,7 +68,7 @@ def results(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"],
             prompt=SharedPrompt.of(arrays), temperature=0.7, head=head, entropy_gradient=True,
         )  # fmt: skip
-        values = mx.stack([scores.logps, scores.entropies])
+        values = mx.stack([scores.logprobs, scores.entropies])
         return (values * weights).sum(), values * mask
 
     with layer_by_layer(model, recompute=recompute):
@@ -162,7 +162,7 @@ def trained_group(number, rewards, lengths, prompt, cut=()):
         a_completion(
             rng.integers(2, VOCAB, length).tolist(),
             version=0,
-            behaviour_logprobs=floats_bytes([-3.0] * length),
+            sampling_logprobs=floats_bytes([-3.0] * length),
             finish_reason="length" if index in cut else "stop",
         )
         for index, length in enumerate(lengths)
@@ -225,13 +225,13 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
     assert shared[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
     assert_equal((mx.zeros(1), shared[2]), (mx.zeros(1), whole[2]), gradients=5e-5)
     for arrays in micro:
-        if "old_logps" in arrays:
+        if "old_logprobs" in arrays:
             with layer_by_layer(made.model, recompute=recompute):
-                logps, *_ = completion_logprobs(
+                logprobs, *_ = completion_logprobs(
                     made.model, arrays["input_ids"], arrays["positions"], arrays["targets"],
                     prompt=SharedPrompt.of(arrays), temperature=0.8, entropy=True,
                 )  # fmt: skip
-            assert mx.array_equal(logps, arrays["old_logps"])
+            assert mx.array_equal(logprobs, arrays["old_logprobs"])
 
 
 def test_several_groups_and_groups_that_would_take_no_fewer_tokens_are_whole_rows():

@@ -115,11 +115,11 @@ def test_masked_tokens_are_as_if_they_were_not_there(head, frozen, temperature):
             model.lm_head.freeze()
 
         def loss(model):
-            logps, entropies, *_ = row_of(
+            logprobs, entropies, *_ = row_of(
                 model, targets, head, temperature=temperature, entropy_gradient=True
             )
-            value = (logps * weights[0]).sum() + (entropies * weights[1]).sum()
-            return value, (logps, entropies)
+            value = (logprobs * weights[0]).sum() + (entropies * weights[1]).sum()
+            return value, (logprobs, entropies)
 
         (_, values), tree = nn.value_and_grad(model, loss)(model)
         return np.array(mx.stack(values)), {k: np.array(g) for k, g in tree_flatten(tree)}
@@ -144,7 +144,7 @@ def test_the_entropy_of_a_masked_vocabulary_by_hand(head):
     got = row_of(model, [2, 0], head, entropy=True, gradient=False)
     p = np.exp([1.0, 0.0, 0.0]) / (np.e + 2)
     np.testing.assert_allclose(got.entropies[0], [np.log(3), -(p * np.log(p)).sum()], rtol=1e-6)
-    np.testing.assert_allclose(got.logps[0], [-np.log(3), np.log(p[0])], rtol=1e-6)
+    np.testing.assert_allclose(got.logprobs[0], [-np.log(3), np.log(p[0])], rtol=1e-6)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -156,7 +156,7 @@ def test_a_target_that_is_masked_has_a_finite_gradient(head, frozen):
 
     def loss(model):
         scores = row_of(model, [1, 2], head, entropy_gradient=True)
-        return scores.logps.sum() + scores.entropies.sum()
+        return scores.logprobs.sum() + scores.entropies.sum()
 
     value, grads = nn.value_and_grad(model, loss)(model)
     assert value.item() == -np.inf

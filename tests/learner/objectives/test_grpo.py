@@ -27,7 +27,7 @@ def group(
         a_completion(
             [5] * length,
             version,
-            behaviour_logprobs=floats_bytes([-1.0] * length),
+            sampling_logprobs=floats_bytes([-1.0] * length),
             finish_reason="length" if index in cut else "stop",
         )
         for index, length in enumerate(lengths)
@@ -74,7 +74,7 @@ def clip_ratios(made: GrpoObjective, batch: TrainBatch) -> tuple[dict[str, float
     for arrays in prepared.micro:
         place = mx.arange(arrays["mask"].shape[1])
         likely = mx.where(place % 2 == 0, -1.0, -9.0)  # the policy's log-probs are in between
-        arrays["sampling_logps"] = mx.broadcast_to(likely, arrays["mask"].shape)
+        arrays["sampling_logprobs"] = mx.broadcast_to(likely, arrays["mask"].shape)
         merged = made.merge(merged, made.loss(made.model, arrays)[1])
         rows += int(np.array(arrays["rows"]).sum())
     metrics = {**prepared.metrics, **made.finish(merged)}
@@ -152,9 +152,9 @@ def test_rows_that_fill_a_batch_are_in_no_metric(loss_type):
     )  # fmt: skip
     (arrays,) = made.prepare(batch).micro
     assert len(arrays["mask"]) == 10
-    old = np.array(arrays["old_logps"], np.float64)[:9, :3]
+    old = np.array(arrays["old_logprobs"], np.float64)[:9, :3]
     ratios = np.minimum(np.exp((old + 1.0).sum(axis=1)), 3.0)  # the sampler's log-probs are -1
-    arrays["old_logps"] = arrays["old_logps"] + 1.0  # policy over old is 1 / e a token
+    arrays["old_logprobs"] = arrays["old_logprobs"] + 1.0  # policy over old is 1 / e a token
     metrics = made.finish(made.loss(made.model, arrays)[1])
     name = "sampling/importance_sampling_ratio"
     for part, value in (("min", ratios.min()), ("mean", ratios.mean()), ("max", ratios.max())):

@@ -185,10 +185,10 @@ def test_orpo_counts_the_prompt_in_its_likelihood():
     tokens, total, means = 0, 0.0, []
     for pair in batch:
         rest = pair.prompt_ids[1:] + pair.chosen_ids
-        logps = direct(model, pair.prompt_ids[:1], rest)[np.arange(len(rest)), rest]
+        logprobs = direct(model, pair.prompt_ids[:1], rest)[np.arange(len(rest)), rest]
         tokens += len(rest)
-        total -= logps.sum()
-        means.append(logps[len(pair.prompt_ids) - 1 :].mean())
+        total -= logprobs.sum()
+        means.append(logprobs[len(pair.prompt_ids) - 1 :].mean())
     finished = objective.finish(metrics)
     assert finished["nll_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert finished["logps/chosen"] == pytest.approx(np.mean(means), rel=1e-5)

@@ -27,10 +27,10 @@ def test_hello_then_policy_then_work_within_credit_and_the_bound():
     welcome, announced = said(made, A)
     assert isinstance(welcome, Welcome)
     assert announced == a_policy(0)
-    made.receive(A, Request(free_rows=5), 0.0)
+    made.receive(A, Request(free_completions=5), 0.0)
     first = tasks(made, A)
     assert [t.task.number for t in first] == [0, 1]  # two groups of two completions fit in five
-    made.receive(A, Request(free_rows=100), 0.0)
+    made.receive(A, Request(free_completions=100), 0.0)
     second = tasks(made, A)
     assert [t.task.number for t in second] == [2, 3]  # (eta + 1) B = 4 tasks in all
     assert {t.min_policy_version for t in (*first, *second)} == {0}
@@ -42,7 +42,7 @@ def test_an_enquiry_gets_the_terms_and_no_work():
     made.receive(A, hello(model_digest="", tokenizer_digest=""), 0.0)
     (welcome,) = said(made, A)
     assert isinstance(welcome, Welcome)
-    made.receive(A, Request(free_rows=8), 0.0)
+    made.receive(A, Request(free_completions=8), 0.0)
     (refused,) = said(made, A)
     assert isinstance(refused, Refuse)
     assert (refused.code, refused.fatal) == ("hello_required", False)
@@ -51,7 +51,7 @@ def test_an_enquiry_gets_the_terms_and_no_work():
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"protocol_version": 9}, "protocol_version", ("version 1", "speaks 9")),
+        ({"protocol_version": 9}, "protocol_version", ("version 2", "speaks 9")),
         ({"model_digest": "x"}, "model", ("digest m", "has x")),
         ({"tokenizer_digest": "y"}, "tokenizer", ("digest t", "has y")),
     ],
@@ -81,7 +81,7 @@ def test_a_restarted_actor_loses_its_leases_at_once():
     made = coordinator()
     join(made)
     made.receive(B, hello(incarnation="2"), 1.0)
-    made.receive(B, Request(free_rows=8), 1.0)
+    made.receive(B, Request(free_completions=8), 1.0)
     again = tasks(made, B)
     assert [(t.task.number, t.attempt) for t in again] == [(0, 2), (1, 2), (2, 2), (3, 2)]
     assert [t.seed for t in again] == [task_seed(7, position, "train") for position in range(4)]
@@ -107,7 +107,7 @@ def test_the_slower_attempt_is_cancelled():
     made.tick(61.0)  # leases ran out, and the silent actor is forgotten
     assert tasks(made, A) == []
     made.receive(B, hello("b"), 62.0)
-    made.receive(B, Request(free_rows=2), 62.0)
+    made.receive(B, Request(free_completions=2), 62.0)
     (again,) = tasks(made, B)
     assert (again.task, again.attempt) == (first.task, 2)
     made.receive(A, hello(), 63.0)
@@ -117,7 +117,7 @@ def test_the_slower_attempt_is_cancelled():
 
 def test_progress_renews_leases_and_its_lack_ends_them():
     made = coordinator()
-    first, *_ = join(made, free_rows=2)
+    first, *_ = join(made, free_completions=2)
     made.receive(A, Heartbeat(progress=1), 50.0)
     made.tick(70.0)
     assert said(made, A) == []
@@ -128,10 +128,10 @@ def test_progress_renews_leases_and_its_lack_ends_them():
 
 def test_an_actor_whose_leases_ran_out_gets_others_only_once_it_moves():
     made = coordinator()
-    assert len(join(made, free_rows=2 * G)) == 2
-    made.receive(A, Request(free_rows=G), 1.0)
+    assert len(join(made, free_completions=2 * G)) == 2
+    made.receive(A, Request(free_completions=G), 1.0)
     (third,) = tasks(made, A)
-    made.receive(A, Request(free_rows=100 * G), 2.0)
+    made.receive(A, Request(free_completions=100 * G), 2.0)
     assert [t.task.number for t in tasks(made, A)] == [3]
     made.receive(A, Heartbeat(progress=1), 10.0)
     made.receive(A, Heartbeat(progress=1), 65.0)
@@ -154,7 +154,7 @@ def test_an_actor_whose_leases_ran_out_gets_others_only_once_it_moves():
 )
 def test_a_group_that_cannot_be_trained_is_refused_and_leased_again(changes, words):
     made = coordinator()
-    first, *_ = join(made, free_rows=2)
+    first, *_ = join(made, free_completions=2)
     if words is None:
         one = group(first).completions[:1]
         changes = {"completions": one, "reward": a_reward([1.0])}
@@ -164,7 +164,7 @@ def test_a_group_that_cannot_be_trained_is_refused_and_leased_again(changes, wor
     assert isinstance(refused, Refuse)
     assert words in refused.reason
     assert ack == Ack(task=first.task, attempt=1)
-    made.receive(A, Request(free_rows=2), 1.0)
+    made.receive(A, Request(free_completions=2), 1.0)
     assert [(t.task.number, t.attempt) for t in tasks(made, A)] == [(0, 2)]
 
 
@@ -193,11 +193,11 @@ def test_a_group_of_another_learner_is_stale_and_acknowledged():
 
 def test_failures_drop_a_task_after_three_attempts_and_the_next_row_takes_its_place():
     made = coordinator()
-    (task,) = join(made, free_rows=2)
+    (task,) = join(made, free_completions=2)
     for _ in range(3):
         made.receive(A, Failed(task=task.task, attempt=task.attempt, reason="no room"), 1.0)
         assert said(made, A) == [Ack(task=task.task, attempt=task.attempt)]
-        made.receive(A, Request(free_rows=2), 1.0)
+        made.receive(A, Request(free_completions=2), 1.0)
         (task,) = tasks(made, A)
     assert task.task.number == 1
     assert made.rates()["ledger/dropped"] == 1
@@ -206,7 +206,7 @@ def test_failures_drop_a_task_after_three_attempts_and_the_next_row_takes_its_pl
 def test_an_orderly_leave_is_not_held_against_the_tasks():
     made = coordinator()
     for attempt in range(1, 6):
-        (task,) = join(made, free_rows=2)
+        (task,) = join(made, free_completions=2)
         assert (task.task.number, task.attempt) == (0, attempt)
         made.receive(A, Release(reason="asked"), 1.0)
     assert made.rates()["ledger/dropped"] == 0
@@ -228,7 +228,7 @@ def test_the_policy_waits_for_an_open_evaluation_whose_actor_died():
     made.gone(A, 3.0)
     made.take_outgoing()
     made.receive(B, hello("b"), 3.0)
-    made.receive(B, Request(free_rows=1), 3.0)
+    made.receive(B, Request(free_completions=1), 3.0)
     (again,) = tasks(made, B)
     assert (again.kind, again.task, again.attempt) == ("eval", pinned[1].task, 2)
     assert made.next_eval(3.0) is None

@@ -176,7 +176,10 @@ def build(
         load_trainable(learner.model, checkpoint.weights, "checkpoint")
     loop = Loop(made, learner, folder)
     engine = MlxEngine(
-        actor.model, stop_token_ids=actor.stop_token_ids, vocab_size=VOCAB, max_rows=64
+        actor.model,
+        stop_token_ids=actor.stop_token_ids,
+        vocab_size=VOCAB,
+        max_concurrent_completions=64,
     )
     session = Session(Identity("a0", "1", "here", actor.model_digest, actor.tokenizer_digest))
     loop.worker = Worker(
@@ -236,7 +239,7 @@ def test_batches_train_in_queue_order_within_the_bound(tmp_path, eta):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_behaviour_logprobs_are_those_of_the_learners_forward(tmp_path, temperature, capsys):
+def test_sampling_logprobs_are_those_of_the_learners_forward(tmp_path, temperature, capsys):
     trainer, loop, objective = build(tmp_path, eta=0, temperature=temperature, length=48, batch=16)
     batch = None
     for _ in range(2000):
@@ -248,8 +251,8 @@ def test_behaviour_logprobs_are_those_of_the_learners_forward(tmp_path, temperat
     for start in range(0, len(masks), 8):
         index = list(range(start, start + 8))
         arrays = objective._arrays(rows, masks, np.ones(len(masks)), index)
-        ours = objective._scores(trainer.model, arrays).logps
-        gap = np.abs(np.array(ours) - np.array(arrays["sampling_logps"]))
+        ours = objective._scores(trainer.model, arrays).logprobs
+        gap = np.abs(np.array(ours) - np.array(arrays["sampling_logprobs"]))
         gaps.append(gap[np.array(arrays["mask"]) > 0])
     flat = np.concatenate(gaps)
     with capsys.disabled():

@@ -154,11 +154,11 @@ def test_skip_moves_the_schedule_only():
 
 def nll(model, arrays):
     """Negative log-likelihood over a normaliser of the whole batch."""
-    logps, *_ = completion_logprobs(
+    logprobs, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"]
     )
-    return -(logps * arrays["mask"]).sum() / arrays["count"], {
-        "logps": (logps * arrays["mask"]).sum()
+    return -(logprobs * arrays["mask"]).sum() / arrays["count"], {
+        "logps": (logprobs * arrays["mask"]).sum()
     }
 
 
@@ -231,10 +231,10 @@ def test_a_state_of_another_run_is_refused():
 
 def sft_loss(head):
     def loss(model, arrays):
-        logps, *_ = completion_logprobs(
+        logprobs, *_ = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"], head=head
         )
-        return -(logps * arrays["mask"]).sum() / arrays["mask"].sum(), {}
+        return -(logprobs * arrays["mask"]).sum() / arrays["mask"].sum(), {}
 
     return loss
 

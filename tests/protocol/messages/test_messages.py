@@ -55,7 +55,7 @@ def part(start):
     [
         ({"token_ids": b""}, "at least one int32"),
         ({"token_ids": b"123"}, "at least one int32"),
-        ({"behaviour_logprobs": b"1234"}, "must align with token_ids"),
+        ({"sampling_logprobs": b"1234"}, "must align with token_ids"),
         ({"kept_logmass": b"1234"}, "kept_logmass"),
         ({"policy_spans": []}, "begin at token 0"),
         ({"policy_spans": [span(1)]}, "begin at token 0"),

@@ -52,7 +52,7 @@ def test_a_message_of_the_other_direction_is_unknown():
 
 def test_constraints_hold_on_arrival():
     fields = msgspec.to_builtins(GROUP, builtin_types=(bytes,))
-    fields["completions"][0]["behaviour_logprobs"] = b"1234"
+    fields["completions"][0]["sampling_logprobs"] = b"1234"
     data = pack(fields)
     with pytest.raises(WireError, match=r"must align with token_ids.*completions") as caught:
         wire.decode_actor(data)

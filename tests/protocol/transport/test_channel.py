@@ -16,7 +16,7 @@ from protocol.transport.endpoints import check_endpoint, ipc_folder, is_loopback
 from protocol.transport.keys import make_keys
 
 pytestmark = pytest.mark.anyio
-HELLO = Hello(protocol_version=1, actor_id="a", actor_incarnation="i")
+HELLO = Hello(protocol_version=2, actor_id="a", actor_incarnation="i")
 
 
 async def greet(server, client):

@@ -15,12 +15,12 @@ async def test_messages_go_both_ways_and_peers_end_alone():
     typed_server: ServerChannel = server
     typed_client: ClientChannel = client
     second = server.connect()
-    assert typed_client.send(Request(free_rows=1))
-    assert second.send(Request(free_rows=2))
-    assert not second.send(Request(free_rows=3))
+    assert typed_client.send(Request(free_completions=1))
+    assert second.send(Request(free_completions=2))
+    assert not second.send(Request(free_completions=3))
     peer, message = await typed_server.receive()
     other, _ = await server.receive()
-    assert message == Request(free_rows=1)
+    assert message == Request(free_completions=1)
     assert peer != other
     assert server.last_seen(peer) is not None
     stop = Stop(reason="x")
@@ -35,7 +35,7 @@ async def test_messages_go_both_ways_and_peers_end_alone():
     assert not server.send(other, stop)
     assert server.take_gone() == [other]
     with pytest.raises(ChannelError):
-        second.send(Request(free_rows=1))
+        second.send(Request(free_completions=1))
     async with server:
         pass
-    assert not client.send(Request(free_rows=1))
+    assert not client.send(Request(free_completions=1))
