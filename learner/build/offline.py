@@ -21,8 +21,9 @@ from learner.data.examples import answers, pairs, sequences
 from learner.data.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.interfaces import Objective
 from learner.losses.preference import kto_weight_advice, needs_whole_batch
-from learner.model.logprobs import Head, choose_head
+from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
+from learner.model.trials import choose_head
 from learner.objectives.sft import SftObjective
 from learner.offline.batches import OfflineSets, open_offline
 from learner.offline.generated import DEFAULT_LENGTH, Answers

@@ -26,9 +26,9 @@ from learner.data.prompts import PromptSets, open_prompts
 from learner.ledger.journal import read_journal, since
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings, LostReport
-from learner.model.logprobs import Head, choose_head
+from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
-from learner.model.trials import choose_shared_prompt
+from learner.model.trials import choose_head, choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
 from learner.online.actors import Terms
 from learner.online.coordinator import Coordinator

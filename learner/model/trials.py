@@ -1,4 +1,4 @@
-"""Whether a model gives the same with the prompt once for all completions: a trial at the start."""
+"""Trials at the start decide between ways of computing: which head, and whether a prompt once."""
 
 import logging
 from collections.abc import Callable
@@ -10,9 +10,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from learner.model.batches import token_batch
-from learner.model.logprobs import Head, completion_logprobs, drops, layer_by_layer
+from learner.model.head import split_head
+from learner.model.layers import drops, layer_by_layer
+from learner.model.logprobs import Head, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, shared_prompt
 from protocol.errors import ModelError
+from protocol.model.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +29,46 @@ _COMPLETIONS = [[6, 7, 2, 3, 1, 4], [3], [5, 5, 1]]
 _BUCKET = 8  # so that the prompt is padded
 
 Forward = Callable[[nn.Module], mx.array]
+
+
+def choose_head(model: nn.Module, wanted: Head) -> Head:
+    """Return "chunked" where this model's trunk and head give just what the model gives.
+
+    A trial of a few tokens decides; where it fails, a line is logged and "full" is returned.
+    """
+    if wanted == "full":
+        return "full"
+    try:
+        split = split_head(model)
+    except ModelError as error:
+        log.warning("The memory-bounded head is off: %s", error)
+        return "full"
+    tokens = mx.array([[1, 2, 3, 4]])
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = split.states(tokens)
+        whole, parts = model(tokens), split.head(hidden)
+        same = whole.shape == parts.shape and mx.array_equal(whole, parts).item()
+        owner = split.owner(hidden[0])
+    except (TypeError, ValueError, AttributeError) as error:
+        log.warning("Trial of the memory-bounded head: %s", error)
+        same, owner = False, nn.Module()
+    finally:
+        model.train(was_training)
+    if trainable(owner) and drops(owner):
+        log.warning(
+            "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
+        )
+        return "full"
+    if same:
+        return "chunked"
+    log.warning(
+        "The memory-bounded head is off: in %s, head(trunk(x)) is not model(x). "
+        "Steps take the memory of all logits.",
+        type(model).__module__,
+    )
+    return "full"
 
 
 def choose_shared_prompt(

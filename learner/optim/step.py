@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from learner.model.logprobs import layer_by_layer
+from learner.model.layers import layer_by_layer
 from learner.optim.adamw import MasterAdamW, Tensors
 from learner.optim.schedule import learning_rate
 from protocol.config.settings import OptimizerSettings

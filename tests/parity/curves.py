@@ -14,7 +14,8 @@ from learner.data.examples import PreferenceExample, SftExample, UnpairedExample
 from learner.interfaces import Arrays
 from learner.losses.grpo import grpo_normalisers
 from learner.model.batches import to_device, token_batch
-from learner.model.logprobs import choose_head, completion_logprobs
+from learner.model.logprobs import completion_logprobs
+from learner.model.trials import choose_head
 from learner.objectives.advantages import advantages
 from learner.objectives.grpo import GrpoObjective
 from learner.objectives.preference import PreferenceObjective

@@ -13,7 +13,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner.model import chunked
 from learner.model.batches import to_device
-from learner.model.logprobs import Head, choose_head, completion_logprobs, layer_by_layer
+from learner.model.layers import layer_by_layer
+from learner.model.logprobs import Head, completion_logprobs
+from learner.model.trials import choose_head
 from protocol.errors import ModelError
 from protocol.model.snapshots import trainable
 from tests.learner.model.heads import CASES, HEADS, assert_close, gradients, trained

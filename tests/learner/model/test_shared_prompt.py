@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from learner.data.prompts import Prompt
 from learner.model import chunked
 from learner.model.batches import to_device, token_batch
-from learner.model.logprobs import Head, completion_logprobs, layer_by_layer
+from learner.model.layers import layer_by_layer
+from learner.model.logprobs import Head, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, after_prompt, group_batch, shared_prompt
 from learner.model.trials import choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
