@@ -41,6 +41,15 @@ def trained(kind, *, bits=0, keys=None, **changes):
     return model
 
 
+def plain(model, arrays, temperature):
+    """Log-probs and entropies by log-softmax of all logits."""
+    logits = model(arrays["input_ids"]).astype(mx.float32) / temperature
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
+    logprobs = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
+    return logprobs, -(mx.exp(logs) * logs).sum(axis=-1)
+
+
 def gradients(model, arrays, forward):
     """Gradients of a random weighting of log-probs and entropies: no two tokens count alike."""
     mx.random.seed(2)

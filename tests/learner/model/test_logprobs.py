@@ -1,43 +1,23 @@
 """Log-probs, entropies and their gradients against a plain log-softmax over all logits."""
 
-import logging
 from functools import partial
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner.model import chunked
 from learner.model.batches import to_device
-from learner.model.layers import layer_by_layer
 from learner.model.logprobs import Head, completion_logprobs
-from learner.model.trials import choose_head
-from protocol.errors import ModelError
 from protocol.model.snapshots import trainable
-from tests.learner.model.heads import CASES, HEADS, assert_close, gradients, trained
-from tests.tiny import VOCAB, ragged_batch, tiny_model
+from tests.learner.model.heads import CASES, HEADS, assert_close, gradients, plain, trained
+from tests.tiny import ragged_batch
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
-
-
-def layers_of(model):
-    return list(model.layers)
-
-
-def plain(model, arrays, temperature):
-    """Log-probs and entropies by log-softmax of all logits."""
-    logits = model(arrays["input_ids"]).astype(mx.float32) / temperature
-    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
-    logprobs = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
-    return logprobs, -(mx.exp(logs) * logs).sum(axis=-1)
 
 
 def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, entropy: bool):
@@ -55,7 +35,6 @@ def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, en
 def test_chunked_head_equals_log_softmax(case):
     model, arrays = CASES[case](), to_device(ragged_batch(bucket=32))
     ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
-    assert choose_head(model, "chunked") == "chunked"
 
     def chunked(model):
         return completion_logprobs(
@@ -158,117 +137,3 @@ def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
     difference = mx.abs(got - wanted) * arrays["mask"]
     assert float(difference.max()) < 0.1
     assert float(difference.sum() / arrays["mask"].sum()) < 0.01
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", ["lora", "full", "last"])
-def test_the_ordered_backward_pass_is_exact_and_leaves_no_trace(kind, recompute):
-    model, arrays = trained("lora" if kind == "last" else kind), to_device(ragged_batch())
-    if kind == "last":  # layers with nothing to train
-        for layer in layers_of(model)[:-1]:
-            layer.freeze()
-    ids = arrays["input_ids"], arrays["positions"], arrays["targets"]
-
-    def forward(model):
-        return completion_logprobs(model, *ids, entropy_gradient=True)
-
-    classes = [type(layer) for layer in layers_of(model)]
-    before = trainable(model)
-    _, wanted = gradients(model, arrays, forward)
-    with layer_by_layer(model, recompute=recompute):
-        assert [type(layer) for layer in layers_of(model)] != classes
-        _, grads = gradients(model, arrays, forward)
-    assert_close(grads, wanted, 1e-6)
-    assert [type(layer) for layer in layers_of(model)] == classes
-    assert trainable(model).keys() == before.keys()
-    assert all(mx.array_equal(array, before[name]) for name, array in trainable(model).items())
-
-
-class Mixed(nn.Module):
-    """A layer that reads arrays from a tuple and from a keyword, and returns two."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = mx.array([[0.5, -1.0], [2.0, 0.25]])
-
-    def __call__(self, x, pair, *, extra):
-        ids, scale = pair
-        return mx.tanh(x @ self.weight) * scale[ids], x * extra
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = [Mixed(), Mixed()]
-
-    def __call__(self, x):
-        ids, scale = mx.array([1, 0]), x.sum(axis=-1, keepdims=True)
-        for layer in self.layers:
-            left, right = layer(x, (ids, scale), extra=x * x)
-            x = left + right
-        return x
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_pass_through_every_array_that_a_layer_is_given(recompute):
-    model, x = Stack(), mx.array([[0.3, -0.2], [0.1, 0.7]])
-
-    def grads():
-        def loss(parameters, x):
-            model.update(parameters)
-            return (model(x) * mx.array([[1.0, -2.0], [0.5, 3.0]])).sum()
-
-        found = mx.grad(loss, argnums=(0, 1))(model.trainable_parameters(), x)
-        return dict(cast("list[tuple[str, mx.array]]", tree_flatten(found)))
-
-    wanted = grads()
-    with layer_by_layer(model, recompute=recompute):
-        got = grads()
-    assert got.keys() == wanted.keys()
-    for name, array in got.items():
-        np.testing.assert_allclose(array, wanted[name], rtol=1e-6)
-
-
-def test_checkpointing_with_dropout_is_refused():
-    model = tiny_model()
-    model.freeze()
-    linear_to_lora_layers(model, -1, {"rank": 4, "scale": 2.0, "dropout": 0.1})
-    ordered = layer_by_layer(model, recompute=True)
-    with pytest.raises(ModelError, match=r"needs model\.lora\.dropout = 0"), ordered:
-        pass
-
-
-class Headless(nn.Module):
-    """A model without a trunk."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(VOCAB, VOCAB)
-
-    def __call__(self, tokens):
-        return self.table(tokens)
-
-
-class Biased(nn.Module):
-    """A model whose logits need more than the hidden states."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Embedding(VOCAB, 8)
-        self.lm_head = nn.Linear(8, VOCAB)
-
-    def __call__(self, tokens):
-        return self.lm_head(self.model(tokens)) + tokens.sum() / 1000
-
-
-@pytest.mark.parametrize("kind", [Headless, Biased])
-def test_models_that_cannot_be_split_take_the_plain_way_and_say_so(kind, caplog):
-    model = kind()
-    with caplog.at_level(logging.WARNING):
-        assert choose_head(model, "chunked") == "full"
-    assert "The memory-bounded head is off" in caplog.text
-    arrays = to_device(ragged_batch())
-    got, *_ = completion_logprobs(
-        model, arrays["input_ids"], arrays["positions"], arrays["targets"], head="full"
-    )
-    np.testing.assert_allclose(got, plain(model, arrays, 1.0)[0], rtol=0, atol=5e-6)

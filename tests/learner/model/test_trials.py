@@ -1,4 +1,4 @@
-"""Which models may compute a group's prompt once, and what the log says of the others."""
+"""Which models may split off their head or compute a prompt once, and what the log says if not."""
 
 import logging
 from functools import partial
@@ -6,15 +6,18 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from learner.model.logprobs import Head
-from learner.model.trials import choose_shared_prompt
+from learner.model.batches import to_device
+from learner.model.logprobs import Head, completion_logprobs
+from learner.model.trials import choose_head, choose_shared_prompt
 from protocol.config.settings import ModelSettings
 from protocol.model.adapters import attach_adapters
 from protocol.model.snapshots import trainable
-from tests.tiny import tiny_model
+from tests.learner.model.heads import CASES, plain
+from tests.tiny import VOCAB, ragged_batch, tiny_model
 
 
 def choose(
@@ -143,3 +146,44 @@ def test_other_models_keep_whole_rows_and_the_log_says_why(case, caplog):
         assert not choose([tiny_model(), make()])
     assert "is computed again for each completion of a group" in caplog.text
     assert reason in caplog.text
+
+
+class Headless(nn.Module):
+    """A model without a trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB)
+
+    def __call__(self, tokens):
+        return self.table(tokens)
+
+
+class Biased(nn.Module):
+    """A model whose logits need more than the hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Embedding(VOCAB, 8)
+        self.lm_head = nn.Linear(8, VOCAB)
+
+    def __call__(self, tokens):
+        return self.lm_head(self.model(tokens)) + tokens.sum() / 1000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_that_can_be_split_keep_the_chunked_head(case):
+    assert choose_head(CASES[case](), "chunked") == "chunked"
+
+
+@pytest.mark.parametrize("kind", [Headless, Biased])
+def test_models_that_cannot_be_split_take_the_plain_way_and_say_so(kind, caplog):
+    model = kind()
+    with caplog.at_level(logging.WARNING):
+        assert choose_head(model, "chunked") == "full"
+    assert "The memory-bounded head is off" in caplog.text
+    arrays = to_device(ragged_batch())
+    got, *_ = completion_logprobs(
+        model, arrays["input_ids"], arrays["positions"], arrays["targets"], head="full"
+    )
+    np.testing.assert_allclose(got, plain(model, arrays, 1.0)[0], rtol=0, atol=5e-6)
