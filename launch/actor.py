@@ -165,7 +165,7 @@ def _worker(
     args: argparse.Namespace, policy: "LoadedPolicy", identity: Identity, port: BridgePort
 ) -> Worker:
     from actors.engine.mlx_engine import MlxEngine
-    from protocol.model.policy import apply_snapshot, read_snapshot
+    from protocol.model.snapshots import apply_snapshot, read_snapshot
 
     engine = MlxEngine(
         policy.model,

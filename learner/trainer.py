@@ -20,10 +20,11 @@ import mlx.nn as nn
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.interfaces import Evaluator, Objective, Prepared, Source
 from learner.losses.metrics import number
-from learner.optim.step import Step, Update, random_state, set_random_state
+from learner.optim.step import Step, Update
 from learner.records import Records
 from protocol.errors import CheckpointError
-from protocol.model.policy import trainable
+from protocol.model.random_state import random_state, set_random_state
+from protocol.model.snapshots import trainable
 
 log = logging.getLogger("pippin.learner")
 

@@ -14,7 +14,8 @@ from learner.optim.step import Step, should_compile
 from learner.trainer import Schedule, Trainer
 from protocol.config.settings import AnyRun, Section
 from protocol.errors import CheckpointError
-from protocol.model.policy import LoadedPolicy, save_adapters
+from protocol.model.adapters import save_adapters
+from protocol.model.policy import LoadedPolicy
 from protocol.model.snapshots import load_trainable
 
 log = logging.getLogger("pippin.learner")

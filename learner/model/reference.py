@@ -21,8 +21,10 @@ from mlx.utils import tree_flatten
 from protocol.config.settings import ModelSettings
 from protocol.errors import ModelError
 from protocol.model.adapters import load_adapter_folder, read_adapter_config
+from protocol.model.base_model import load_base, model_folder
 from protocol.model.digests import folder_digest, model_digest
-from protocol.model.policy import LoadedPolicy, load_base, model_folder, seeded
+from protocol.model.policy import LoadedPolicy
+from protocol.model.random_state import seeded
 from protocol.model.snapshots import tensors_digest
 
 log = logging.getLogger(__name__)

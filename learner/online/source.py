@@ -20,7 +20,7 @@ from learner.online.commands import (
 )
 from learner.online.experience import EvalResult, TrainBatch
 from protocol.messages.messages import Policy
-from protocol.model.policy import write_snapshot
+from protocol.model.snapshots import write_snapshot
 from protocol.transport.bridge import Bridge
 
 STATE_TIMEOUT_S = 60.0

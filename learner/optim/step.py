@@ -190,14 +190,3 @@ def should_compile(setting: Literal["auto", "on", "off"]) -> bool:
     if setting == "auto":
         return mx.default_device().type == mx.DeviceType.gpu
     return setting == "on"
-
-
-def random_state() -> int:
-    """Return the global random state of MLX on this thread as a number."""
-    high, low = np.array(cast(Any, mx.random.state)[0]).tolist()
-    return (high << 32) | low
-
-
-def set_random_state(state: int) -> None:
-    """Put the random state back to what `random_state` returned."""
-    mx.random.seed(state)

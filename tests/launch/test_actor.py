@@ -28,7 +28,8 @@ from protocol.messages.messages import (
     Welcome,
 )
 from protocol.messages.parts import Sampling
-from protocol.model.policy import LoadedPolicy, load_policy, write_snapshot
+from protocol.model.policy import LoadedPolicy, load_policy
+from protocol.model.snapshots import write_snapshot
 from protocol.transport.channel import Server
 from protocol.transport.endpoints import ipc_folder
 from tests.protocol.builders import a_task, a_welcome

@@ -13,8 +13,9 @@ from launch.export import export, main
 from launch.exporting.modelfile import family_of, modelfile, template_notes
 from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.errors import ModelError
-from protocol.model.adapters import FineTuneType
-from protocol.model.policy import LoadedPolicy, load_policy, save_adapters, trainable
+from protocol.model.adapters import FineTuneType, save_adapters
+from protocol.model.policy import LoadedPolicy, load_policy
+from protocol.model.snapshots import trainable
 from tests.tiny import write_model_folder
 
 TOKENS = mx.array([[5, 9, 2, 40, 17, 3, 61, 8]])

@@ -12,7 +12,9 @@ from learner.data.examples import pairs
 from learner.offline.batches import open_offline
 from protocol.config.settings import DataSettings, ModelSettings, PairsRun
 from protocol.errors import ConfigError
-from protocol.model.policy import load_policy, save_adapters, trainable
+from protocol.model.adapters import save_adapters
+from protocol.model.policy import load_policy
+from protocol.model.snapshots import trainable
 from tests.tiny import write_model_folder
 
 NAN = float("nan")

@@ -32,7 +32,9 @@ from learner.model.logprobs import Head
 from learner.model.reference import make_reference
 from learner.optim.step import Step
 from protocol.config.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
-from protocol.model.policy import LoadedPolicy, load_policy, save_adapters, trainable
+from protocol.model.adapters import save_adapters
+from protocol.model.policy import LoadedPolicy, load_policy
+from protocol.model.snapshots import trainable
 from tests.parity.curves import OldLogps, Recording, micro_batches, objective_of, read
 
 LOSS_BAR, NORM_BAR, FINAL_BAR = 1e-5, 3e-4, 5e-4

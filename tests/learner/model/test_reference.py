@@ -13,8 +13,10 @@ from learner.model.reference import make_reference, view
 from learner.optim.step import Step
 from protocol.config.settings import ModelSettings, OptimizerSettings
 from protocol.errors import ModelError
-from protocol.model.policy import load_base, load_policy, save_adapters, trainable
-from protocol.model.snapshots import load_trainable
+from protocol.model.adapters import save_adapters
+from protocol.model.base_model import load_base
+from protocol.model.policy import load_policy
+from protocol.model.snapshots import load_trainable, trainable
 from tests.tiny import ragged_batch, write_model_folder
 
 

@@ -39,14 +39,14 @@ from protocol.config.settings import (
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.messages import ActorMessage, Policy
 from protocol.messages.parts import RewardResult, Sampling
-from protocol.model.policy import (
-    LoadedPolicy,
+from protocol.model.policy import LoadedPolicy, load_policy
+from protocol.model.snapshots import (
     apply_snapshot,
-    load_policy,
+    load_trainable,
     read_snapshot,
+    trainable,
     write_snapshot,
 )
-from protocol.model.snapshots import load_trainable, trainable
 from tests.protocol.builders import a_welcome
 from tests.tiny import VOCAB, write_model_folder
 

@@ -14,7 +14,7 @@ from mlx_lm.tuner.trainer import default_loss
 from learner.model.batches import sequence_batch, to_device
 from learner.model.logprobs import completion_logprobs
 from learner.optim.adamw import ExactAdamW
-from learner.optim.step import MAX_SKIPS, Step, random_state, set_random_state, should_compile
+from learner.optim.step import MAX_SKIPS, Step, should_compile
 from protocol.config.settings import ModelSettings, OptimizerSettings
 from protocol.errors import CheckpointError, TrainingError
 from protocol.model.adapters import attach_adapters
@@ -323,15 +323,6 @@ def test_the_model_keeps_no_traces_and_its_own_names():
     assert after.keys() == before.keys() == step.gradients().keys()
     assert all(after[name] is before[name] for name in before)
     assert tree_unflatten(list(after.items())).keys() == {"model"}
-
-
-def test_random_state_goes_back():
-    mx.random.seed(123)
-    mx.random.uniform(shape=(2,))
-    state = random_state()
-    first = mx.random.uniform(shape=(4,))
-    set_random_state(state)
-    assert mx.array_equal(mx.random.uniform(shape=(4,)), first)
 
 
 def test_compile_settings():

@@ -10,7 +10,10 @@ from mlx_lm import load as mlx_lm_load
 
 from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.errors import ModelError
-from protocol.model.policy import load_policy, model_folder, save_adapters, trainable
+from protocol.model.adapters import save_adapters
+from protocol.model.base_model import model_folder
+from protocol.model.policy import load_policy
+from protocol.model.snapshots import trainable
 from tests.tiny import VOCAB, tensors, write_model_folder
 
 
