@@ -20,12 +20,11 @@ from mlx.utils import tree_flatten
 
 from protocol.config.settings import ModelSettings
 from protocol.errors import ModelError
-from protocol.model.adapters import load_adapter_folder, read_adapter_config
+from protocol.model.adapters import load_adapter_folder
 from protocol.model.base_model import load_base, model_folder
 from protocol.model.digests import folder_digest, model_digest
 from protocol.model.policy import LoadedPolicy
 from protocol.model.random_state import seeded
-from protocol.model.snapshots import tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +39,6 @@ class Reference:
     model: nn.Module
     digest: str
     source: str
-
-    def weights_digest(self) -> str:
-        """Digest of every array of the reference; reads all of them."""
-        flat = cast(list[tuple[str, mx.array]], tree_flatten(self.model.parameters()))
-        return tensors_digest(dict(flat))
 
 
 def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
@@ -64,8 +58,7 @@ def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     if wanted == "initial":
         return _initial(policy, settings)
     if wanted == "base":
-        base = _base_tree(policy, settings)
-        return _frozen(base, policy.model_digest, f"base model {settings.path}")
+        return _base(policy, settings)
     folder = Path(wanted).expanduser()
     if (folder / "adapter_config.json").is_file():
         return _adapted(policy, settings, folder)
@@ -114,37 +107,29 @@ def _wrapped(adapter: nn.Module) -> nn.Module:
 
 
 def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
-    fresh_adapters = settings.fine_tune_type != "full" and (
-        not settings.adapter_path
-        or read_adapter_config(Path(settings.adapter_path)).fine_tune_type == "full"
-    )
     digest, source = policy.model_digest, f"model {settings.path}"
     if settings.adapter_path:
         digest = f"{digest}+{policy.adapter_digest}"
         source = f"{source} with adapter {settings.adapter_path}"
-    # DoRA multiplies by a quantised weight in floats, the layer that it wraps packed: they differ
-    # in the last bits, so there the fresh adapter itself is what the run started from.
+
+    # New adapters change nothing yet, so the layers that they wrap are the same policy for less
+    # work. But DoRA multiplies by a quantised weight in floats and the wrapped layer by the packed
+    # one, so they differ in the last bits: there the run starts from the new adapter itself.
+    new_adapters = settings.fine_tune_type != "full" and not settings.adapter_path
     packed = any("scales" in module for module in policy.model.modules())
-    bypass = fresh_adapters and not (settings.fine_tune_type == "dora" and packed)
+    bypass = new_adapters and not (settings.fine_tune_type == "dora" and packed)
     return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
 
 
-def _base_tree(policy: LoadedPolicy, settings: ModelSettings) -> nn.Module:
-    """Return the base model, without any adapter that the run started from."""
-    loaded = (
-        read_adapter_config(Path(settings.adapter_path)).fine_tune_type
-        if settings.adapter_path
-        else None
-    )
-    changed = loaded is not None and "full" in (loaded, settings.fine_tune_type)
-    if changed:
-        log.info("The reference is a second copy of the base model: the adapter changed the first")
-        return load_base(settings, policy.folder)[0]
-    return view(policy.model, bypass_adapters=True)
+def _base(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+    base = view(policy.model, bypass_adapters=True)
+    return _frozen(base, policy.model_digest, f"base model {settings.path}")
 
 
 def _adapted(policy: LoadedPolicy, settings: ModelSettings, folder: Path) -> Reference:
-    base = _base_tree(policy, settings)
+    # The adapter may be LoRA, DoRA or full weights, whatever kind the policy trains: the view of
+    # the base gets arrays and layers that the policy does not see.
+    base = view(policy.model, bypass_adapters=True)
     load_adapter_folder(base, folder)
     digest = f"{policy.model_digest}+{folder_digest(folder)}"
     return _frozen(base, digest, f"model {settings.path} with adapter {folder}")

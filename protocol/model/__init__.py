@@ -1,4 +1,4 @@
-"""The model that learner and actors share: loading, adapters, digests, snapshots of its weights.
+"""The policy as learner and actors both know it: loading, adapters, digests, snapshots.
 
-This is the only room of `protocol` that loads MLX. It imports `protocol.config`.
+Loads MLX, so only code that holds a model imports it; imports `protocol.config` for its settings.
 """

@@ -1,4 +1,4 @@
-"""What of a model is trained: LoRA or DoRA adapters in mlx-lm's layers and files, or everything."""
+"""Which tensors are trained: LoRA or DoRA adapters in mlx-lm's layers and files, or all of them."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from protocol.config.settings import ModelSettings
 from protocol.errors import ModelError
@@ -25,7 +24,7 @@ FineTuneType = Literal["lora", "dora", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """adapter_config.json: `lora_parameters` holds rank, scale, dropout and, if given, keys."""
+    """adapter_config.json; `lora_parameters` are rank, scale, dropout and, if given, keys."""
 
     fine_tune_type: FineTuneType
     num_layers: int
@@ -33,15 +32,17 @@ class AdapterConfig:
 
 
 def adapter_config(settings: ModelSettings) -> AdapterConfig:
-    """Return the configuration of fresh adapters."""
+    """Return the configuration of new adapters."""
     lora = settings.lora
     parameters: dict[str, Any] = {
         "rank": lora.rank,
         "scale": lora.scale,
         "dropout": lora.dropout,
     }
+    # mlx-lm reads a missing key as "every linear layer"; None would be an error there.
     if lora.keys is not None:
         parameters["keys"] = list(lora.keys)
+
     return AdapterConfig(
         fine_tune_type=settings.fine_tune_type,
         num_layers=lora.num_layers,
@@ -50,12 +51,16 @@ def adapter_config(settings: ModelSettings) -> AdapterConfig:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read adapter_config.json of an adapter folder in mlx-lm's format."""
+    """Read adapter_config.json of an adapter folder in mlx-lm's format.
+
+    Raises ModelError if it is missing or cannot be understood.
+    """
     try:
         raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = raw.get("fine_tune_type", "lora")
         if kind not in ("lora", "dora", "full"):
             raise ValueError(f"unknown fine_tune_type {kind!r}")
+
         return AdapterConfig(
             fine_tune_type=kind,
             num_layers=int(raw.get("num_layers", -1)),
@@ -63,71 +68,56 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         )
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"model.adapter_path: {folder} is no adapter folder in mlx-lm's format ({error}). It "
-            "must hold adapter_config.json and adapters.safetensors."
+            f"model.adapter_path: {folder} is not an adapter folder in mlx-lm's format ({error}). "
+            "It must hold adapter_config.json and adapters.safetensors."
         ) from error
 
 
 def attach_adapters(model: nn.Module, settings: ModelSettings) -> AdapterConfig:
-    """Make trainable what `settings` say, starting from `adapter_path` where it is given.
+    """Freeze `model` except what `settings` train, starting from `adapter_path` if it is given.
 
-    An adapter's own rank, scale and layers win over `settings.lora`. A LoRA or DoRA adapter is
-    fused into the weights when all of them are to be trained. Raises ModelError for other kinds
-    than `settings` ask for: a fresh adapter on full weights would be of a model that has no path.
+    A loaded adapter's own rank, scale and layers override `settings.lora`. Raises ModelError for
+    an adapter of another kind than `fine_tune_type`, and for one that holds full weights: a run
+    that starts from full weights names them as its model.
     """
     wanted = adapter_config(settings)
+    model.freeze()
     if not settings.adapter_path:
-        model.freeze()
         _make_trainable(model, wanted)
         return wanted
+
     folder = Path(settings.adapter_path)
     loaded = read_adapter_config(folder)
-    if loaded.fine_tune_type == wanted.fine_tune_type:
-        model.freeze()
-        _load(model, loaded, folder)
-        if loaded.lora_parameters != wanted.lora_parameters and wanted.fine_tune_type != "full":
-            log.info("Adapter settings of %s in force: %s", folder, loaded.lora_parameters)
-        return loaded
-    if wanted.fine_tune_type != "full":
+    kind = loaded.fine_tune_type
+    if kind == "full" or kind != wanted.fine_tune_type:
+        switch = "" if kind == "full" else f'Set model.fine_tune_type = "{kind}". Or: '
         raise ModelError(
-            f"model.adapter_path: {folder} holds a {loaded.fine_tune_type} adapter, but "
-            f"model.fine_tune_type is {wanted.fine_tune_type!r}. Set model.fine_tune_type = "
-            f'"{loaded.fine_tune_type}", or fuse the adapter with mlx_lm.fuse first and give the '
-            "result as model.path."
+            f"model.adapter_path: {folder} holds a {kind} adapter, but model.fine_tune_type is "
+            f"{wanted.fine_tune_type!r}. {switch}Fuse the adapter with mlx_lm.fuse first and give "
+            "the result as model.path."
         )
-    model.freeze()
-    _load(model, loaded, folder)
-    fuse_adapters(model)
-    model.freeze()
-    _make_trainable(model, wanted)
-    return wanted
 
-
-def load_adapter_folder(model: nn.Module, folder: Path) -> AdapterConfig:
-    """Freeze `model` and put the adapter of `folder` on it."""
-    loaded = read_adapter_config(folder)
-    model.freeze()
-    _load(model, loaded, folder)
+    _load(model, folder)
+    if loaded.lora_parameters != wanted.lora_parameters:
+        log.info("Using the adapter settings stored in %s: %s", folder, loaded.lora_parameters)
     return loaded
 
 
-def fuse_adapters(model: nn.Module) -> None:
-    """Fold every adapter into the layer that it wraps; quantised layers are quantised again."""
-    fused = [
-        (name, cast(Any, module).fuse())
-        for name, module in model.named_modules()
-        if "lora_a" in module and hasattr(module, "fuse")
-    ]
-    model.update_modules(tree_unflatten(fused))
+def load_adapter_folder(model: nn.Module, folder: Path) -> None:
+    """Freeze `model` and put the adapter of `folder`, of any kind, on it."""
+    read_adapter_config(folder)  # refuses what is not an adapter folder
+    model.freeze()
+    _load(model, folder)
 
 
 def save_adapters(folder: str | Path, model: nn.Module, config: AdapterConfig, base: str) -> None:
-    """Write the trainable tensors as an adapter folder that `mlx_lm.generate` loads.
+    """Write the trainable tensors as an adapter folder that `mlx_lm.generate` can load.
 
-    `base` is the model's path or hub id, kept for the reader. Raises SnapshotError on a full disk.
+    `base` is the model's path or hub id, noted in the file. Raises SnapshotError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
     write_tensors(folder / "adapters.safetensors", trainable(model), {"format": "mlx"})
     raw = {
         "fine_tune_type": config.fine_tune_type,
@@ -135,6 +125,7 @@ def save_adapters(folder: str | Path, model: nn.Module, config: AdapterConfig, b
         "model": base,
         "num_layers": config.num_layers,
     }
+
     (folder / "adapter_config.json").write_text(json.dumps(raw, indent=4) + "\n", encoding="utf-8")
 
 
@@ -142,6 +133,7 @@ def _make_trainable(model: nn.Module, config: AdapterConfig) -> None:
     if config.fine_tune_type == "full":
         _unfreeze(model)
         return
+
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     try:
@@ -156,14 +148,15 @@ def _make_trainable(model: nn.Module, config: AdapterConfig) -> None:
             f"model.fine_tune_type = {config.fine_tune_type!r} does not fit this model: {error}. "
             'Choose the layers with model.lora.keys, or set model.fine_tune_type = "lora".'
         ) from error
+
     _match_dtypes(model)
 
 
 def _unfreeze(model: nn.Module) -> None:
-    """Make every real-valued tensor trainable.
+    """Make every floating-point tensor trainable.
 
-    The packed integers of quantised layers have no gradient; their scales and biases do (MLX's
-    quantized_matmul differentiates them), so those are trained with the norms.
+    The packed integers of quantised layers have no gradient. Their scales and biases do (MLX's
+    quantized_matmul differentiates them), so these are trained along with the norms.
     """
     model.unfreeze()
     packed = 0
@@ -181,39 +174,43 @@ def _unfreeze(model: nn.Module) -> None:
         # QuantizedLinear overrides unfreeze to stay frozen, QuantizedEmbedding does not.
         nn.Module.freeze(module, recurse=False)
         nn.Module.unfreeze(module, recurse=False, keys=keys)
+
     if packed:
         log.warning(
-            "Full fine-tuning of quantised weights trains scales, biases and norms; the packed "
-            "integers of %d layers stay. Use an unquantised model to train everything.",
+            "Full fine-tuning of quantised weights trains only scales, biases and norms; the "
+            "packed integers of %d layers stay as they are. Use an unquantised model to train "
+            "everything.",
             packed,
         )
 
 
-def _load(model: nn.Module, config: AdapterConfig, folder: Path) -> None:
+def _load(model: nn.Module, folder: Path) -> None:
+    """Put the adapter of `folder` on `model`: LoRA or DoRA layers, or full weights in place."""
     from mlx_lm.tuner.utils import load_adapters
 
-    if config.fine_tune_type == "full":
-        _unfreeze(model)
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError(
             f"model.adapter_path: the adapter in {folder} does not fit the model: {error} "
-            "Give the model that it was trained on."
+            "Use the model that it was trained on."
         ) from error
+
     _match_dtypes(model)
 
 
 def _match_dtypes(model: nn.Module) -> None:
-    """Put LoRA tensors in the dtype of what they adapt, where mlx-lm makes them float32.
+    """Cast LoRA tensors, which mlx-lm makes float32, to the dtype of the weights they adapt.
 
-    With float32 factors MLX copies every layer's bfloat16 input and output to float32: more than
-    half of a step's activations. The optimiser keeps float32 masters of whatever is lower. DoRA
-    keeps float32, for its magnitude over the norm of the weights must be 1 before the first step.
+    With float32 factors MLX copies every layer's bfloat16 input and output to float32, which is
+    more than half of a step's activations. The optimiser keeps float32 masters of tensors in lower
+    precision. DoRA stays float32, because its magnitude over the norm of the weights must be
+    exactly 1 before the first step.
     """
     for module in model.modules():
-        if "lora_a" not in module or "m" in module:
+        if "lora_a" not in module or "m" in module:  # `m` is DoRA's magnitude
             continue
+
         wrapped = cast(nn.Module, module["linear" if "linear" in module else "embedding"])
         scales = cast(mx.array, wrapped["scales"] if "scales" in wrapped else wrapped["weight"])
         if mx.issubdtype(scales.dtype, mx.floating):
