@@ -114,7 +114,7 @@ def report_memory(
         estimate_memory(
             policy.model,
             policy.config,
-            rows=rows,
+            sequences=rows,
             length=length,
             completion_length=completion_length,
             head=head,

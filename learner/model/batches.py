@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +15,9 @@ Tokens = Sequence[int] | Int32Array
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """B rows of prompt and completion; T and C are padded to multiples of the bucket.
+    """B sequences of prompt and completion; T and C are padded to multiples of the bucket.
 
-    The last completion token is in `targets` only, for nothing is predicted from it.
+    The last completion token is in `targets` only, because nothing is predicted from it.
     Padding: `input_ids` 0, `targets` 0, `positions` 0, `mask` 0.
     """
 
@@ -25,10 +26,14 @@ class TokenBatch:
     positions: Int32Array  # (B, C) index into T of the state that predicts the target
     mask: Float32Array  # (B, C) 1 = the token counts
 
-    @property
-    def rows(self) -> int:
-        """B, the number of rows."""
-        return self.input_ids.shape[0]
+
+class TokenArrays(TypedDict):
+    """A `TokenBatch` on the device: the same fields, as MLX arrays."""
+
+    input_ids: mx.array  # (B, T) int32
+    targets: mx.array  # (B, C) int32
+    positions: mx.array  # (B, C) int32
+    mask: mx.array  # (B, C) float32
 
 
 def bucketed(length: int, bucket: int) -> int:
@@ -36,8 +41,8 @@ def bucketed(length: int, bucket: int) -> int:
     return max(1, -(-length // bucket)) * bucket
 
 
-def padded_rows(count: int) -> int:
-    """Return the number of rows that `count` rows are padded to: at most a quarter more."""
+def padded_size(count: int) -> int:
+    """Return the batch size that `count` sequences are padded to: at most a quarter more."""
     step = max(1, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step
 
@@ -51,30 +56,35 @@ def token_batch(
 ) -> TokenBatch:
     """Pad B prompts (each at least one token) and their completions (possibly empty).
 
-    `masks` says which completion tokens count; without it all do.
+    `masks` says which completion tokens count; without it, all do. Raises ValueError for an empty
+    prompt and for lists of different lengths.
     """
     if not (len(prompts) == len(completions) and (masks is None or len(masks) == len(prompts))):
         raise ValueError(
             f"token_batch needs as many prompts as completions and masks, got {len(prompts)}, "
             f"{len(completions)} and {len(masks) if masks is not None else 'no masks'}"
         )
-    inputs_length = max((len(p) + max(len(c), 1) - 1 for p, c in _pairs(prompts, completions)))
-    width = bucketed(inputs_length, length_bucket)
+    pairs = list(zip(prompts, completions, strict=True))
+
+    size = len(pairs)
+    width = bucketed(max(len(p) + max(len(c), 1) - 1 for p, c in pairs), length_bucket)
     count = bucketed(max(len(c) for c in completions), length_bucket)
-    rows = len(prompts)
-    input_ids = np.zeros((rows, width), np.int32)
-    targets = np.zeros((rows, count), np.int32)
-    positions = np.zeros((rows, count), np.int32)
-    mask = np.zeros((rows, count), np.float32)
-    for row, (prompt, completion) in enumerate(_pairs(prompts, completions)):
+    input_ids = np.zeros((size, width), np.int32)
+    targets = np.zeros((size, count), np.int32)
+    positions = np.zeros((size, count), np.int32)
+    mask = np.zeros((size, count), np.float32)
+
+    for i, (prompt, completion) in enumerate(pairs):
         start, length = len(prompt), len(completion)
         if not start:
-            raise ValueError(f"row {row} has an empty prompt: its first token has no context")
-        input_ids[row, :start] = prompt
-        input_ids[row, start : start + max(length, 1) - 1] = completion[:-1]
-        targets[row, :length] = completion
-        positions[row, :length] = np.arange(start - 1, start - 1 + length)
-        mask[row, :length] = 1.0 if masks is None else masks[row]
+            raise ValueError(f"sequence {i} has an empty prompt: its first token has no context")
+
+        input_ids[i, :start] = prompt
+        input_ids[i, start : start + max(length, 1) - 1] = completion[:-1]
+        targets[i, :length] = completion
+        positions[i, :length] = np.arange(start - 1, start - 1 + length)
+        mask[i, :length] = 1.0 if masks is None else masks[i]
+
     return TokenBatch(input_ids=input_ids, targets=targets, positions=positions, mask=mask)
 
 
@@ -84,7 +94,7 @@ def sequence_batch(
     length_bucket: int,
     masks: Sequence[Sequence[float] | Float32Array] | None = None,
 ) -> TokenBatch:
-    """Whole sequences for SFT: everything after token 0 is the completion.
+    """Pad whole sequences for SFT: everything after token 0 is the completion.
 
     `masks` is per token of the sequence; its entry for token 0 is not used.
     """
@@ -96,8 +106,8 @@ def sequence_batch(
     )
 
 
-def to_device(tokens: TokenBatch) -> dict[str, mx.array]:
-    """Return a token batch as MLX arrays by name."""
+def to_device(tokens: TokenBatch) -> TokenArrays:
+    """Return a token batch as MLX arrays."""
     return {
         "input_ids": mx.array(tokens.input_ids),
         "targets": mx.array(tokens.targets),
@@ -109,12 +119,8 @@ def to_device(tokens: TokenBatch) -> dict[str, mx.array]:
 def aligned(
     values: Sequence[Sequence[float] | Float32Array], batch: TokenBatch, fill: float = 0.0
 ) -> Float32Array:
-    """Per-token values of each completion, padded to (B, C) float32 like `batch.targets`."""
+    """Pad per-token values of each completion to (B, C) float32, like `batch.targets`."""
     padded = np.full(batch.targets.shape, fill, np.float32)
-    for row, line in enumerate(values):
-        padded[row, : len(line)] = line
+    for i, line in enumerate(values):
+        padded[i, : len(line)] = line
     return padded
-
-
-def _pairs(prompts: Sequence[Tokens], completions: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
-    return list(zip(prompts, completions, strict=True))

@@ -1,8 +1,13 @@
 """Log-probs, entropies and metrics of tokens through a head, chunk by chunk.
 
-Evaluation is breadth-first, so the chunks are chained with `mx.depends`: without that, the logits
+MLX evaluates breadth-first, so the chunks are chained with `mx.depends`: without that, the logits
 of all chunks would be alive at once.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUntypedFunctionDecorator=false
+# (mlx is only partly typed)
 
 from collections.abc import Callable
 from functools import partial
@@ -16,23 +21,21 @@ from learner.model.head import SplitModel, logits_of
 from protocol.model.snapshots import trainable
 
 CHUNK = 128  # tokens whose logits exist at once
-LEAST = -1e3  # log-probs below are as good as this: exp of it is 0 in float32
+LEAST = -1e3  # lower log-probs are raised to this: its exp is 0 in float32 too
 
 Logits = Callable[[mx.array], mx.array]
 
 
 class TokenScores(NamedTuple):
-    """What a head says of tokens: four float32 arrays of one shape, zeros where not asked for.
+    """Scores of target tokens: four float32 arrays of one shape, zeros where not requested.
 
-    Of logits / temperature: `logprobs` of the targets and `entropies`, nats; `mean_logits`, their
-    mean over the vocabulary; `top1`, 1 where the target has the largest, of equal ones as the
-    first.
+    All are of logits / temperature.
     """
 
-    logprobs: mx.array
-    entropies: mx.array
-    mean_logits: mx.array
-    top1: mx.array
+    logprobs: mx.array  # of the targets, nats
+    entropies: mx.array  # of the whole distribution, nats
+    mean_logits: mx.array  # over the vocabulary
+    top1: mx.array  # 1 where the target has the largest logit, and is the first that has it
 
 
 def chunked_logprobs(
@@ -46,7 +49,7 @@ def chunked_logprobs(
     logit_metrics: bool,
     gradient: bool,
 ) -> TokenScores:
-    """Scores (N,) of `targets` (N,) int32 after `hidden` (N, D), at most `CHUNK` tokens at a time.
+    """Return scores (N,) of `targets` (N,) int32 after `hidden` (N, D), computed in chunks.
 
     Entropies are zeros without `entropy` and carry a gradient only with `entropy_gradient`;
     `mean_logits` and `top1` are zeros without `logit_metrics` and never carry one.
@@ -55,7 +58,7 @@ def chunked_logprobs(
     def stats(logits: mx.array, chunk_targets: mx.array) -> _Stats:
         return _Stats(logits, chunk_targets, inverse_temperature, entropy, logit_metrics)
 
-    factor = -inverse_temperature
+    factor = -inverse_temperature  # what the slopes of `_Stats` leave out
     owner = split.owner(hidden) if gradient else nn.Module()
     if not gradient:
         outputs = _values(partial(logits_of, split.head), hidden, targets, stats)
@@ -63,13 +66,14 @@ def chunked_logprobs(
         outputs = _recomputed(split.head, owner, hidden, targets, stats, factor, entropy_gradient)
     else:
         outputs = _built_forward(split.head, hidden, targets, stats, factor, entropy_gradient)
+
     return token_scores(*outputs, entropy_gradient=entropy_gradient)
 
 
 def token_scores(
     logprobs: mx.array, entropies: mx.array, *metrics: mx.array, entropy_gradient: bool
 ) -> TokenScores:
-    """Return scores with gradients only where they belong, and zeros for `metrics` left out."""
+    """Return scores with gradients only where wanted, and zeros where `metrics` are missing."""
     if not entropy_gradient:
         entropies = mx.stop_gradient(entropies)
     if not metrics:
@@ -88,51 +92,52 @@ class _Stats:
         entropy: bool,
         logit_metrics: bool,
     ) -> None:
-        # Every array here is (n, V): on CPU some ten of them wait in the queue, so none is made
-        # that need not be.
+        # Most arrays here are (n, V), and on CPU about ten of them wait in the queue: avoid copies.
         scaled = _times(logits.astype(mx.float32), inverse_temperature)
         self.logits = logits if inverse_temperature == 1.0 else scaled
         self.dtype = logits.dtype
         self.targets = targets[:, None]
+
         self.total = mx.logsumexp(scaled, axis=-1, keepdims=True)
         self.logprobs = mx.take_along_axis(scaled, self.targets, axis=-1) - self.total
         self.logprobs = self.logprobs.squeeze(-1)
+
         self.entropies = (
             entropies_of(scaled, self.total) if entropy else mx.zeros_like(self.logprobs)
         )
         self.metrics = logit_metrics_of(logits, scaled, targets) if logit_metrics else []
 
     def values(self) -> list[mx.array]:
-        """Return all scores that were asked for."""
+        """Return all requested scores."""
         return [self.logprobs, self.entropies, *self.metrics]
 
     def logprobs_slope(self) -> mx.array:
-        """Return p minus one-hot (n, V): -T times the gradient of each log-prob.
+        """Return p minus one-hot (n, V), in the logits' dtype: -T times each log-prob's gradient.
 
-        In the logits' dtype; the target's p - 1 comes from the log-prob, for where p is near 1
-        nothing would be left of it.
+        The target's p - 1 is computed from the log-prob, because where p is near 1 the difference
+        would lose all its digits.
         """
         p = mx.softmax(self.logits, axis=-1, precise=True).astype(self.dtype)
         target = mx.expm1(self.logprobs[:, None]).astype(self.dtype)
         return mx.put_along_axis(p, self.targets, target, axis=-1)
 
     def entropies_slope(self) -> mx.array:
-        """Return p (log p + H) (n, V): -T times the gradient of each entropy."""
+        """Return p (log p + H) (n, V), in the logits' dtype: -T times each entropy's gradient."""
         logs = mx.maximum(self.logits.astype(mx.float32) - self.total, LEAST)
         return (mx.exp(logs) * (logs + self.entropies[:, None])).astype(self.dtype)
 
 
 def entropies_of(scaled: mx.array, total: mx.array) -> mx.array:
-    """Return the entropies (…) of float32 logits (…, V) with log-sum-exps (…, 1).
+    """Return the entropies (…), nats, of float32 logits (…, V) with log-sum-exps (…, 1).
 
-    Logits of -inf, with which some models mask tokens, count nothing: 0 log 0 is 0.
+    Logits of -inf, with which some models mask tokens, contribute nothing: 0 log 0 is 0.
     """
     logs = mx.maximum(scaled - total, LEAST)
     return -(mx.exp(logs) * logs).sum(axis=-1)
 
 
 def logit_metrics_of(logits: mx.array, scaled: mx.array, targets: mx.array) -> list[mx.array]:
-    """Return `mean_logits` and `top1` of (…, V) logits, as they are and scaled, without a copy."""
+    """Return `mean_logits` of the `scaled` (…, V) logits, and `top1` of the logits as they are."""
     top1 = mx.argmax(logits, axis=-1) == targets
     return [scaled.mean(axis=-1), top1.astype(mx.float32)]
 
@@ -147,7 +152,10 @@ _StatsOf = Callable[[mx.array, mx.array], _Stats]
 def _chunk(
     hidden: mx.array, targets: mx.array, start: int, previous: list[mx.array]
 ) -> tuple[mx.array, mx.array]:
-    """Return a chunk of both that waits for `previous`: one-hot targets are (n, V) too."""
+    """Return the chunk from `start` of both arrays, not evaluated before `previous`.
+
+    The targets wait as well, because arrays of (n, V) are made from them too.
+    """
     stop = start + _size()
     parts = [hidden[start:stop], targets[start:stop]]
     if previous:
@@ -156,8 +164,9 @@ def _chunk(
 
 
 def _size() -> int:
-    # The CPU's queue holds some ten operations, so the arrays of several chunks exist at once. CUDA
-    # needs larger products to be busy: on an H200, 128 tokens take a step 8% longer than 256.
+    """Return the number of tokens per chunk on the default device."""
+    # The CPU's queue holds about ten operations, so the arrays of several chunks exist at once.
+    # CUDA needs larger products to be busy: on an H200 a step takes 8% longer with 128 than 256.
     if mx.default_device().type == mx.DeviceType.cpu:
         return CHUNK // 2
     return 2 * CHUNK if mx.cuda.is_available() else CHUNK
@@ -168,6 +177,7 @@ def _starts(array: mx.array) -> range:
 
 
 def _values(logits: Logits, hidden: mx.array, targets: mx.array, stats: _StatsOf) -> list[mx.array]:
+    """Return the scores of all chunks, joined; the way without a gradient."""
     columns: list[list[mx.array]] = []
     previous: list[mx.array] = []
     for start in _starts(hidden):
@@ -189,10 +199,7 @@ def _built_forward(
     factor: float,
     entropy_gradient: bool,
 ) -> list[mx.array]:
-    """Frozen head: the gradient is a (N, D) array made with the values, then only scaled.
-
-    `factor` is what the slopes of `_Stats` leave out.
-    """
+    """Frozen head: compute the gradient (N, D) along with the values; the vjp only scales it."""
 
     @mx.custom_function
     def both(hidden: mx.array, targets: mx.array) -> list[mx.array]:
@@ -201,11 +208,9 @@ def _built_forward(
         for start in _starts(hidden):
             chunk, chunk_targets = _chunk(hidden, targets, start, previous)
             result = stats(logits_of(head, chunk), chunk_targets)
-            previous = [
-                result.logprobs,
-                result.entropies,
-                _pull(head, chunk, result.logprobs_slope()),
-            ]
+
+            slope = _pull(head, chunk, result.logprobs_slope())
+            previous = [result.logprobs, result.entropies, slope]
             if entropy_gradient:
                 previous.append(_pull(head, chunk, result.entropies_slope()))
             previous += result.metrics
@@ -234,13 +239,13 @@ def _recomputed(
     factor: float,
     entropy_gradient: bool,
 ) -> list[mx.array]:
-    """Trainable head: the backward pass computes the logits again, adding up chunk by chunk."""
+    """Trainable head: the backward pass recomputes the logits and sums gradients over chunks."""
     held = trainable(owner)
 
     def logits(hidden: mx.array, *parameters: mx.array) -> mx.array:
         owner.update(tree_unflatten(list(zip(held, parameters, strict=True))))
         out = logits_of(head, hidden)
-        owner.update(tree_unflatten(list(held.items())))
+        owner.update(tree_unflatten(list(held.items())))  # do not keep the arrays of a trace
         return out
 
     @mx.custom_function
@@ -254,18 +259,22 @@ def _recomputed(
         hidden, targets, *parameters = primals
         slopes: list[mx.array] = []
         sums: list[mx.array] = [mx.zeros(p.shape, mx.float32) for p in parameters]
+
         for start in _starts(hidden):
             stop = start + _size()
             chunk, chunk_targets = _chunk(hidden, targets, start, sums + slopes[-1:])
             result = stats(logits(chunk, *parameters), chunk_targets)
+
             pull = result.logprobs_slope() * (cotangents[0][start:stop, None] * factor)
             if entropy_gradient:
                 slope = result.entropies_slope()
                 pull = pull + slope * (cotangents[1][start:stop, None] * factor)
             pull = pull.astype(result.dtype)
+
             _, grads = mx.vjp(logits, [chunk, *parameters], [pull])
             slopes.append(grads[0])
             sums = [total + grad for total, grad in zip(sums, grads[1:], strict=True)]
+
         to_parameters = [s.astype(p.dtype) for s, p in zip(sums, parameters, strict=True)]
         return (mx.concatenate(slopes), mx.zeros_like(targets), *to_parameters)
 
@@ -274,5 +283,5 @@ def _recomputed(
 
 def _pull(head: nn.Module, hidden: mx.array, cotangent: mx.array) -> mx.array:
     """Return the vector-Jacobian product of the head at `hidden`: (n, V) to (n, D)."""
-    _, (slope,) = mx.vjp(lambda chunk: logits_of(head, chunk), [hidden], [cotangent])
+    _, (slope,) = mx.vjp(partial(logits_of, head), [hidden], [cotangent])
     return slope

@@ -1,9 +1,13 @@
-"""The head of a model apart from its trunk.
+"""Splits a model into trunk and head.
 
-`split_head` makes head and trunk out of any mlx-lm model without knowing its kind: the head is the
-model's own `__call__` with the trunk replaced by a stand-in that hands on given hidden states, so
-tied and quantised embeddings, logit scales and soft caps are the model's.
+`split_head` does this for any mlx-lm model without knowing its kind: the head is the model's own
+`__call__` with the trunk replaced by a stand-in that passes given hidden states through. So tied
+and quantised embeddings, logit scales and soft caps are the model's own.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 import copy
 import inspect
@@ -20,9 +24,9 @@ _TRUNKS = ("model", "transformer", "backbone", "gpt_neox")
 
 
 class _Hidden(nn.Module):
-    """Stands in for the trunk: returns its input, and the trunk's attributes as its own.
+    """Stands in for the trunk: returns its input, and offers the trunk's attributes as its own.
 
-    `read` collects the names of those that were asked for.
+    `read` collects the names of the attributes that were read.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -41,18 +45,16 @@ class _Hidden(nn.Module):
 
 @dataclass(frozen=True)
 class SplitModel:
-    """`trunk`: (B, T) token IDs to (B, T, D) hidden states; `head`: those to (B, T, V) logits.
+    """A model's trunk and head; both share modules and arrays with the model."""
 
-    In `head`, `stand_in` takes the trunk's place; `own` are the head's other modules.
-    """
-
-    trunk: nn.Module
-    head: nn.Module
-    stand_in: _Hidden
-    own: dict[str, Any]
+    trunk: nn.Module  # (B, T) token IDs to (B, T, D) hidden states
+    head: nn.Module  # (B, T, D) hidden states to (B, T, V) logits
+    stand_in: _Hidden  # takes the trunk's place in `head`
+    own: dict[str, Any]  # the head's other modules and arrays, by name
 
     def states(self, input_ids: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Run the trunk, with a cache for each layer where one is given."""
+        """Run the trunk, with one cache per layer if they are given."""
+        # Some trunks take no cache, others cannot do without the argument.
         asked = inspect.signature(type(self.trunk).__call__).parameters.get("cache")
         required = asked is not None and asked.default is inspect.Parameter.empty
         if required or cache is not None:
@@ -60,13 +62,16 @@ class SplitModel:
         return self.trunk(input_ids)
 
     def owner(self, hidden: mx.array) -> nn.Module:
-        """Return a module of all whose arrays the head may read: its own and, of the trunk, what
-        it asks for when it sees `hidden` (N, D): an embedding, where they are tied.
+        """Return a module that owns every array the head may read.
 
-        A model may have a head's weights and yet not read them.
+        These are the head's own modules and those of the trunk that it reads when called on
+        `hidden` (N, D): the embedding, if it is tied. A model may have an untied head's weights
+        and still not read them, so only a call can tell.
         """
         self.stand_in.read.clear()
-        logits_of(self.head, hidden[:1])  # builds a graph that nobody evaluates
+        logits_of(self.head, hidden[:1])  # builds a graph that is never evaluated
+
+        # `dict.update`, because nn.Module's own `update` would look for existing parameters.
         owner, shared = nn.Module(), nn.Module()
         dict.update(owner, self.own)
         read = {name: self.trunk[name] for name in self.stand_in.read if name in self.trunk}
@@ -78,26 +83,28 @@ class SplitModel:
 def split_head(model: nn.Module) -> SplitModel:
     """Split an mlx-lm model into trunk and head; its modules and arrays are shared, not copied.
 
-    Raises ModelError where the model is not built as a trunk with a head.
+    Raises ModelError if the model is not built as a trunk with a head.
     """
+    # Multimodal releases keep the text model, with its trunk and head, in `language_model`.
     inner = model
     while not any(name in inner for name in _TRUNKS) and "language_model" in inner:
         inner = inner["language_model"]
     name = next((name for name in _TRUNKS if name in inner), None)
     if name is None:
         raise ModelError(
-            f"{type(model).__module__} has none of {', '.join(_TRUNKS)}, so its head cannot be "
-            'told from its trunk. Set train.head = "full".'
+            f"{type(model).__module__} has none of {', '.join(_TRUNKS)}, so its trunk and head "
+            'cannot be separated. Set train.head = "full".'
         )
+
     trunk = inner[name]
-    head = copy.copy(inner)
+    head = copy.copy(inner)  # shallow: only its trunk is replaced
     head[name] = stand_in = _Hidden(trunk)
     own = {key: value for key, value in inner.items() if key != name and _has_arrays(value)}
     return SplitModel(trunk=trunk, head=head, stand_in=stand_in, own=own)
 
 
 def logits_of(head: nn.Module, hidden: mx.array) -> mx.array:
-    """(n, D) to (n, V): the model's own head sees a batch of one row."""
+    """Return logits (n, V) of hidden states (n, D), which the head sees as one sequence."""
     return head(hidden[None]).squeeze(0)
 
 

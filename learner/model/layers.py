@@ -1,6 +1,16 @@
-"""Layer by layer: an ordered backward pass, and gradient checkpointing."""
+"""Runs layers one by one in the backward pass: less memory, and gradient checkpointing.
 
-from collections.abc import Callable, Iterator
+MLX evaluates breadth-first: left alone, it computes the gradients of all parameters last and keeps
+every layer's activations and their gradients until then. Dependencies between the layers give each
+layer's parameter gradients before the gradient moves on to the layer below.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# pyright: reportMissingTypeStubs=false, reportUntypedFunctionDecorator=false
+# (mlx is only partly typed)
+
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,14 +23,13 @@ from protocol.errors import ModelError
 
 
 @contextmanager
-def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[None]:
+def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Generator[None]:
     """Order the backward pass of steps taken inside by layers, so that each frees its activations.
 
-    MLX evaluates breadth-first: left to itself it computes the gradients of all parameters last,
-    and keeps every layer's activations and their gradients till then. With `recompute`, a layer's
-    activations are not even kept from the forward pass (gradient checkpointing, Chen et al., 2016).
-    Only these layer objects change, and they change back. Raises ModelError where activations are
-    to be recomputed and adapters have dropout, which would draw another mask the second time.
+    With `recompute`, a layer's activations are not even kept from the forward pass (gradient
+    checkpointing, Chen et al., 2016). Only the layer objects change their class, and they change it
+    back. Raises ModelError if activations are to be recomputed and adapters have dropout, which
+    would draw another mask the second time.
     """
     if recompute and drops(model):
         raise ModelError(
@@ -33,6 +42,8 @@ def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[Non
             f"train.gradient_checkpointing: {type(model).__module__} has no list of layers that "
             "could be recomputed one by one. Turn it off."
         )
+
+    # Python looks `__call__` up on the class, so an ordered call needs another class.
     kinds = [type(layer) for layer in layers]
     for layer, kind in zip(layers, kinds, strict=True):
         object.__setattr__(layer, "__class__", _ordered_kind(kind, recompute))
@@ -44,6 +55,7 @@ def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Iterator[Non
 
 
 def drops(model: nn.Module) -> bool:
+    """Return whether any module of `model` has dropout above 0."""
     return any(
         isinstance(module, nn.Dropout) and getattr(module, "_p_1", 1.0) < 1.0
         for module in model.modules()
@@ -61,10 +73,13 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
     def call(layer: nn.Module, *args: object, **kwargs: object) -> object:
         held = layer.trainable_parameters()
         names, tensors = _flat(held)
-        # Real arrays are inputs, for they may need a gradient; all else is closed over.
+
+        # Floating-point arrays are inputs, because they may need a gradient; all else is closed
+        # over.
         given: list[mx.array] = []
         tree_map(lambda value: given.append(value) if _is_real(value) else None, (args, kwargs))
-        # What a cache records is an output: inside of a custom function it has no gradient.
+
+        # What a cache records is an output: inside a custom function it would get no gradient.
         recorders = [x for x in (*args, *kwargs.values()) if isinstance(x, Recorder)]
 
         def inner(
@@ -83,6 +98,7 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
             out, recorded = _recomputed(inner)(given, tensors)
         else:
             out, recorded = inner(*cast(Any, _tied(given, tensors)))
+
         for recorder, arrays in zip(recorders, recorded, strict=True):
             recorder.record(arrays)
         return out
@@ -107,10 +123,10 @@ def _parameters_first(
 
 
 def _recomputed(function: Callable[[list[mx.array], list[mx.array]], Any]) -> Callable[..., Any]:
-    """Return `function(inputs, parameters)` with its inside computed again for the gradient.
+    """Return `function(inputs, parameters)`, to be computed again for its gradient.
 
-    As `mx.checkpoint`, but the second pass waits for the gradient of the output to arrive: else
-    that of every layer would run at once, and the memory saved be taken after all.
+    Like `mx.checkpoint`, but the second pass waits until the gradient of the output has arrived.
+    Otherwise the second passes of all layers would run at once and take the memory after all.
     """
 
     @mx.custom_function
@@ -136,6 +152,7 @@ def _recomputed(function: Callable[[list[mx.array], list[mx.array]], Any]) -> Ca
 
 
 def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+    """Return `arrays`, not evaluated before `others`."""
     if not (arrays and others):
         return arrays
     return cast(list[mx.array], mx.depends(arrays, others))

@@ -1,11 +1,16 @@
-"""What a step will take of the machine's memory, estimated before the first one.
+"""Estimates how much of the machine's memory a step will take, before the first one.
 
 A guide, not a bound: activations are counted from the shapes of a transformer layer. It is 0.9 to
 1.1 of what tests/benchmarks/memory_estimate.py measures on a CPU, 0.8 to 1.4 on an H200.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,28 +25,29 @@ from protocol.model.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
-# Arrays of a token that a layer keeps for its backward pass. In units of the hidden size: its
-# input, two norms and the residual between; of the queries': projected, normed, rotated; of the
-# keys': the same, and values; of the MLP's: gate, its sigmoid and product, up, and what goes down.
+# Arrays per token that a layer keeps for its backward pass. In units of the hidden size: its input,
+# two norms and the residual between them; of the queries' size: projected, normed, rotated; of the
+# keys' size: the same, and values; of the MLP's size: gate, its sigmoid and product, up, and what
+# goes down.
 _HIDDEN_ARRAYS = 4
 _QUERY_ARRAYS = 3
 _KEY_ARRAYS = 4
 _MLP_ARRAYS = 5
 # Attention's probabilities, and its mask.
 _SCORE_ARRAYS = 1.25
-# In units of what one layer keeps, what is alive beside it while its gradients are made; with
-# gradient checkpointing, its second forward pass too.
+# In units of what one layer keeps: what is alive beside it while its gradients are computed. With
+# gradient checkpointing this includes its second forward pass.
 _BACKWARD = 1.0
 _BACKWARD_CHECKPOINTED = 2.0
-# Of (chunk, V): logits, float32 logits, log-probs, probabilities, slope; and those of the next
-# chunk that are queued already. All logits at once are let go one after the other.
+# Arrays of (chunk, V): logits, float32 logits, log-probs, probabilities, slope; and those of the
+# next chunk that are queued already. With all logits at once, arrays are freed one after the other.
 _HEAD_ARRAYS = 8
 _FULL_HEAD_ARRAYS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes."""
+    """Bytes that a step takes, by purpose."""
 
     weights: int
     reference: int
@@ -53,7 +59,7 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """What exists at once at the peak: that of the gradients, or that of the update."""
+        """What exists at once at the peak, which is either in the gradients or in the update."""
         gradients = {"activations": self.activations, "head": self.head}
         update = {"update": self.update}
         held = {"weights": self.weights, "reference": self.reference, "optimizer": self.optimizer}
@@ -65,11 +71,21 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    """The shape of a micro-batch; lengths are in tokens, padded."""
+
+    sequences: int
+    prompt: int  # tokens before the sequences that are computed once for all of them; 0: none
+    length: int  # tokens of each sequence
+    completion: int  # of these, tokens that go through the head
+
+
 def estimate_memory(
     model: nn.Module,
     config: dict[str, Any],
     *,
-    rows: int,
+    sequences: int,
     length: int,
     completion_length: int,
     head: Head,
@@ -78,52 +94,73 @@ def estimate_memory(
     shared_prompt: bool = False,
     length_bucket: int = 1,
 ) -> MemoryEstimate:
-    """Estimate a step over micro-batches of `rows` rows of `length` tokens in all.
+    """Estimate a step over micro-batches of `sequences` sequences of `length` tokens in all.
 
     `config` is the model's config.json; `completion_length` of the tokens go through the head. With
-    `shared_prompt`, the others are the same in all rows and computed once. Both lengths are before
-    their padding to multiples of `length_bucket`.
+    `shared_prompt`, the other tokens are the same in all sequences and computed once. Both lengths
+    are before padding to multiples of `length_bucket`.
     """
     prompt = length - completion_length if shared_prompt else 0
-    length = bucketed(length - prompt, length_bucket)
-    completion_length = bucketed(completion_length, length_bucket)
+    batch = _MicroBatch(
+        sequences=sequences,
+        prompt=prompt,
+        length=bucketed(length - prompt, length_bucket),
+        completion=bucketed(completion_length, length_bucket),
+    )
     text = {**config, **(config.get("text_config") or {})}
+
     arrays = _arrays(model)
     trained = trainable(model)
-    compute = _compute_itemsize(arrays)
+    itemsize = _compute_itemsize(arrays)
     numbers = sum(array.size for array in trained.values())
     lower = sum(array.size for array in trained.values() if array.dtype != mx.float32)
-    hidden = int(text.get("hidden_size", 0))
-    layers = int(text.get("num_hidden_layers", 0))
-    layer = _layer(text, rows, length, prompt) * compute
-    # The last layer makes nothing of a shared prompt but keys and values.
-    prompt_layer = _layer(text, 1, prompt) * compute
-    activations = (layers + _BACKWARD) * layer + (layers - 1) * prompt_layer
-    if gradient_checkpointing:
-        kept = layers * (prompt + rows * length) * hidden * compute
-        activations = kept + _BACKWARD_CHECKPOINTED * max(layer, prompt_layer)
-    vocabulary = int(text.get("vocab_size", 0))
-    if head == "full":
-        head_bytes = rows * length * vocabulary * 4 * _FULL_HEAD_ARRAYS
-    else:
-        tokens = rows * completion_length
-        head_bytes = min(CHUNK, tokens) * vocabulary * 4 * _HEAD_ARRAYS
-        head_bytes += tokens * hidden * compute * 2
+
+    # Bytes per trained number. Held: 4 each for gradient and two moments, and 4 for the master of a
+    # 16-bit weight. New in an update: 4 each for moments and weight or master, 2 for the rounded.
     return MemoryEstimate(
         weights=sum(array.nbytes for array in arrays.values()),
         reference=_reference_bytes(arrays, trained, reference),
         optimizer=12 * numbers + 4 * lower,
-        activations=int(activations),
-        head=head_bytes,
+        activations=_activation_bytes(text, batch, itemsize, gradient_checkpointing),
+        head=_head_bytes(text, batch, itemsize, head),
         update=12 * numbers + 2 * lower,
         machine=machine_memory(),
     )
 
 
-def _layer(config: dict[str, Any], rows: int, length: int, prompt: int = 0) -> float:
+def _activation_bytes(
+    config: Mapping[str, Any], batch: _MicroBatch, itemsize: int, checkpointing: bool
+) -> int:
+    """Count what all layers keep for the backward pass, and what one needs while it runs."""
+    layers = int(config.get("num_hidden_layers", 0))
+    layer = _layer(config, batch.sequences, batch.length, batch.prompt) * itemsize
+    prompt_layer = _layer(config, 1, batch.prompt) * itemsize
+    if checkpointing:
+        hidden = int(config.get("hidden_size", 0))
+        tokens = batch.prompt + batch.sequences * batch.length
+        kept = layers * tokens * hidden * itemsize  # each layer's input
+        return int(kept + _BACKWARD_CHECKPOINTED * max(layer, prompt_layer))
+
+    # The last layer makes only keys and values of a shared prompt.
+    return int((layers + _BACKWARD) * layer + (layers - 1) * prompt_layer)
+
+
+def _head_bytes(config: Mapping[str, Any], batch: _MicroBatch, itemsize: int, head: Head) -> int:
+    """Count the (tokens, V) arrays that exist at once, and the hidden states of completions."""
+    hidden = int(config.get("hidden_size", 0))
+    vocabulary = int(config.get("vocab_size", 0))
+    if head == "full":
+        return batch.sequences * batch.length * vocabulary * 4 * _FULL_HEAD_ARRAYS
+
+    tokens = batch.sequences * batch.completion
+    chunk = min(CHUNK, tokens) * vocabulary * 4 * _HEAD_ARRAYS
+    return chunk + tokens * hidden * itemsize * 2
+
+
+def _layer(config: Mapping[str, Any], sequences: int, length: int, prompt: int = 0) -> float:
     """Count the numbers that one layer keeps for its backward pass.
 
-    The rows go on from `prompt` tokens whose keys and values are at hand.
+    The sequences continue `prompt` tokens whose keys and values are there already.
     """
     hidden = int(config.get("hidden_size", 0))
     heads = int(config.get("num_attention_heads") or 1)
@@ -133,21 +170,23 @@ def _layer(config: dict[str, Any], rows: int, length: int, prompt: int = 0) -> f
     if config.get("moe_intermediate_size"):
         experts = int(config.get("num_experts_per_tok") or 1)
         mlp = int(config["moe_intermediate_size"]) * experts
+
     token = _HIDDEN_ARRAYS * hidden + _MLP_ARRAYS * mlp
     token += (_QUERY_ARRAYS * heads + _KEY_ARRAYS * kv_heads) * size
-    row = length * (token + _SCORE_ARRAYS * heads * (prompt + length))
-    row += 2 * kv_heads * size * (prompt + length if prompt else 0)  # keys and values, joined
-    return rows * row
+    sequence = length * (token + _SCORE_ARRAYS * heads * (prompt + length))
+    sequence += 2 * kv_heads * size * (prompt + length if prompt else 0)  # keys and values, joined
+    return sequences * sequence
 
 
 def warn_if_too_large(estimate: MemoryEstimate) -> bool:
-    """Log the estimate; return True, with a warning and what to change, where it is too much."""
+    """Log the estimate; if it is too much, return True and log a warning with what to change."""
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.parts.items())
     if not estimate.machine or estimate.total <= estimate.machine:
         log.info("Estimated memory of a step: %.2f GiB (%s)", estimate.total / 2**30, parts)
         return False
+
     log.warning(
-        "A step needs about %.1f GiB (%s), this machine has %.1f GiB for it. Smaller: "
+        "A step needs about %.1f GiB (%s), this machine has %.1f GiB for it. To reduce it: smaller "
         "train.micro_batch_size, sampling.max_completion_length or data.max_length; "
         "train.gradient_checkpointing = true; model.quantize_bits = 4; "
         'model.fine_tune_type = "lora".',
@@ -159,7 +198,7 @@ def warn_if_too_large(estimate: MemoryEstimate) -> bool:
 
 
 def machine_memory() -> int:
-    """Bytes that the default device may use: a GPU's working set, else the physical memory."""
+    """Return the bytes that the default device may use: a GPU's working set, or physical memory."""
     if mx.default_device().type == mx.DeviceType.gpu:
         info = mx.device_info()
         for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
@@ -173,6 +212,7 @@ def _arrays(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _compute_itemsize(arrays: dict[str, mx.array]) -> int:
+    """Return the bytes per number that most weights, and so activations, have."""
     sizes: dict[int, int] = {}
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and "lora_" not in name:
@@ -183,7 +223,7 @@ def _compute_itemsize(arrays: dict[str, mx.array]) -> int:
 def _reference_bytes(
     arrays: dict[str, mx.array], trained: dict[str, mx.array], reference: nn.Module | None
 ) -> int:
-    """Count what the reference holds alone once every trained tensor was replaced."""
+    """Count what only the reference holds once every trained tensor has been replaced."""
     if reference is None:
         return 0
     shared = {id(array) for name, array in arrays.items() if name not in trained}

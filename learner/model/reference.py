@@ -1,10 +1,14 @@
 """The frozen reference policy: a second module tree over arrays that the policy holds anyway.
 
 Arrays in MLX are immutable: an update puts new arrays into the policy's tree and leaves those of
-the view as they were. So a view of the base costs nothing where adapters are trained, and a view of
-everything costs one copy of the weights from the first update on. Nothing is switched to and fro,
-so nothing has to be restored and nothing leaks.
+the view as they were. So a view of the base costs nothing when adapters are trained, and a view of
+everything costs one copy of the weights from the first update on. Nothing is switched back and
+forth, so nothing has to be restored and nothing leaks.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 import copy
 import hashlib
@@ -31,25 +35,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A frozen policy in eval mode.
-
-    `digest` is of its source and of its arrays' shapes and dtypes, so a resumed run can check it.
-    """
+    """A frozen policy in eval mode."""
 
     model: nn.Module
-    digest: str
-    source: str
+    digest: str  # of its source and its arrays' shapes and dtypes; a resumed run checks it
+    source: str  # for the log
 
 
 def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     """Make the reference that `settings.reference` names: "initial", "base" or a path.
 
     Call it on a policy fresh from `load_policy`: before any update, and on resume before the
-    checkpoint's weights are put in, so that it comes from its source again. Raises ModelError where
-    the request cannot be met; there is no falling back to a run without reference. The global
-    random state is left as it was.
+    checkpoint's weights are loaded, so that it is rebuilt from its source. Raises ModelError if it
+    cannot be made; there is no falling back to a run without reference. The global random state is
+    left as it was.
     """
-    with seeded(0):  # loading draws values that it then overwrites
+    with seeded(0):  # loading draws random values and then overwrites them
         return _make(policy, settings)
 
 
@@ -59,6 +60,7 @@ def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
         return _initial(policy, settings)
     if wanted == "base":
         return _base(policy, settings)
+
     folder = Path(wanted).expanduser()
     if (folder / "adapter_config.json").is_file():
         return _adapted(policy, settings, folder)
@@ -68,7 +70,7 @@ def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
 def view(model: nn.Module, *, bypass_adapters: bool) -> nn.Module:
     """Return a second module tree over the same arrays, frozen and in eval mode.
 
-    With `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer that it wraps.
+    With `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer it wraps.
     """
     twin = cast(nn.Module, _twin(model, bypass_adapters, {}))
     twin.freeze()
@@ -77,14 +79,16 @@ def view(model: nn.Module, *, bypass_adapters: bool) -> nn.Module:
 
 
 def _twin(value: object, bypass: bool, seen: dict[int, object]) -> object:
+    """Copy the tree of modules and containers; `seen` keeps shared modules shared."""
     if isinstance(value, nn.Module):
         if bypass and "lora_a" in value:
             return _twin(_wrapped(value), bypass, seen)
         if id(value) in seen:
             return seen[id(value)]
+
         twin = copy.copy(value)
         seen[id(value)] = twin
-        # Freezing changes this set in place.
+        # Freezing changes this set in place, so the copy needs one of its own.
         object.__setattr__(twin, "_no_grad", set(cast(Any, value)._no_grad))
         for key, item in value.items():
             dict.__setitem__(twin, key, _twin(item, bypass, seen))
@@ -101,8 +105,8 @@ def _wrapped(adapter: nn.Module) -> nn.Module:
         if key in adapter:
             return adapter[key]
     raise ModelError(
-        f"model.reference: {type(adapter).__module__}.{type(adapter).__name__} wraps no layer that "
-        "can be found, so its adapter cannot be bypassed. Give a path in model.reference."
+        f"model.reference: {type(adapter).__module__}.{type(adapter).__name__} wraps no known "
+        "layer, so its adapter cannot be bypassed. Set model.reference to a path."
     )
 
 
@@ -138,15 +142,15 @@ def _adapted(policy: LoadedPolicy, settings: ModelSettings, folder: Path) -> Ref
 def _other_model(policy: LoadedPolicy, settings: ModelSettings, path: str) -> Reference:
     try:
         folder = model_folder(path)
-        # The other model may be stored quantised; its own weights are the reference.
-        model, config = load_base(
-            msgspec.structs.replace(settings, path=path, quantize_bits=0), folder
-        )
+        # The other model may be stored quantised, so it is taken as it is.
+        other = msgspec.structs.replace(settings, path=path, quantize_bits=0)
+        model, config = load_base(other, folder)
     except ModelError as error:
         raise ModelError(
             f'model.reference = "{path}" is not "initial", "base", an adapter folder or a model. '
             f"{error}"
         ) from error
+
     text = config.get("text_config") or {}
     size = int(config.get("vocab_size") or text.get("vocab_size") or policy.vocab_size)
     if size < policy.vocab_size:
@@ -154,6 +158,7 @@ def _other_model(policy: LoadedPolicy, settings: ModelSettings, path: str) -> Re
             f'model.reference = "{path}" has {size} tokens, the policy {policy.vocab_size}. A '
             "reference must share the policy's tokenizer."
         )
+
     digest = model_digest(folder, quantize_bits=0, quantize_group_size=0)
     return _frozen(model, digest, f"model {path}")
 
@@ -167,7 +172,7 @@ def _frozen(model: nn.Module, digest: str, source: str) -> Reference:
 
 
 def _layout(model: nn.Module) -> str:
-    """Digest of names, shapes and dtypes: of another dtype or quantisation, it is another."""
+    """Digest names, shapes and dtypes; another dtype or quantisation is another reference."""
     flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     lines = "".join(
         f"{name} {array.shape} {array.dtype}\n"

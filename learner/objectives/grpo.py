@@ -7,7 +7,7 @@ gathered, padded and skipped, reference and old log-probs are computed, and roll
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from learner.interfaces import Arrays, Prepared
 from learner.losses import grpo as objective
 from learner.losses.grpo_metrics import unclipped
 from learner.losses.metrics import finish_metrics, maximum, mean, merge_metrics
-from learner.model.batches import aligned, padded_rows, to_device
+from learner.model.batches import aligned, padded_size, to_device
 from learner.model.logprobs import Head, TokenScores, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, group_batch
 from learner.objectives.advantages import advantages
@@ -154,7 +154,7 @@ class GrpoObjective:
         self, rows: Rows, masks: list[np.ndarray], row_advantages: np.ndarray, index: list[int]
     ) -> Arrays:
         # Empty rows make few shapes of many: a compiled step is traced once a shape.
-        empty = padded_rows(len(index)) - len(index)
+        empty = padded_size(len(index)) - len(index)
         tokens, prompt = group_batch(
             [rows.prompts[i] for i in index] + [np.zeros(1, np.int32)] * empty,
             [rows.completions[i] for i in index] + [np.zeros(0, np.int32)] * empty,
@@ -163,7 +163,7 @@ class GrpoObjective:
             one_prompt=self.share_prompt and len(set(rows.groups[index])) == 1,
         )
         sampler = aligned([rows.sampling_logprobs[i] for i in index], tokens)
-        arrays = to_device(tokens)
+        arrays = cast(Arrays, to_device(tokens))
         if prompt is not None:
             arrays |= prompt._asdict()
         filling = np.zeros(empty, np.float32)

@@ -7,6 +7,7 @@ the whole batch's normalisers taken. A pair's two rows are always in one micro-b
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -162,7 +163,7 @@ class PreferenceObjective:
         micro: list[Arrays] = []
         for part in pair_parts(pairs, self.settings, self.train):
             tokens = pair_tokens(part, self.settings.method, self.train.length_bucket)
-            arrays = to_device(tokens)
+            arrays = cast(Arrays, to_device(tokens))
             if self.settings.method == "orpo":
                 arrays |= nll_of_whole_sequence(part, arrays["mask"])
             if scored:
@@ -199,13 +200,13 @@ class PreferenceObjective:
         gaps: list[np.ndarray] = []
         for part, others in answer_parts(answers, self.train):
             tokens = answer_tokens(part, [answer.completion_ids for answer in part], bucket)
-            arrays = to_device(tokens)
+            arrays = cast(Arrays, to_device(tokens))
             arrays["labels"] = mx.array([float(answer.label) for answer in part])
             stored = [answer.ref_logprobs for answer in part]
             arrays["ref_logprobs"] = self._reference_logprobs(arrays, tokens, stored)
             if with_kl:
                 tokens = answer_tokens(part, others, bucket)
-                mismatched = to_device(tokens)
+                mismatched = cast(Arrays, to_device(tokens))
                 stored = [answer.kl_ref_logprobs for answer in part]
                 gap = self._logprobs(self.model, mismatched)
                 gap = gap - self._reference_logprobs(mismatched, tokens, stored)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +41,7 @@ class SftObjective:
                 masks=[np.asarray(example.completion_mask, np.float32) for example in part],
                 length_bucket=self.train.length_bucket,
             )
-            arrays = to_device(tokens)
+            arrays = cast(Arrays, to_device(tokens))
             arrays["normaliser"] = mx.array(max(counted, 1.0), dtype=mx.float32)
             micro.append(arrays)
         total = float(sum(len(example.input_ids) for example in batch))

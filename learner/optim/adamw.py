@@ -1,14 +1,19 @@
-"""AdamW as TRL configures it, on float32 masters of whatever is trained in fewer bits.
+"""AdamW as TRL configures it, on float32 masters of every tensor in lower precision.
 
-At a learning rate of 1e-6 a bfloat16 weight near 1 never moves, for the next one up is 0.008 away;
-so the optimiser moves a float32 copy and the model gets it rounded.
+At a learning rate of 1e-6 a bfloat16 weight near 1 never moves, because the next one up is 0.008
+away; so the optimiser moves a float32 copy, and the model gets it rounded.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 import math
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from protocol.config.settings import OptimizerSettings
 from protocol.errors import CheckpointError
@@ -19,25 +24,28 @@ Tensors = dict[str, mx.array]
 class ExactAdamW(optim.AdamW):
     """MLX's AdamW with torch's bias corrections.
 
-    MLX takes 1 - beta**t in float32, where 1 - 0.999 is off by 1.3e-5: its first updates are 6e-6
-    too short, which moves a training curve more than all rounding does.
+    MLX computes 1 - beta**t in float32, where 1 - 0.999 is off by 1.3e-5: its first updates are
+    6e-6 too short, which moves a training curve more than all rounding does.
     """
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: Tensors) -> mx.array:
         """Take one step of one tensor; `state` holds its moments `m` and `v`."""
-        rate = self.learning_rate.astype(gradient.dtype)
+        rate = cast(mx.array, self.learning_rate).astype(gradient.dtype)
+        step = cast(mx.array, self.step)
         b1, b2 = self.betas
+
         m = b1 * state["m"] + (1 - b1) * gradient
         v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
         state["m"], state["v"] = m, v
-        c1 = (rate / _one_minus_power(b1, self.step)).astype(gradient.dtype)
-        c2 = mx.rsqrt(_one_minus_power(b2, self.step)).astype(gradient.dtype)
+
+        c1 = (rate / _one_minus_power(b1, step)).astype(gradient.dtype)
+        c2 = mx.rsqrt(_one_minus_power(b2, step)).astype(gradient.dtype)
         decayed = parameter * (1 - rate * self.weight_decay)
         return decayed - c1 * m / (mx.sqrt(v) * c2 + self.eps)
 
 
 def _one_minus_power(beta: float, step: mx.array) -> mx.array:
-    """Return 1 - beta**step in float32, to its last bits."""
+    """Return 1 - beta**step in float32, accurate to its last bits."""
     if beta == 0:
         return mx.array(1.0)
     return -mx.expm1(step * math.log(beta))
@@ -54,6 +62,7 @@ class MasterAdamW:
             for name, array in parameters.items()
             if array.dtype != mx.float32
         }
+
         self._adam = ExactAdamW(
             learning_rate=settings.learning_rate,
             betas=[settings.adam_beta1, settings.adam_beta2],
@@ -61,17 +70,18 @@ class MasterAdamW:
             weight_decay=settings.weight_decay,
         )
         self._adam.init({**parameters, **self._masters})
+        # "step" and "learning_rate", and per tensor its moments {"m", "v"}
         self._state: dict[str, Any] = self._adam.state
         self._apply = mx.compile(self._stepped) if compiled else self._stepped
 
     def step(
         self, gradients: Tensors, parameters: Tensors, rate: float
     ) -> tuple[Tensors, mx.array]:
-        """Clip `gradients` to `max_grad_norm` (0: any) and take one step.
+        """Clip `gradients` to `max_grad_norm` (0: no clipping) and take one step.
 
-        Returns the new parameters in the dtypes of the old, and the norm before clipping; nothing
-        is evaluated yet: let go of the old arrays first, then `mx.eval` these and `arrays()`. If
-        the norm is not finite, everything stays as it was.
+        Returns the new parameters in the dtypes of the old, and the norm before clipping. If the
+        norm is not finite, everything stays as it was. Nothing is evaluated yet: drop your
+        references to the old arrays first, then `mx.eval` the new ones and `arrays()`.
         """
         self._state["learning_rate"] = mx.array(rate, mx.float32)
         full = {**parameters, **self._masters}
@@ -80,25 +90,19 @@ class MasterAdamW:
         return rounded, norm
 
     def arrays(self) -> list[Any]:
-        """Return what a step changes here: moments, masters and the count of steps."""
+        """Return what a step changes in the optimiser: moments, masters and the step count."""
         return [self._masters, self._state]
 
-    @property
-    def steps(self) -> int:
-        """How many updates were made."""
-        return int(cast(int, self._state["step"].item()))
-
     def state(self) -> Tensors:
-        """Everything that a bit-exact resume needs, by name."""
-        arrays = {"step": self._state["step"]}
+        """Return everything that a bit-exact resume needs, by name."""
+        arrays: Tensors = {"step": self._state["step"]}
         for name in self._dtypes:
             arrays[f"m.{name}"] = self._state[name]["m"]
             arrays[f"v.{name}"] = self._state[name]["v"]
-        arrays |= {f"master.{name}": array for name, array in self._masters.items()}
-        return arrays
+        return arrays | {f"master.{name}": array for name, array in self._masters.items()}
 
     def load_state(self, arrays: Tensors) -> None:
-        """Go on from what `state` returned. Raises CheckpointError where it does not fit."""
+        """Continue from what `state` returned. Raises CheckpointError if it does not fit."""
         own = self.state()
         wrong = sorted(own.keys() ^ arrays.keys()) or [
             name for name, array in own.items() if array.shape != arrays[name].shape
@@ -109,6 +113,7 @@ class MasterAdamW:
                 f"{len(own)} tensors differ, first {wrong[0]}. Resume with the recipe that "
                 "the checkpoint was made with."
             )
+
         self._state["step"] = arrays["step"]
         for name in self._dtypes:
             self._state[name] = {"m": arrays[f"m.{name}"], "v": arrays[f"v.{name}"]}
@@ -117,21 +122,23 @@ class MasterAdamW:
     def _stepped(
         self, gradients: Tensors, parameters: Tensors, state: dict[str, Any]
     ) -> tuple[Tensors, Tensors, dict[str, Any], mx.array]:
+        """Return new parameters, the same rounded, the new state, and the norm before clipping."""
         gradients, norm = self._clipped(gradients)
-        finite = mx.isfinite(norm)  # decided on the device: the host need not wait to go on
+        finite = mx.isfinite(norm)  # decided on the device, so that the host need not wait for it
 
-        def keep(new: Any, old: Any) -> Any:  # noqa: ANN401
-            if isinstance(new, dict):
-                return {name: keep(value, old[name]) for name, value in new.items()}
+        def if_finite(new: mx.array, old: mx.array) -> mx.array:
             return mx.where(finite, new, old)
 
+        # MLX's optimiser writes into its state, and the old one is still needed: pass a copy.
         self._adam.state = {
-            name: dict(value) if isinstance(value, dict) else value for name, value in state.items()
+            name: dict(cast(Tensors, value)) if isinstance(value, dict) else value
+            for name, value in state.items()
         }
-        new = keep(self._adam.apply_gradients(gradients, parameters), parameters)
+        stepped = self._adam.apply_gradients(gradients, parameters)
+        new: Tensors = tree_map(if_finite, stepped, parameters)
         rounded = {name: array.astype(self._dtypes[name]) for name, array in new.items()}
-        kept = keep(self._adam.state, state)
-        self._adam.state = {}  # else the moments before `keep` stay alive beside those after it
+        kept: dict[str, Any] = tree_map(if_finite, self._adam.state, state)
+        self._adam.state = {}  # else the moments before the choice stay alive beside those after it
         return new, rounded, kept, norm
 
     def _clipped(self, gradients: Tensors) -> tuple[Tensors, mx.array]:

@@ -1,19 +1,24 @@
-"""The optimiser step: gradients of micro-batches added up, clipped, applied.
+"""The optimiser step: gradients of micro-batches are summed, clipped and applied.
 
-Losses bring whole-batch normalisers with them, so micro-batch losses and gradients simply add up,
-and any split of a batch gives the same step up to rounding.
+Losses carry their whole-batch normalisers, so the losses and gradients of micro-batches simply add
+up, and any split of a batch gives the same step up to rounding.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from learner.model.layers import layer_by_layer
 from learner.optim.adamw import MasterAdamW, Tensors
@@ -24,26 +29,29 @@ from protocol.model.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
-Arrays = Any  # a tree of dicts, lists and tuples of mx.array
-Metrics = dict[str, mx.array]
 MAX_SKIPS = 10  # updates in a row without a finite gradient that end the run
-LossFn = Callable[[nn.Module, Arrays], tuple[mx.array, Metrics]]
+
+# A micro-batch and its metrics are trees (dicts, TypedDicts, lists, tuples) of mx.array.
+ArraysT = TypeVar("ArraysT")
+MetricsT = TypeVar("MetricsT")
+LossFn = Callable[[nn.Module, ArraysT], tuple[mx.array, MetricsT]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What an optimiser step did. `grad_norm` is before clipping."""
+    """The outcome of an optimiser step. `grad_norm` is before clipping."""
 
     grad_norm: float
     learning_rate: float
-    applied: bool  # False: the gradient was not finite, or `skip` was asked for
+    applied: bool  # False: the gradient was not finite, or the step was skipped on request
 
 
 class Step:
     """Accumulates gradients of `loss_fn(model, arrays)` and updates the model's trainable tensors.
 
-    `total_steps` ends the learning-rate schedule. `compiled` compiles the micro-batch step, a trace
-    a shape, and the update. `reads` are further modules whose arrays a loss reads (a reference).
+    `total_steps` is the length of the learning-rate schedule. `compiled` compiles the update and
+    the micro-batch step, which is traced once per shape. `reads` lists further modules whose arrays
+    a loss reads, such as a reference.
     """
 
     def __init__(
@@ -63,45 +71,53 @@ class Step:
         self._checkpointing = gradient_checkpointing
         self._reads = [module.state for module in reads]
         self._optimizer = MasterAdamW(settings, trainable(model), compiled=compiled)
-        self._micro: dict[LossFn, Callable[..., tuple[mx.array, Metrics, Tensors]]] = {}
+
+        self._micro: dict[Callable[..., Any], Callable[..., Any]] = {}  # by loss function
         self._gradients: Tensors = {}
-        self._running: list[mx.array] = []
+        self._running: list[mx.array] = []  # sums that the device is still computing
         self._scheduled = 0
         self.skipped_updates = 0  # because the gradient was not finite
         self._skipped_in_a_row = 0
 
-    def accumulate(self, arrays: Arrays, loss_fn: LossFn) -> tuple[mx.array, Metrics]:
+    def accumulate(
+        self, arrays: ArraysT, loss_fn: LossFn[ArraysT, MetricsT]
+    ) -> tuple[mx.array, MetricsT]:
         """Add the gradient of one micro-batch, in float32; returns its loss and metrics.
 
-        They are being evaluated: the host prepares the next micro-batch meanwhile, but only the
-        one, so that activations of two never exist at once. Pass the same `loss_fn` object every
-        time: it is compiled once.
+        Both are still being computed on return, so that the host can prepare the next micro-batch
+        meanwhile, but only that one: the activations of two micro-batches never exist at once. Pass
+        the same `loss_fn` object every time, because it is compiled once.
         """
         micro = self._micro.get(loss_fn)
         if micro is None:
             micro = self._micro[loss_fn] = self._make_micro(loss_fn)
+
         with layer_by_layer(self._model, recompute=self._checkpointing):
             loss, metrics, self._gradients = micro(trainable(self._model), arrays, self._gradients)
             mx.eval(self._running)
-            self._running = []  # nobody holds the old sums: the new ones may take their place
+            self._running = []  # without a reference to the old sums, MLX reuses their memory
             mx.async_eval(loss, metrics, self._gradients)
+
         self._running = list(self._gradients.values())
         return loss, metrics
 
     def apply(self) -> Update:
-        """Clip what was accumulated and update the model; a gradient that is not finite is dropped.
+        """Clip the accumulated gradient and update the model; drop a gradient that is not finite.
 
         Raises TrainingError after `MAX_SKIPS` of those in a row, ValueError if nothing was
         accumulated.
         """
         if not self._gradients:
             raise ValueError("Step.apply needs at least one accumulate since the last update")
+
         rate = self._next_rate()
         new, norm = self._optimizer.step(self._gradients, trainable(self._model), rate)
-        # Nobody holds gradients, old weights and moments now: the new ones may take their place.
+
+        # Drop the references to gradients and old weights: MLX reuses their memory for the new.
         self._gradients, self._running = {}, []
         self._model.update(tree_unflatten(list(new.items())))
         mx.async_eval(norm, new, *self._optimizer.arrays())
+
         grad_norm = float(cast(float, norm.item()))
         finite = math.isfinite(grad_norm)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
@@ -114,32 +130,33 @@ class Step:
         if self._skipped_in_a_row >= MAX_SKIPS:
             raise TrainingError(
                 f"{MAX_SKIPS} gradients in a row were not finite (norm {grad_norm}), so the policy "
-                "no longer learns. Go on from the last checkpoint with a smaller "
-                "optimizer.learning_rate, or start anew in float32 (model.dtype)."
+                "no longer learns. Continue from the last checkpoint with a smaller "
+                "optimizer.learning_rate, or start again in float32 (model.dtype)."
             )
+
         log.warning(
-            "The gradient is not finite (norm %s): update skipped, %d so far. A smaller "
-            "optimizer.learning_rate or float32 (model.dtype) helps if this goes on.",
+            "The gradient is not finite (norm %s): update skipped, %d so far. If this continues, "
+            "use a smaller optimizer.learning_rate or float32 (model.dtype).",
             grad_norm,
             self.skipped_updates,
         )
 
     def skip(self) -> Update:
-        """Drop what was accumulated; the schedule moves on, weights and moments do not."""
+        """Drop the accumulated gradient; only the schedule moves on, not weights or moments."""
         self._gradients, self._running = {}, []
         return Update(grad_norm=0.0, learning_rate=self._next_rate(), applied=False)
 
     def gradients(self) -> Tensors:
-        """Return what is accumulated, float32, by name."""
+        """Return the accumulated gradients by name, float32."""
         return dict(self._gradients)
 
     def state(self) -> Tensors:
-        """Everything but the trainable tensors that a bit-exact resume needs."""
+        """Return everything that a bit-exact resume needs besides the trainable tensors."""
         counts = mx.array([self._scheduled, self.skipped_updates], mx.int64)
         return {**self._optimizer.state(), "schedule": counts}
 
     def load_state(self, arrays: Tensors) -> None:
-        """Go on from what `state` returned. Raises CheckpointError where it does not fit."""
+        """Continue from what `state` returned. Raises CheckpointError if it does not fit."""
         arrays = dict(arrays)
         counts = arrays.pop("schedule", mx.array([0, 0], mx.int64))
         self._optimizer.load_state(arrays)
@@ -151,25 +168,30 @@ class Step:
         self._scheduled += 1
         return rate
 
-    def _make_micro(self, loss_fn: LossFn) -> Callable[..., tuple[mx.array, Metrics, Tensors]]:
+    def _make_micro(
+        self, loss_fn: LossFn[ArraysT, MetricsT]
+    ) -> Callable[[Tensors, ArraysT, Tensors], tuple[mx.array, MetricsT, Tensors]]:
+        """Return `(parameters, arrays, sums) -> (loss, metrics, sums plus gradients)`."""
         model = self._model
 
         def micro(
-            parameters: Tensors, arrays: Arrays, sums: Tensors
-        ) -> tuple[mx.array, Metrics, Tensors]:
+            parameters: Tensors, arrays: ArraysT, sums: Tensors
+        ) -> tuple[mx.array, MetricsT, Tensors]:
             outer = trainable(model)
 
-            def loss(parameters: Tensors) -> tuple[mx.array, Metrics]:
+            def loss(parameters: Tensors) -> tuple[mx.array, MetricsT]:
                 model.update(tree_unflatten(list(parameters.items())))
                 return loss_fn(model, arrays)
 
-            (value, metrics), gradients = mx.value_and_grad(loss)(parameters)
+            (value, metrics), gradients = cast(Any, mx.value_and_grad(loss)(parameters))
             # The module must not keep the arrays of a trace.
             model.update(tree_unflatten(list(outer.items())))
-            # mx.compile merges equal expressions and then loses those that are outputs ("_Map_base
-            # ::at"); behind a dependency an output is never equal to anything.
+
+            # mx.compile merges equal expressions and then fails to find those that are outputs
+            # ("_Map_base::at"); behind a dependency an output never equals anything else.
             value = _apart(value, value)
-            metrics = {name: _apart(metric, value) for name, metric in metrics.items()}
+            metrics = tree_map(partial(_apart, after=value), metrics)
+
             gradients = {name: array.astype(mx.float32) for name, array in gradients.items()}
             if sums:
                 gradients = {name: sums[name] + array for name, array in gradients.items()}
@@ -186,7 +208,7 @@ def _apart(array: mx.array, after: mx.array) -> mx.array:
 
 
 def should_compile(setting: Literal["auto", "on", "off"]) -> bool:
-    """Return whether to compile: "auto" means on a GPU, for on CPU it costs and gains nothing."""
+    """Return whether to compile; "auto" means on a GPU, because on CPU it saves nothing."""
     if setting == "auto":
         return mx.default_device().type == mx.DeviceType.gpu
     return setting == "on"

@@ -116,7 +116,7 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
     estimate = estimate_memory(
         model,
         {**CONFIG, **case.config},
-        rows=case.rows,
+        sequences=case.rows,
         length=case.prompt + case.length,
         completion_length=case.length,
         shared_prompt=case.prompt > 0,

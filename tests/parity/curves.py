@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -218,7 +218,7 @@ def _tokens(part: dict[str, Any], objective: GrpoObjective) -> Arrays:
     lengths = [sum(mask) for mask in part["completion_mask"]]
     completions = [ids[:n] for ids, n in zip(part["completion_ids"], lengths, strict=True)]
     tokens = token_batch(prompts, completions, length_bucket=objective.train.length_bucket)
-    return to_device(tokens)
+    return cast(Arrays, to_device(tokens))
 
 
 def frozen_logprobs(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:

@@ -15,7 +15,6 @@ def test_layout_by_hand():
     np.testing.assert_array_equal(batch.targets, [[8, 9, 10, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[1, 2, 3, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.mask, [[1, 0, 1, 0], [0, 0, 0, 0]])
-    assert batch.rows == 2
     assert (batch.input_ids.dtype, batch.mask.dtype) == (np.int32, np.float32)
 
 
@@ -52,8 +51,8 @@ def test_buckets():
     assert [bucketed(n, 32) for n in (0, 1, 32, 33, 64)] == [32, 32, 32, 64, 64]
 
 
-def test_rows_that_cannot_be_trained_are_refused():
-    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+def test_sequences_that_cannot_be_trained_are_refused():
+    with pytest.raises(ValueError, match="sequence 1 has an empty prompt"):
         token_batch([[1], []], [[2], [3]], length_bucket=8)
     with pytest.raises(ValueError, match="got 1, 2 and no masks"):
         token_batch([[1]], [[2], [3]], length_bucket=8)

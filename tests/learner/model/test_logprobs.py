@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from learner.model import chunked
-from learner.model.batches import to_device
+from learner.model.batches import TokenArrays, to_device
 from learner.model.logprobs import Head, completion_logprobs
 from protocol.model.snapshots import trainable
 from tests.learner.model.heads import CASES, HEADS, assert_close, gradients, plain, trained
@@ -20,7 +20,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 24)  # 128 targets: six chunks, the last shorter
 
 
-def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, entropy: bool):
+def logprobs_of(model: nn.Module, *, arrays: TokenArrays, head: Head, entropy: bool):
     return completion_logprobs(
         model,
         arrays["input_ids"],

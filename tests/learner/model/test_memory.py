@@ -17,7 +17,7 @@ from tests.tiny import CONFIG, tiny_model
 
 def estimate(model, **changes):
     call = {
-        "rows": 2,
+        "sequences": 2,
         "length": 64,
         "completion_length": 32,
         "head": "chunked",

@@ -1,5 +1,6 @@
 """The prompt once for all completions of a group, against whole rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -52,11 +53,12 @@ def group_arrays(prompt_length, *, bucket=8, seed=0):
     rows = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in LENGTHS]
     whole = token_batch([prompt] * len(rows), rows, length_bucket=bucket)
     own = token_batch([prompt[-1:]] * len(rows), rows, length_bucket=bucket)
-    return to_device(whole), to_device(own) | shared_prompt(prompt, bucket)._asdict()
+    arrays: dict[str, Any] = {**to_device(own), **shared_prompt(prompt, bucket)._asdict()}
+    return to_device(whole), arrays
 
 
 def results(
-    model: nn.Module, arrays: dict[str, mx.array], *, recompute: bool = False,
+    model: nn.Module, arrays: Mapping[str, Any], *, recompute: bool = False,
     head: Head = "chunked",
 ) -> tuple[mx.array, dict[str, mx.array]]:  # fmt: skip
     """Log-probs and entropies (2, B, C), and gradients; no two tokens count alike."""
