@@ -1,4 +1,5 @@
 """What the learner does with a model: log-probs, memory, the shared prompt, the reference.
 
-Imported by objectives, the optimiser step and `learner.build`.
+Imported by `learner.objectives`, `learner.offline`, `learner.optim` and `learner.build`; imports
+nothing else of the learner.
 """

@@ -1,14 +1,18 @@
-"""The prompt of a group once for all its completions.
+"""Computes a group's prompt once for all its completions.
 
-The first pass runs the prompt without its last token as a batch of one; the second runs rows of
-that last token and a completion. mlx-lm's layers ask their cache for the keys and values to attend
-to, for a position and for a mask, so that two cache objects connect the passes: `Recorder` keeps a
-layer's keys and values as nodes of the graph, `Prefix` puts them before each row's own. Gradients
-pass through both, and prompt and completions see what they would see in one sequence.
+The first pass runs the prompt without its last token as a batch of one; the second runs sequences
+of that last token and a completion. mlx-lm's layers ask their cache for the keys and values to
+attend to, for a position and for a mask, so two cache objects can connect the passes: `Recorder`
+keeps a layer's keys and values as nodes of the graph, `Prefix` puts them before each sequence's
+own. Gradients pass through both, and prompt and completions see what they would see in one
+sequence.
 """
 
+# pyright: reportUnknownMemberType=false
+# (mlx is only partly typed)
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,19 +24,19 @@ Mask = mx.array | Literal["causal"]
 
 
 class SharedPrompt(NamedTuple):
-    """A prompt without its last token, padded on the right: no token looks at what follows it."""
+    """A prompt without its last token, padded on the right, where no token looks."""
 
     prompt_ids: mx.array  # (1, K) int32
-    prompt_length: mx.array  # () int32, at most K; an array, so that a trace serves all lengths
+    prompt_length: mx.array  # () int32, at most K; an array, so that one trace serves all lengths
 
     @classmethod
-    def of(cls, arrays: Mapping[str, mx.array]) -> "SharedPrompt | None":
-        """Return the prompt among a micro-batch's arrays, if its rows share one."""
+    def of(cls, arrays: Mapping[str, Any]) -> "SharedPrompt | None":
+        """Return the prompt among a micro-batch's arrays, if its sequences share one."""
         return cls(*(arrays[x] for x in cls._fields)) if cls._fields[0] in arrays else None
 
 
 def shared_prompt(prompt: Tokens, length_bucket: int) -> SharedPrompt:
-    """Return all but the last token of `prompt`; K is a multiple of `length_bucket`."""
+    """Return `prompt` without its last token; K is a multiple of `length_bucket`."""
     length = len(prompt) - 1
     input_ids = np.zeros((1, bucketed(length, length_bucket)), np.int32)
     input_ids[0, :length] = prompt[:-1]
@@ -47,14 +51,16 @@ def group_batch(
     length_bucket: int,
     one_prompt: bool,
 ) -> tuple[TokenBatch, SharedPrompt | None]:
-    """Pad rows as `token_batch` does, or apart from the prompt where that makes fewer tokens.
+    """Pad whole sequences like `token_batch`, or without their prompt if that makes fewer tokens.
 
-    `one_prompt`: the first prompt is that of all rows, except of those whose completion is empty.
+    `one_prompt`: all sequences with a completion have the first one's prompt.
     """
     whole = token_batch(prompts, completions, length_bucket=length_bucket, masks=masks)
     if not one_prompt:
         return whole, None
-    prompt, last = shared_prompt(prompts[0], length_bucket), [prompts[0][-1:]] * len(prompts)
+
+    prompt = shared_prompt(prompts[0], length_bucket)
+    last = [prompts[0][-1:]] * len(prompts)
     own = token_batch(last, completions, length_bucket=length_bucket, masks=masks)
     if prompt.prompt_ids.size + own.input_ids.size < whole.input_ids.size:
         return own, prompt
@@ -64,22 +70,24 @@ def group_batch(
 def after_prompt(
     network: Callable[..., mx.array], layers: int, prompt: SharedPrompt, input_ids: mx.array
 ) -> mx.array:
-    """Return what `network` gives for rows `input_ids` (B, T) int32 that go on from `prompt`.
+    """Return the output of `network` for `input_ids` (B, T) int32 that continue `prompt`.
 
     `network` is a model or its trunk, with `layers` layers; the result is (B, T, ...).
-    Raises ModelError where its layers do not attend to their caches as plain attention does.
+    Raises ModelError if its layers do not use their caches the way plain attention does.
     """
     recorders = [Recorder() for _ in range(layers)]
     network(prompt.prompt_ids, cache=recorders)
+
     prefixes: list[Prefix] = []
     for recorder in recorders:
         keys, values = recorder.recorded()
         prefixes.append(Prefix(keys, values, prompt.prompt_length))
+
     return network(input_ids, cache=prefixes)
 
 
 class Recorder:
-    """The cache of a layer in the first pass."""
+    """A layer's cache in the first pass: records its keys and values."""
 
     offset = 0
 
@@ -87,47 +95,51 @@ class Recorder:
         self._recorded: list[mx.array] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keep the layer's keys and values, (1, H, K, D) each; returns them."""
+        """Record and return the layer's keys and values, (1, H, K, D) each."""
         self.record([keys, values])
         return keys, values
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> Mask:
-        """Return the causal mask of the prompt."""
+        """Return the prompt's causal mask."""
         _refuse_windows(window_size)
         return _causal(length) if return_array else "causal"
 
     def record(self, arrays: Sequence[mx.array]) -> None:
-        """Keep keys and values."""
+        """Keep keys and values, replacing earlier ones."""
         self._recorded = list(arrays)
 
     def recorded(self) -> list[mx.array]:
-        """Return keys and values."""
+        """Return keys and values. Raises ModelError if the layer gave none."""
         if not self._recorded:
             raise ModelError("A layer has written nothing to its cache")
         return self._recorded
 
 
 class Prefix(NamedTuple):
-    """The cache of a layer in the second pass; a tuple, so that keys and values are seen in it."""
+    """A layer's cache in the second pass: puts the prompt's keys and values before its own.
+
+    It is a tuple so that MLX's tree functions find the arrays in it.
+    """
 
     keys: mx.array  # (1, H, K, D)
     values: mx.array  # (1, H, K, D')
-    offset: mx.array  # () int32: the position of a row's first token
+    offset: mx.array  # () int32: the position of each sequence's first token
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the prompt's keys and values before the rows' own (B, H, T, D)."""
+        """Return the prompt's keys and values, each followed by the given ones (B, H, T, D)."""
         return _joined(self.keys, keys), _joined(self.values, values)
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        """Return (T, K + T) bool: a token sees the prompt's real tokens and its row up to itself.
+        """Return (T, K + T) bool: a token sees the prompt's real tokens and its own up to itself.
 
-        An array whether `return_array` or not, for "causal" would let it see the padding.
+        Always an array, even without `return_array`: "causal" would let tokens see the padding.
         """
         _refuse_windows(window_size)
+
         real = mx.arange(self.keys.shape[-2]) < self.offset
         real = mx.broadcast_to(real[None], (length, real.shape[0]))
         return mx.concatenate([real, _causal(length)], axis=1)
@@ -139,8 +151,8 @@ def _joined(prompt: mx.array, own: mx.array) -> mx.array:
 
 
 def _causal(length: int) -> mx.array:
-    here = mx.arange(length)
-    return here[:, None] >= here[None]
+    index = mx.arange(length)
+    return index[:, None] >= index[None]
 
 
 def _refuse_windows(size: int | None) -> None:

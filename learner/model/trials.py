@@ -1,7 +1,10 @@
-"""Trials at the start decide between ways of computing: which head, and whether a prompt once."""
+"""Trials at the start that decide how to compute: which head, and whether a prompt only once."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
 
 import logging
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -9,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from learner.model.batches import token_batch
+from learner.model.batches import to_device, token_batch
 from learner.model.head import split_head
 from learner.model.layers import drops, layer_by_layer
 from learner.model.logprobs import Head, completion_logprobs
@@ -19,8 +22,8 @@ from protocol.model.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
-# The difference that rounding may make, relative to the norm. A prompt that is read at another
-# position, with its padding, or without a gradient, is far beyond these.
+# The largest difference that rounding may make, relative to the norm. A prompt that is read at
+# another position, with its padding, or without a gradient differs by far more.
 _TOLERANCE = 1e-2
 _LOW_PRECISION_TOLERANCE = 0.1
 
@@ -28,13 +31,11 @@ _PROMPT = [1, 2, 3, 4, 5]
 _COMPLETIONS = [[6, 7, 2, 3, 1, 4], [3], [5, 5, 1]]
 _BUCKET = 8  # so that the prompt is padded
 
-Forward = Callable[[nn.Module], mx.array]
-
 
 def choose_head(model: nn.Module, wanted: Head) -> Head:
-    """Return "chunked" where this model's trunk and head give just what the model gives.
+    """Return "chunked" if this model's trunk and head together give exactly what the model gives.
 
-    A trial of a few tokens decides; where it fails, a line is logged and "full" is returned.
+    A trial on a few tokens decides; if it fails, a warning is logged and "full" is returned.
     """
     if wanted == "full":
         return "full"
@@ -43,6 +44,7 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
     except ModelError as error:
         log.warning("The memory-bounded head is off: %s", error)
         return "full"
+
     tokens = mx.array([[1, 2, 3, 4]])
     was_training = model.training
     model.eval()
@@ -52,10 +54,11 @@ def choose_head(model: nn.Module, wanted: Head) -> Head:
         same = whole.shape == parts.shape and mx.array_equal(whole, parts).item()
         owner = split.owner(hidden[0])
     except (TypeError, ValueError, AttributeError) as error:
-        log.warning("Trial of the memory-bounded head: %s", error)
+        log.warning("The memory-bounded head failed its trial: %s", error)
         same, owner = False, nn.Module()
     finally:
         model.train(was_training)
+
     if trainable(owner) and drops(owner):
         log.warning(
             "The memory-bounded head is off: it cannot repeat the dropout of adapters on it"
@@ -79,16 +82,17 @@ def choose_shared_prompt(
     gradient_checkpointing: bool,
     compiled: bool,
 ) -> bool:
-    """Return whether a group's prompt is to be computed once; a log line says why not.
+    """Return whether to compute a group's prompt only once; if not, the log says why.
 
-    `models`: the policy and, where the loss reads one, the reference. A trial of a ragged group
-    compares log-probs and gradients with those of whole rows, as the step will compute them.
-    "auto" is "on" but for CUDA: there its further kernels take longer than the tokens that they
-    save. (H200, Qwen3-0.6B's shape, 8 completions: 0.5 to 0.8 of the speed in 0.4 to 0.9 of the
-    memory; it gains at 16 x 512 after 512.)
+    `models` are the policy and, if the loss reads one, the reference. A trial on a ragged group
+    compares log-probs and gradients with those of whole sequences, computed as the step will do.
+    "auto" is "on" except on CUDA, where the additional kernels take longer than the saved tokens.
+    (H200, Qwen3-0.6B's shape, 8 completions: 0.5 to 0.8 of the speed in 0.4 to 0.9 of the memory;
+    it gains at 16 x 512 after 512.)
     """
     if wanted == "off" or (wanted == "auto" and _on_cuda()):
         return False
+
     for model in models:
         reason = _obstacle(model, head, gradient_checkpointing, compiled)
         if reason:
@@ -108,14 +112,16 @@ def _on_cuda() -> bool:
 
 
 def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> str:
-    """Return why this model's rows cannot share their prompt, or "" where they can."""
+    """Return why a group's sequences cannot share their prompt in this model, or "" if they can."""
     if drops(model):
         return "adapters with dropout drop other values of the prompt for each completion"
+
     layers = getattr(model, "layers", [])
     kinds = [type(cache) for cache in make_prompt_cache(model)] if layers else []
     others = sorted({kind.__name__ for kind in kinds if kind is not KVCache})
     if others or not kinds or len(kinds) != len(layers):
         return f"its layers keep other caches than keys and values ({', '.join(others) or 'none'})"
+
     was_training = model.training
     model.eval()
     try:
@@ -126,8 +132,9 @@ def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> 
             return f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
+
     for name, left, right in zip(("log-probs", "gradients"), shared, plain, strict=True):
-        norm = mx.linalg.norm(right) + 1e-6  # it may be zero
+        norm = mx.linalg.norm(right) + 1e-6  # the norm may be zero
         gap = float(cast(float, (mx.linalg.norm(left - right) / norm).item()))
         if not gap <= _tolerance(model):
             return f"in a trial the {name} differ by {gap:.1g} of their norm"
@@ -137,16 +144,14 @@ def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> 
 def _trial(
     model: nn.Module, prompt: SharedPrompt | None, head: Head, recompute: bool, compiled: bool
 ) -> tuple[mx.array, mx.array]:
-    """Return log-probs and gradients, flat, float32.
+    """Return the log-probs and gradients of a small group, both flat and float32.
 
-    Gradients are of the first layer with something to train: they come through all later ones.
+    Gradients are of the first layer with something to train: they pass through all later ones.
     """
     start = _PROMPT if prompt is None else _PROMPT[-1:]
     tokens = token_batch([start] * len(_COMPLETIONS), _COMPLETIONS, length_bucket=_BUCKET)
-    ids, positions, targets, mask = (
-        mx.array(array)
-        for array in (tokens.input_ids, tokens.positions, tokens.targets, tokens.mask)
-    )
+    arrays = to_device(tokens)
+    positions, targets, mask = arrays["positions"], arrays["targets"], arrays["mask"]
     weights = mx.cos(mx.arange(mask.size)).reshape(mask.shape) * mask  # no two tokens count alike
 
     owner = _first_trained(model)
@@ -165,9 +170,9 @@ def _trial(
 
     with layer_by_layer(model, recompute=recompute):
         try:
-            logprobs, gradients = (mx.compile(run) if compiled else run)(held, ids)
+            logprobs, gradients = (mx.compile(run) if compiled else run)(held, arrays["input_ids"])
         finally:
-            owner.update(held)
+            owner.update(held)  # tracing may have failed half-way
         flat = [array.astype(mx.float32).flatten() for _, array in _leaves(gradients)]
         result = logprobs.flatten(), mx.concatenate(flat) if flat else mx.zeros(1)
         mx.eval(result)
@@ -175,7 +180,7 @@ def _trial(
 
 
 def _first_trained(model: nn.Module) -> nn.Module:
-    """Return the first layer with something to train, or the model where no layer has."""
+    """Return the first layer with something to train, or the model if no layer has."""
     layers = cast(list[nn.Module], cast(Any, model).layers)
     return next((layer for layer in layers if _leaves(layer.trainable_parameters())), model)
 

@@ -1,4 +1,4 @@
-"""The optimiser step: gradients of micro-batches added up, clipped, and applied by AdamW.
+"""The optimiser step: gradients of micro-batches are summed, clipped and applied by AdamW.
 
-Imported by the trainer and `learner.build`.
+Imported by `learner.trainer` and `learner.build`; imports `learner.model`.
 """

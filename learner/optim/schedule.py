@@ -1,4 +1,4 @@
-"""Learning rates by step, with Transformers' formulas (`get_scheduler`)."""
+"""Learning rates per step, by the formulas of Transformers' `get_scheduler`."""
 
 import math
 
@@ -6,13 +6,14 @@ from protocol.config.settings import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, total_steps: int) -> float:
-    """Return the rate of optimiser step `step` (from 0) of `total_steps`.
+    """Return the learning rate of optimiser step `step` (from 0) of `total_steps`.
 
-    Warm-up goes linearly from 0. "constant" has warm-up too, as Transformers' own
+    Warm-up is linear from 0. "constant" has warm-up too, like Transformers'
     "constant_with_warmup".
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * step / max(1, settings.warmup_steps)
+
     after = max(1, total_steps - settings.warmup_steps)
     match settings.lr_scheduler_type:
         case "constant":

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: found or downloaded, checked, loaded, quantised."""
+"""Finds, checks and loads the base model and its tokenizer; quantises the model on request."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
@@ -21,21 +21,24 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16
 
 
 def model_folder(path: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model named by folder or hub id; download the latter.
+    """Return the local folder of a model given by folder or hub id; download it from the hub.
 
-    Raises ModelError where there is none, and for what its config.json says cannot be trained,
-    before the weights are fetched.
+    Raises ModelError if there is none, and before the weights are downloaded if its config.json
+    is of a model that cannot be trained.
     """
     if not path:
         raise ModelError("model.path is empty: set it to a model's folder or hub id.")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+
+    # What looks like a path must not be sought on the hub, whose ids are NAME or OWNER/NAME.
     if folder.exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise ModelError(
             f"model.path: there is no model folder at {path}. Give the folder that holds "
             "config.json and model*.safetensors, or a hub id such as mlx-community/NAME."
         )
+
     from mlx_lm.utils import _download  # pyright: ignore[reportPrivateUsage]
 
     configs = ["config.json", "adapter_config.json"]
@@ -44,14 +47,17 @@ def model_folder(path: str, revision: str | None = None) -> Path:
         return Path(_download(path, revision=revision))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path: {path} is neither a folder here nor a model that the hub gives us "
+            f"model.path: {path} is neither a local folder nor a model that the hub gives us "
             f"({type(error).__name__}: {_first_line(error)}). Check the name, the network and, for "
             "gated models, `hf auth login`; or download it and give its folder."
         ) from error
 
 
 def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the base model of `folder`, quantised and cast as `settings` say; nothing is frozen."""
+    """Load the base model of `folder`, cast and quantised as `settings` say; nothing is frozen.
+
+    Returns the model and its config.json. Raises ModelError if mlx-lm cannot load it.
+    """
     from mlx_lm.utils import load_model
 
     config = _read_config(folder, settings.path)
@@ -60,9 +66,11 @@ def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[st
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
             f"model.path: mlx-lm cannot load {settings.path} (model_type "
-            f"{config.get('model_type')!r}): {_first_line(error)}. Check that the folder is whole "
-            "and that this mlx-lm knows the model type; `mlx_lm.convert` makes one that it reads."
+            f"{config.get('model_type')!r}): {_first_line(error)}. Check that the folder is "
+            "complete and that this mlx-lm knows the model type; `mlx_lm.convert` makes a folder "
+            "that it can read."
         ) from error
+
     dtype = _load_dtype(settings)
     if dtype is not None:
         model.set_dtype(dtype)
@@ -73,7 +81,7 @@ def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[st
 
 
 def _read_config(folder: Path, path: str) -> dict[str, Any]:
-    """Return the config.json of the model that `path` names; refuse what is no text model."""
+    """Return the config.json of the model that `path` names; refuse models that are not of text."""
     from mlx_lm.utils import load_config
 
     try:
@@ -88,6 +96,7 @@ def _read_config(folder: Path, path: str) -> dict[str, Any]:
             f"model.path: {path} has no readable config.json ({_first_line(error)}). "
             "Give a folder in mlx-lm's format; `mlx_lm.convert` makes one."
         ) from error
+
     found = [key for key in _VISION_KEYS if config.get(key)]
     if found:
         raise ModelError(
@@ -101,11 +110,12 @@ def _read_config(folder: Path, path: str) -> dict[str, Any]:
 def _load_dtype(settings: ModelSettings) -> mx.Dtype | None:
     if settings.dtype != "auto":
         return _DTYPES[settings.dtype]
-    # MLX's CPU products in 16 bits are some twenty times slower than in 32.
+    # MLX's 16-bit matrix products on CPU are about twenty times slower than its 32-bit ones.
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
 
 
 def _quantize(model: nn.Module, settings: ModelSettings) -> None:
+    """Quantise in place every layer that can be; raises ModelError if none can, or if one is."""
     bits, group_size = settings.quantize_bits, settings.quantize_group_size
     quantised = [module for module in model.modules() if "scales" in module]
     if quantised:
@@ -114,7 +124,8 @@ def _quantize(model: nn.Module, settings: ModelSettings) -> None:
             f"model.quantize_bits = {bits}, but {settings.path} is stored in {stored} bits. "
             "Set model.quantize_bits = 0, or give the model's unquantised release."
         )
-    chosen = getattr(model, "quant_predicate", None)
+
+    chosen = getattr(model, "quant_predicate", None)  # a model's own choice of layers
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module["weight"].shape[-1] % group_size:
@@ -128,6 +139,7 @@ def _quantize(model: nn.Module, settings: ModelSettings) -> None:
             f"model.quantize_bits = {bits}, model.quantize_group_size = {group_size}: "
             f"{_first_line(error)}. MLX has groups of 32, 64 and 128."
         ) from error
+
     if not any("scales" in module for module in model.modules()):
         raise ModelError(
             f"model.quantize_group_size = {group_size} divides no layer of {settings.path}. "
@@ -140,7 +152,7 @@ def load_tokenizer(
 ) -> "TokenizerWrapper":
     """Load the tokenizer of `folder`, with the chat template that `settings` name.
 
-    Raises ModelError where there is none, and where nothing names a stop token.
+    Raises ModelError if it cannot be loaded, and if no stop token is known.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -151,6 +163,7 @@ def load_tokenizer(
             f"model.path: {settings.path} has no tokenizer that can be loaded "
             f"({_first_line(error)}). It needs tokenizer.json and tokenizer_config.json."
         ) from error
+
     if settings.chat_template:
         try:
             template = Path(settings.chat_template).read_text(encoding="utf-8")
@@ -161,6 +174,7 @@ def load_tokenizer(
             ) from error
         tokenizer.chat_template = template
         tokenizer.has_chat_template = True
+
     if not tokenizer.eos_token_ids:
         raise ModelError(
             f"model.path: neither the tokenizer nor generation_config.json of {settings.path} "

@@ -1,7 +1,7 @@
-"""Digests that tell whether two processes hold the same model and the same tokenizer.
+"""Digests that show whether two processes hold the same model and the same tokenizer.
 
-They are made from files, not from loaded arrays, so that a learner on CPU (float32) and an actor on
-Metal (bfloat16) agree when they were given the same model.
+They are computed from files, not from loaded arrays, so that a learner on CPU (float32) and an
+actor on Metal (bfloat16) agree when they were given the same model.
 """
 
 import hashlib
@@ -30,25 +30,29 @@ class _Digest(Protocol):
 
 
 def model_digest(folder: Path, *, quantize_bits: int, quantize_group_size: int) -> str:
-    """Digest of the base weights in `folder` and of how they are quantised at load.
+    """Digest the base weights in `folder` and how they are quantised at load.
 
-    Of each weight file: its name, size and safetensors header (all names, shapes and dtypes), and
-    its content, whole up to 64 MiB and else 64 evenly spaced parts of 64 KiB with both ends. So
-    gigabytes take milliseconds, and any training run or conversion changes the digest; an edit of
-    single bytes in a large file may not.
+    Of each weight file it covers the name, the size, the safetensors header (all names, shapes and
+    dtypes) and the content: all of it up to 64 MiB, and above that 64 evenly spaced samples of
+    64 KiB including both ends. So gigabytes take milliseconds, and any training run or conversion
+    changes the digest; an edit of single bytes in a large file may not.
     """
     digest = hashlib.sha256()
+
+    # Sorted, so that the formatting of config.json does not matter.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps(config, sort_keys=True).encode())
+
     for path in sorted(folder.glob("model*.safetensors")):
         _add_weight_file(digest, path)
+
     if quantize_bits:
         digest.update(f"quantize {quantize_bits} {quantize_group_size}".encode())
     return digest.hexdigest()
 
 
 def tokenizer_digest(folder: Path, *, chat_template: object, stop_token_ids: Iterable[int]) -> str:
-    """Digest of the vocabulary files in `folder`, the chat template in force and the stop tokens.
+    """Digest the vocabulary files in `folder`, the chat template in use and the stop tokens.
 
     `chat_template` is a string, None, or the name-to-template mapping that some tokenizers have.
     """
@@ -63,22 +67,26 @@ def tokenizer_digest(folder: Path, *, chat_template: object, stop_token_ids: Ite
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest of an adapter folder in mlx-lm's format: its weights, whole, and its configuration."""
+    """Digest an adapter folder in mlx-lm's format: all of its weights, and its configuration."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapters.safetensors"):
         digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _add_weight_file(digest: "_Digest", path: Path) -> None:
+def _add_weight_file(digest: _Digest, path: Path) -> None:
+    """Add a weight file: name, size, header, and content, or samples of the content if large."""
     size = path.stat().st_size
     digest.update(f"{path.name} {size}".encode())
     with path.open("rb") as file:
         if size <= WHOLE_FILE_BYTES:
             digest.update(file.read())
             return
+
+        # A safetensors file begins with the length of its JSON header in 8 bytes.
         header_size = int.from_bytes(file.read(8), "little")
         digest.update(file.read(min(header_size, WHOLE_FILE_BYTES)))
+
         for sample in range(SAMPLES):
             file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))

@@ -1,7 +1,7 @@
-"""The policy's identity: model and tokenizer, what of the model is trained, its digests.
+"""Loads the policy: model and tokenizer, which tensors are trained, and digests of each.
 
-Learner and actors load the same `ModelSettings` here, so that both have the same trainable tensors
-under the same names; `protocol/model/snapshots.py` moves those between them.
+Learner and actors load the same `ModelSettings` with it, so that both have the same trainable
+tensors under the same names; `protocol/model/snapshots.py` moves these between them.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -33,41 +33,38 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedPolicy:
-    """A policy ready to sample from or to train, in eval mode.
+    """A policy ready to sample from or to train, in eval mode."""
 
-    `model` is an mlx-lm model; `tokenizer` mlx-lm's TokenizerWrapper; `config` the model's
-    config.json; `adapter_digest` is of `adapter_path`, empty without it. Token IDs are valid in
-    [0, `vocab_size`).
-    """
-
-    model: nn.Module
+    model: nn.Module  # an mlx-lm model
     tokenizer: "TokenizerWrapper"
-    config: dict[str, Any]
-    folder: Path
+    config: dict[str, Any]  # the model's config.json
+    folder: Path  # of the model
     model_digest: str
     tokenizer_digest: str
-    adapter_digest: str
+    adapter_digest: str  # of `adapter_path`; empty without it
     stop_token_ids: tuple[int, ...]
-    vocab_size: int
+    vocab_size: int  # token IDs are valid in [0, vocab_size)
     adapter_config: AdapterConfig
 
 
 def load_policy(settings: ModelSettings, *, seed: int) -> LoadedPolicy:
     """Load the policy that `settings` describe; the same `seed` gives the same adapters.
 
-    Raises ModelError where it cannot be had. The global random state is left as it was.
+    Raises ModelError if it cannot be loaded. The global random state is left as it was.
     """
     folder = model_folder(settings.path, settings.revision)
     with seeded(seed):
         model, config = load_base(settings, folder)
     tokenizer = load_tokenizer(settings, folder, config)
+
     with seeded(seed):
         adapter_config = attach_adapters(model, settings)
         mx.eval(model.parameters())
-    _check_adapter_types(model)
+    _check_trainable(model)
     model.eval()
-    stop_token_ids = tuple(sorted(int(token) for token in tokenizer.eos_token_ids))
     _log_trainable(model, adapter_config)
+
+    stop_token_ids = tuple(sorted(int(token) for token in tokenizer.eos_token_ids))
     return LoadedPolicy(
         model=model,
         tokenizer=tokenizer,
@@ -96,7 +93,7 @@ def _vocab_size(config: dict[str, Any], tokenizer: "TokenizerWrapper") -> int:
     return int(size) if size else len(cast(Any, tokenizer))
 
 
-def _check_adapter_types(model: nn.Module) -> None:
+def _check_trainable(model: nn.Module) -> None:
     if not trainable(model):
         raise ModelError(
             "model.lora.keys names no layer of this model, so nothing would be trained. Leave it "
@@ -108,6 +105,7 @@ def _log_trainable(model: nn.Module, adapter_config: AdapterConfig) -> None:
     arrays = trainable(model)
     flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     total = sum(array.size for _, array in flat)
+
     log.info(
         "Training %s: %d tensors, %s numbers (of %s stored)",
         adapter_config.fine_tune_type,

@@ -1,4 +1,4 @@
-"""MLX's global random state: as a number, put back, and borrowed for a while."""
+"""Saves, restores and temporarily replaces MLX's global random state."""
 
 # pyright: reportUnknownMemberType=false
 # (mlx is only partly typed)
@@ -12,19 +12,20 @@ import numpy as np
 
 
 def random_state() -> int:
-    """Return the global random state of MLX on this thread as a number."""
+    """Return MLX's global random state on this thread as a number."""
+    # A seed is the two halves of the key that it makes, so the number restores the state exactly.
     high, low = np.array(cast(Any, mx.random.state)[0]).tolist()
     return (high << 32) | low
 
 
 def set_random_state(state: int) -> None:
-    """Put the random state back to what `random_state` returned."""
+    """Restore the random state that `random_state` returned."""
     mx.random.seed(state)
 
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
-    """Draw from `seed` inside, and go on with the caller's random state after."""
+    """Draw from `seed` inside the block, and restore the caller's random state after it."""
     before = random_state()
     mx.random.seed(seed)
     try:

@@ -1,8 +1,8 @@
 """Snapshots: the trainable tensors of a policy version as one safetensors file.
 
 The metadata holds the manifest: version, and a digest over names, shapes, dtypes and bytes. A
-snapshot is applied only to a model whose trainable tensors have just these names, shapes and
-dtypes, for `nn.Module.load_weights` would accept wrong shapes in silence.
+snapshot is applied only to a model whose trainable tensors have exactly these names, shapes and
+dtypes, because `nn.Module.load_weights` would silently accept wrong shapes.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -42,7 +42,7 @@ _SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What `Policy` announces of a snapshot file."""
+    """What a `Policy` message announces about a snapshot file."""
 
     version: int
     digest: str
@@ -51,7 +51,7 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A snapshot that was read and whose digest holds."""
+    """A snapshot that was read and matches its digest."""
 
     version: int
     digest: str
@@ -59,13 +59,13 @@ class Snapshot:
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """Return the trainable tensors of `model` by name, sorted."""
+    """Return the trainable tensors of `model` by name, sorted by name."""
     flat = cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters()))
     return dict(sorted(flat))
 
 
 def tensors_digest(arrays: dict[str, mx.array]) -> str:
-    """Digest over names, shapes, dtypes and bytes, in the order of the names (SHA-256, hex)."""
+    """Digest names, shapes, dtypes and bytes, in the order of the names (SHA-256, hex)."""
     mx.eval(list(arrays.values()))
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -76,7 +76,7 @@ def tensors_digest(arrays: dict[str, mx.array]) -> str:
 
 
 def write_snapshot(path: str | Path, model: nn.Module, version: int) -> Written:
-    """Write the trainable tensors of `model` to `path`, whole or not at all."""
+    """Write the trainable tensors of `model` to `path`, completely or not at all."""
     arrays = trainable(model)
     digest = tensors_digest(arrays)
     metadata = {"pippin_snapshot": FORMAT, "version": str(version), "digest": digest}
@@ -85,12 +85,13 @@ def write_snapshot(path: str | Path, model: nn.Module, version: int) -> Written:
 
 
 def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> int:
-    """Write a safetensors file through a temporary name and `os.replace`; returns its bytes.
+    """Write a safetensors file under a temporary name, then rename it; returns its size in bytes.
 
-    Raises SnapshotError, leaving no part of a file behind, where the disk does not take it.
+    Raises SnapshotError, and leaves nothing behind, if it cannot be written.
     """
     path = Path(path)
     mx.eval(list(arrays.values()))
+
     names = sorted(arrays)
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -104,7 +105,8 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
         }
         offset = end
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-len(head) % 8)  # so that the tensors are aligned to 8 bytes
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -112,7 +114,7 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
             for name in names:
                 file.write(_raw(arrays[name]))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -121,11 +123,15 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
             f"Cannot write {total:,} bytes to {path}: {error.strerror or error}. Nothing was left "
             "there. Free space or point run.dir at another disk."
         ) from error
+
     return 8 + len(head) + offset
 
 
 def read_snapshot(source: str | Path | bytes | bytearray | memoryview) -> Snapshot:
-    """Read a snapshot from a file or from its bytes, and check its digest."""
+    """Read a snapshot from a file or from its bytes, and check its digest.
+
+    Raises SnapshotError if it cannot be read, is damaged, or is of another format.
+    """
     where = str(source) if isinstance(source, str | Path) else f"{len(source):,} bytes received"
     try:
         raw = Path(source).read_bytes() if isinstance(source, str | Path) else source
@@ -134,12 +140,14 @@ def read_snapshot(source: str | Path | bytes | bytearray | memoryview) -> Snapsh
             f"Cannot read the snapshot {where}: {error.strerror or error}. "
             "A superseded version is deleted; ask for the newest."
         ) from error
+
     arrays, metadata = read_tensors(raw, where)
     if metadata.get("pippin_snapshot") != FORMAT or "version" not in metadata:
         raise SnapshotError(
             f"{where}: required a snapshot of format {FORMAT}, got metadata {metadata}. "
             "Learner and actor must run the same release of Pippin."
         )
+
     digest = tensors_digest(arrays)
     if digest != metadata.get("digest"):
         raise SnapshotError(
@@ -152,7 +160,7 @@ def read_snapshot(source: str | Path | bytes | bytearray | memoryview) -> Snapsh
 def read_tensors(
     raw: bytes | bytearray | memoryview, where: str
 ) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors and metadata of the bytes of a safetensors file, evaluated."""
+    """Return the tensors, evaluated, and the metadata of a safetensors file given as bytes."""
     try:
         loaded = mx.load(io.BytesIO(raw), format="safetensors", return_metadata=True)
         arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, str]], loaded)
@@ -165,15 +173,18 @@ def read_tensors(
 
 
 def apply_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
-    """Put the tensors of `snapshot` in the place of the model's trainable ones.
+    """Replace the model's trainable tensors by those of `snapshot`.
 
-    Raises SnapshotError, with the model unchanged, where names, shapes or dtypes differ.
+    Raises SnapshotError, and leaves the model unchanged, if names, shapes or dtypes differ.
     """
     load_trainable(model, snapshot.arrays, f"snapshot of version {snapshot.version}")
 
 
 def load_trainable(model: nn.Module, arrays: dict[str, mx.array], what: str) -> None:
-    """Replace the trainable tensors of `model` by `arrays`, which must match them exactly."""
+    """Replace the trainable tensors of `model` by `arrays`, which must match them exactly.
+
+    Raises SnapshotError, and leaves the model unchanged, if they do not; `what` names their source.
+    """
     own = trainable(model)
     faults = [f"{name}: missing" for name in own if name not in arrays]
     for name, array in sorted(arrays.items()):
@@ -185,12 +196,14 @@ def load_trainable(model: nn.Module, arrays: dict[str, mx.array], what: str) -> 
                 f"{name}: required {mine.shape} {_dtype_name(name, mine)}, "
                 f"got {array.shape} {_dtype_name(name, array)}"
             )
+
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise SnapshotError(
             f"The {what} does not fit the model: {'; '.join(faults[:5])}{more}. "
             "Both sides must load the same model with the same model settings."
         )
+
     model.load_weights(list(arrays.items()), strict=False)
 
 
