@@ -1,14 +1,14 @@
 """Throughput of the actor's engine against mlx-lm's BatchGenerator. A program, not a test.
 
-(a) concurrency 32: the engine, log-probs recorded, against raw BatchGenerator over the same
-    prompts (each prompt appears G times there, as it would without shared prefill);
+(a) Concurrency 32: the engine, recording log-probs, against a raw BatchGenerator over the same
+    prompts (each prompt appears G times there, as it would without shared prefill).
 (b) G = 8 and 256-token prompts: the engine against itself with groups of one, so that every
     completion prefills its prompt.
 
     python tests/benchmarks/engine_throughput.py [--repeats N] [--hidden D] [--layers L]
 
-The two sides of a comparison take turns; the best of N runs of each counts. No stop tokens: every
-completion has the full length, so both sides sample the same number of tokens.
+The two sides of a comparison take turns; the best of N runs of each counts. There are no stop
+tokens, so every completion has the full length and both sides sample the same number of tokens.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VOCAB = 8192
 
 
 def build_model(hidden: int, layers: int) -> nn.Module:
-    """Return a Qwen3 of random float32 weights."""
+    """Return a Qwen3 with random float32 weights."""
     mx.random.seed(0)
     model = qwen3.Model(
         qwen3.ModelArgs(
@@ -64,10 +64,12 @@ def prompts_of(count: int, length: int) -> list[list[int]]:
 
 
 def run_engine(
-    model: nn.Module, prompts: list[list[int]], group: int, tokens: int, rows: int
+    model: nn.Module, prompts: list[list[int]], group: int, tokens: int, concurrency: int
 ) -> tuple[int, float]:
-    """Sample `group` completions of each prompt; returns (tokens, seconds)."""
-    engine = MlxEngine(model, stop_token_ids=[], vocab_size=VOCAB, max_concurrent_completions=rows)
+    """Sample `group` completions of each prompt; return (tokens, seconds)."""
+    engine = MlxEngine(
+        model, stop_token_ids=[], vocab_size=VOCAB, max_concurrent_completions=concurrency
+    )
     engine.set_policy(lambda: None, 0, "base")
     sampling = Sampling(num_generations=group, max_completion_length=tokens)
     start = time.perf_counter()
@@ -80,11 +82,11 @@ def run_engine(
 
 
 def run_raw(
-    model: nn.Module, prompts: list[list[int]], group: int, tokens: int, rows: int
+    model: nn.Module, prompts: list[list[int]], group: int, tokens: int, concurrency: int
 ) -> tuple[int, float]:
     """Do the same with a raw BatchGenerator, without recording log-probs."""
     generator = BatchGenerator(
-        model, max_tokens=tokens, sampler=make_sampler(temp=1.0), completion_batch_size=rows
+        model, max_tokens=tokens, sampler=make_sampler(temp=1.0), completion_batch_size=concurrency
     )
     start = time.perf_counter()
     generator.insert([list(prompt) for prompt in prompts for _ in range(group)])
@@ -102,7 +104,7 @@ def compare(
     other: Callable[[], tuple[int, float]],
     repeats: int,
 ) -> None:
-    """Print tokens per second of both, best of `repeats` turns, and their ratio."""
+    """Print tokens per second of both, the best of `repeats` turns, and their ratio."""
     rates: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats + 1):  # the first turn warms up
         for side, run in zip(rates, (ours, other), strict=True):
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
+
     model = build_model(options.hidden, options.layers)
     distinct = prompts_of(32, 16)
     compare(
@@ -128,6 +131,7 @@ def main() -> None:
         lambda: run_raw(model, distinct, 1, 64, 32),
         options.repeats,
     )
+
     shared = prompts_of(4, 16)
     compare(
         "(a) concurrency 32, 4 prompts of 16 tokens, G = 8, 64 tokens each",
@@ -135,6 +139,7 @@ def main() -> None:
         lambda: run_raw(model, shared, 8, 64, 32),
         options.repeats,
     )
+
     long = prompts_of(4, 256)
     apart = [prompt for prompt in long for _ in range(8)]
     compare(

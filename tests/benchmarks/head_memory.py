@@ -2,9 +2,9 @@
 
     python tests/benchmarks/head_memory.py [--vocab 151936 --hidden 1024 --tokens 4096]
 
-The head alone, frozen and in float32: log-probs of N tokens from hidden states, and the gradient
-with respect to those. Each way runs in a process of its own, so that neither sees the other's
-memory. Prints one JSON line a way, then the ratios.
+The head alone in float32, frozen and (chunked only) trainable: log-probs of N tokens from hidden
+states, and the gradient with respect to those. Each way runs in its own process, so that none sees
+another's memory. Prints one JSON line per way, then the ratios.
 """
 
 import argparse
@@ -20,7 +20,7 @@ WAYS = ("full", "chunked", "chunked, trainable")
 
 
 def main() -> None:
-    """Run every way, or the one that a child process was asked for."""
+    """Run every way, each in a child process; with --way, measure that one here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -31,6 +31,7 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options)))
         return
+
     results = [run_child(way, options) for way in WAYS]
     for result in results:
         print(json.dumps(result))
@@ -51,7 +52,7 @@ def run_child(way: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float | str]:
-    """Time one gradient and take its peak above what was held before."""
+    """Time one gradient, and take its peak memory above what was held before."""
     if not load_openblas():
         print(HINT, file=sys.stderr)
     import mlx.core as mx
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     from learner.model.logprobs import completion_logprobs
 
     class HiddenThenHead(nn.Module):
-        """A trunk that hands on hidden states, and an untied head."""
+        """A trunk that passes hidden states through, and an untied head."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -77,6 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     trainable = options.way.endswith("trainable")
     if not trainable:
         model.freeze()
+
     hidden = mx.random.normal((1, options.tokens, options.hidden))
     targets = mx.random.randint(0, options.vocab, (1, options.tokens))
     positions = mx.arange(options.tokens)[None]
@@ -95,6 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     value, grads = mx.value_and_grad(loss, argnums=(0, 1))(hidden, model.trainable_parameters())
     mx.eval(value, grads)
     seconds = time.perf_counter() - start
+
     return {
         "way": options.way,
         "loss": float(value),

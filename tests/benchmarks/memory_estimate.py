@@ -1,11 +1,12 @@
-"""The memory estimate of a step beside the measured peak, for LoRA, DoRA and full fine-tuning.
+"""The memory estimate of a step and the measured peak, for LoRA, DoRA and full fine-tuning.
 
     python tests/benchmarks/memory_estimate.py [--hidden 1024 --layers 28 --vocab 151936
         --rows 16 --length 512 --dtype bfloat16]
 
-Random weights of Qwen3's architecture (the MLP three times as wide, heads of 32 or from hidden 1024
-on of 128, twice as many for queries as for keys); every token is a completion's. The second of two
-steps is measured: gradients, then update. Prints a line a case: peak, estimate, their ratio.
+Random weights of Qwen3's architecture (an MLP three times as wide as the hidden size; heads of 32,
+or of 128 from hidden size 1024 on; twice as many heads for queries as for keys); every token is a
+completion's. The second of two steps is measured: gradients, then update. Prints a line per case:
+peak, estimate, their ratio.
 """
 
 import argparse
@@ -28,7 +29,7 @@ class Case:
     vocab: int = 4096
     rows: int = 4
     length: int = 256
-    prompt: int = 0  # further tokens that all rows go on from, computed once
+    prompt: int = 0  # tokens before these that all rows share, computed once
     dtype: Literal["float32", "bfloat16"] = "float32"
     kind: Literal["lora", "dora", "full"] = "lora"
     head: Literal["chunked", "full"] = "chunked"
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's config.json, as far as it is not of tests/tiny.py."""
+        """The entries of the model's config.json that differ from tests/tiny.py."""
         size = 128 if self.hidden >= 1024 else 32
         heads = max(2, 2 * self.hidden // size if self.hidden >= 1024 else self.hidden // size)
         return {
@@ -68,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def measure(case: Case) -> "tuple[int, MemoryEstimate]":
-    """Return the peak bytes of a step, beyond what others hold, and the estimate."""
+    """Return the peak bytes of a step, above what was held before it, and the estimate."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -83,12 +84,14 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
 
     gc.collect()
     others = mx.get_active_memory()
+
     model = tiny_model(**case.config)
     model.set_dtype(getattr(mx, case.dtype))
     if case.bits:
         nn.quantize(model, 32, case.bits)
     attach_adapters(model, ModelSettings(fine_tune_type=case.kind))
     reference = view(model, bypass_adapters=case.kind != "full") if case.reference else None
+
     ids = mx.random.randint(0, case.vocab, (case.rows, case.length))
     positions = mx.broadcast_to(mx.arange(case.length)[None], ids.shape)
     before = shared_prompt([2] * (case.prompt + 1), 1) if case.prompt else None
@@ -113,6 +116,7 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
         mx.reset_peak_memory()
         step.accumulate({"ids": ids, "positions": positions}, loss)
         step.apply()
+
     estimate = estimate_memory(
         model,
         {**CONFIG, **case.config},
@@ -128,7 +132,7 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
 
 
 def main() -> None:
-    """Measure every variant of the shape that the options give."""
+    """Measure every variant of the model and batch that the options describe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,6 +143,7 @@ def main() -> None:
     bound_lookahead()
     if not load_openblas():
         print(HINT)
+
     for name, changes in VARIANTS.items():
         peak, estimate = measure(replace(shape, **changes))
         print(

@@ -1,8 +1,8 @@
 """The same full fine-tuning in float32, in bfloat16, and in bfloat16 without float32 masters.
 
-Three models begin with the same weights, which bfloat16 holds exactly, and take the same batches
-of SFT: "float32" and "bfloat16" by the learner's step, which moves float32 masters of bfloat16
-weights, and "naive" in bfloat16 by MLX's AdamW on the weights themselves.
+Three models start with the same weights, which bfloat16 holds exactly, and take the same batches
+of SFT: "float32" and "bfloat16" use the learner's step, which moves float32 masters of bfloat16
+weights, and "naive" uses MLX's AdamW on the bfloat16 weights themselves.
 """
 
 import math
@@ -32,7 +32,7 @@ WAYS: tuple[WayName, ...] = ("float32", "bfloat16", "naive")
 
 @dataclass(frozen=True)
 class Plan:
-    """What every way does: `steps` batches of `rows` rows, padded to `length` tokens."""
+    """What every way trains on: `steps` batches of `rows` rows, padded to `length` tokens."""
 
     model: Path
     data: str
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Movement:
-    """A way's |w_t - w_0| beside float32's; `moved` is the share of its weights unlike w_0."""
+    """A way's |w_t - w_0| compared with float32's; `moved`: the share of weights unlike w_0."""
 
     norm: float
     ratio: float
@@ -58,7 +58,7 @@ class Row:
     """The ways after `step` steps.
 
     `gains`: by how much the loss of held-out rows fell, in float32 arithmetic, with each way's
-    weights, and with bfloat16's "masters".
+    weights, and with the "masters" of bfloat16.
     """
 
     step: int
@@ -67,33 +67,36 @@ class Row:
 
 
 class Way:
-    """A model in training and its losses, one a step."""
+    """A model in training and its losses, one per step."""
 
     def __init__(self, name: WayName, plan: Plan, objective: SftObjective) -> None:
         dtype = "float32" if name == "float32" else "bfloat16"
         settings = ModelSettings(path=str(plan.model), fine_tune_type="full", dtype=dtype)
         self.model = load_policy(settings, seed=0).model
+
+        # All ways start from weights that bfloat16 holds exactly.
         exact = {
             key: array.astype(mx.bfloat16).astype(array.dtype)
             for key, array in trainable(self.model).items()
         }
         self.model.update(tree_unflatten(list(exact.items())))
         mx.eval(self.model.parameters())
+
         self.start = {key: array.astype(mx.float32) for key, array in exact.items()}
         self.losses: list[float] = []
         build = _naive if name == "naive" else _learner
         self._take, self._masters = build(self.model, plan, objective)
 
     def take(self, arrays: Arrays) -> None:
-        """Take a step and note its loss."""
+        """Take a step and record its loss."""
         self.losses.append(number(self._take(arrays)))
 
     def weights(self) -> Arrays:
-        """Return what the forward pass uses, by name."""
+        """Return the weights that the forward pass uses, by name."""
         return trainable(self.model)
 
     def masters(self) -> Arrays:
-        """Return what the optimiser moves: float32, but for the naive way."""
+        """Return the weights that the optimiser moves: float32, except in the naive way."""
         return {**self.weights(), **self._masters()}
 
 
@@ -101,7 +104,7 @@ _Built = tuple[Callable[[Arrays], mx.array], Callable[[], Arrays]]
 
 
 def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
-    """Return the learner's step, and what gives its masters."""
+    """Return the learner's step, and a function that returns its masters."""
     settings = OptimizerSettings(learning_rate=plan.rate, lr_scheduler_type="constant")
     step = Step(model, settings, total_steps=plan.steps, compiled=should_compile("auto"))
 
@@ -119,7 +122,7 @@ def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
 
 
 def _naive(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
-    """Return what one would write with MLX alone: AdamW on the weights as they are."""
+    """Return what one would write with only MLX: AdamW on the weights as they are."""
     adam = optim.AdamW(learning_rate=plan.rate, weight_decay=0.0, bias_correction=True)
     adam.init(model.trainable_parameters())
     state = [model.state, adam.state]
@@ -149,7 +152,7 @@ class Judge:
         self._micro = objective.prepare(rows).micro
 
     def loss(self, weights: Arrays) -> float:
-        """Return the mean over the tokens that count, nats."""
+        """Return the mean loss per token that counts, nats."""
         exact = [(name, array.astype(mx.float32)) for name, array in weights.items()]
         self._model.update(tree_unflatten(exact))
         parts = [self._objective.loss(self._model, arrays)[0] for arrays in self._micro]
@@ -159,21 +162,24 @@ class Judge:
 def compare(plan: Plan, watch: Callable[[dict[str, Way]], None]) -> Iterator[Row]:
     """Train the three ways side by side; yield a row every `plan.every` steps and at the end.
 
-    `watch` sees the ways after each step.
+    `watch` is called with the ways after each step.
     """
     train = TrainSettings(
         batch_size=plan.rows, micro_batch_size=plan.rows, length_bucket=plan.length
     )
     objective = SftObjective(train, "chunked")
-    held_out, feed = _batches(plan)
+    held_out, batches = _batches(plan)
+
     ways = {name: Way(name, plan, objective) for name in WAYS}
     judge = Judge(plan, objective, held_out)
     before = judge.loss(ways["float32"].start)
-    for step, batch in enumerate(feed, start=1):
+
+    for step, batch in enumerate(batches, start=1):
         (arrays,) = objective.prepare(batch).micro
         for way in ways.values():
             way.take(arrays)
         watch(ways)
+
         if step % plan.every == 0 or step == plan.steps:
             weights = {
                 "masters": ways["bfloat16"].masters(),
@@ -185,7 +191,7 @@ def compare(plan: Plan, watch: Callable[[dict[str, Way]], None]) -> Iterator[Row
 
 
 def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
-    """Return held-out rows, and `plan.steps` full batches of the others, epoch after epoch."""
+    """Return held-out rows, and `plan.steps` full batches of the others, over as many epochs."""
     tokenizer = load_policy(ModelSettings(path=str(plan.model)), seed=0).tokenizer
     settings = DataSettings(path=plan.data, max_length=plan.length, eval_rows=4 * plan.rows)
     build = sequences(settings, tokenizer)
@@ -195,13 +201,13 @@ def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
         done = 0
         while done < plan.steps:
             batch = source.train.next_batch() or []
-            if len(batch) == plan.rows:  # another shape would be compiled anew
+            if len(batch) == plan.rows:  # another shape would be compiled again
                 done += 1
                 yield batch
             elif not done:
                 raise ValueError(
                     f"{plan.data} has fewer than {5 * plan.rows} rows of at most {plan.length} "
-                    "tokens: give smaller batches, longer rows or more data"
+                    "tokens: use smaller batches, longer rows or more data"
                 )
 
     return source.evaluation, full()
@@ -217,6 +223,7 @@ def _movement(way: Way, exact: Way) -> Movement:
         moved = weights[name].astype(mx.float32) != start
         sums = [ours.square().sum(), right.square().sum(), (ours * right).sum(), moved.sum()]
         parts.append(mx.stack([value.astype(mx.float32) for value in sums]))
+
     squared, reference, product, moved = (number(value) for value in mx.stack(parts).sum(axis=0))
     return Movement(
         norm=math.sqrt(squared),

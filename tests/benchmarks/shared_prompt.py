@@ -1,11 +1,11 @@
-"""Time and memory of a GRPO micro-batch with the prompt once, relative to whole rows.
+"""Time and memory of a GRPO micro-batch with the prompt computed once, against whole sequences.
 
     python tests/benchmarks/shared_prompt.py [--shape 256,64,8 ...] [--checkpointing] [--hidden 512
         --layers 8 --vocab 32768 --kind lora --head chunked --dtype float32 --repeats 3]
 
-A shape is P,C,G: tokens of the prompt, tokens of each completion, completions. Random weights of
-Qwen3's architecture; loss and gradients of one micro-batch, no update. The best of the repeats is
-taken after a first one that is not; the peak is what a micro-batch adds to weights and arrays.
+A shape is P,C,G: tokens of the prompt, tokens of each completion, number of completions. Random
+weights of Qwen3's architecture; loss and gradients of one micro-batch, no update. The best of the
+repeats counts, after one warm-up; the peak is what a micro-batch adds to weights and arrays.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SHAPES = ["64,64,8", "256,64,8", "256,256,8"]
 
 
 def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, float]:
-    """Return seconds and peak bytes of a micro-batch."""
+    """Return the seconds and the peak bytes of a micro-batch."""
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
@@ -32,7 +32,7 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     from protocol.model.adapters import attach_adapters
     from tests.tiny import tiny_model
 
-    prompt_length, length, rows = (int(number) for number in shape.split(","))
+    prompt_length, length, group = (int(number) for number in shape.split(","))
     model = tiny_model(
         hidden_size=args.hidden,
         num_hidden_layers=args.layers,
@@ -46,11 +46,13 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     model.set_dtype(getattr(mx, args.dtype))
     attach_adapters(model, ModelSettings(fine_tune_type=args.kind))
     model.train()
+
     rng = np.random.default_rng(0)
     prompt = rng.integers(2, args.vocab, prompt_length, dtype=np.int32)
-    completions = list(rng.integers(2, args.vocab, (rows, length), dtype=np.int32))
+    completions = list(rng.integers(2, args.vocab, (group, length), dtype=np.int32))
     start = prompt[-1:] if shared else prompt
-    arrays = to_device(token_batch([start] * rows, completions, length_bucket=32))
+    tokens = token_batch([start] * group, completions, length_bucket=32)
+    arrays: dict[str, Any] = {**to_device(tokens)}
     if shared:
         arrays |= shared_prompt(prompt, 32)._asdict()
 
@@ -70,23 +72,26 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
         gradient_checkpointing=args.checkpointing,
     )
     mx.eval(model.parameters(), arrays)
+
     times: list[float] = []
     peaks: list[int] = []
     for _ in range(args.repeats + 1):
         gc.collect()
         held = mx.get_active_memory()
         mx.reset_peak_memory()
+
         begun = time.perf_counter()
         value, _ = step.accumulate(arrays, loss)
         mx.eval(value, step.gradients())
         times.append(time.perf_counter() - begun)
         peaks.append(mx.get_peak_memory() - held)
         step.skip()
+
     return min(times[1:]), max(peaks[1:])
 
 
 def main() -> None:
-    """Print a line a shape."""
+    """Print a line per shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -102,7 +107,8 @@ def main() -> None:
     args = parser.parse_args()
     if not load_openblas():
         print(HINT)
-    print(f"{'P,C,G':>12} {'whole rows':>20} {'prompt once':>20} {'faster':>7} {'memory':>7}")
+
+    print(f"{'P,C,G':>12} {'whole':>20} {'prompt once':>20} {'faster':>7} {'memory':>7}")
     for shape in args.shape:
         whole, once = measure(args, shape, False), measure(args, shape, True)
         cells = [f"{seconds:.2f} s {peak / 2**20:.0f} MiB" for seconds, peak in (whole, once)]

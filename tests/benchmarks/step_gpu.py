@@ -5,7 +5,7 @@
 Random weights in bfloat16 (speed does not depend on them), rank 16 on every linear layer, one
 micro-batch of full sequences, compiled. "naive" is cross-entropy over all logits with mlx-lm's
 layers (their adapters are float32) and MLX's AdamW; `--bounded 1` gives it our look-ahead. Each way
-runs in a process of its own and prints one JSON line; the ratios follow.
+runs in its own process and prints one JSON line; the ratios follow.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WAYS = ("naive", "naive, bfloat16 adapters", "full", "chunked", "chunked, checkp
 
 
 def main() -> None:
-    """Run every way, or the one that a child process was asked for."""
+    """Run every way, each in a child process; with --way, measure that one here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
@@ -42,6 +42,7 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options)))
         return
+
     results = {way: run_child(way, options) for way in WAYS}
     for result in results.values():
         print(json.dumps(result))
@@ -63,7 +64,7 @@ def run_child(way: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def build_model(options: argparse.Namespace) -> "nn.Module":
-    """Make the model with fresh adapters."""
+    """Make the model with new adapters."""
     import mlx.core as mx
     from mlx_lm.models.qwen3 import Model, ModelArgs
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -89,6 +90,7 @@ def build_model(options: argparse.Namespace) -> "nn.Module":
         )
     )
     model.set_dtype(mx.bfloat16)
+
     if options.way == "naive":
         model.freeze()
         linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
@@ -99,7 +101,7 @@ def build_model(options: argparse.Namespace) -> "nn.Module":
 
 
 def naive_step(model: "nn.Module", arrays: dict[str, "mx.array"]) -> Callable[[], None]:
-    """Compile the step that one would write with mlx-lm and MLX alone."""
+    """Compile the step that one would write with only mlx-lm and MLX."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
@@ -126,7 +128,7 @@ def naive_step(model: "nn.Module", arrays: dict[str, "mx.array"]) -> Callable[[]
 
 
 def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Callable[[], None]:
-    """Take the learner's step, head and checkpointing as `way` says."""
+    """Return the learner's step, with the head and checkpointing that `way` names."""
     import mlx.core as mx
 
     from learner.model.logprobs import completion_logprobs
@@ -160,10 +162,11 @@ def our_step(model: "nn.Module", arrays: dict[str, "mx.array"], way: str) -> Cal
 
 
 def measure(options: argparse.Namespace) -> dict[str, float | str]:
-    """Take the median time of a step and the peak memory, after one warm-up."""
+    """Return the median time of a step and the peak memory, after one warm-up."""
     load_openblas()
     if not options.way.startswith("naive") or options.bounded:
         bound_lookahead()
+
     import mlx.core as mx
 
     from learner.model import chunked
@@ -177,16 +180,19 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
         "positions": mx.broadcast_to(mx.arange(options.length)[None], shape),
     }
     mx.eval(arrays)
+
     naive = options.way.startswith("naive")
     run = naive_step(model, arrays) if naive else our_step(model, arrays, options.way)
     run()
     mx.clear_cache()
     mx.reset_peak_memory()
+
     times: list[float] = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
+
     return {
         "way": options.way,
         "ms": 1000 * sorted(times)[len(times) // 2],
