@@ -18,7 +18,7 @@ import mlx.nn as nn
 import msgspec
 from mlx.utils import tree_flatten
 
-from protocol.config.settings import ModelSettings
+from protocol.config.settings import PolicySettings
 from protocol.errors import ModelError
 from protocol.model.adapters import load_adapter_folder, read_adapter_config
 from protocol.model.digests import folder_digest, model_digest
@@ -45,7 +45,7 @@ class Reference:
         return tensors_digest(dict(flat))
 
 
-def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     """Make the reference that `settings.reference` names: "initial", "base" or a path.
 
     Call it on a policy fresh from `load_policy`: before any update, and on resume before the
@@ -57,7 +57,7 @@ def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
         return _make(policy, settings)
 
 
-def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def _make(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     wanted = settings.reference
     if wanted == "initial":
         return _initial(policy, settings)
@@ -111,7 +111,7 @@ def _wrapped(adapter: nn.Module) -> nn.Module:
     )
 
 
-def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     fresh_adapters = settings.fine_tune_type != "full" and (
         not settings.adapter_path
         or read_adapter_config(Path(settings.adapter_path)).fine_tune_type == "full"
@@ -127,7 +127,7 @@ def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
 
 
-def _base_tree(policy: LoadedPolicy, settings: ModelSettings) -> nn.Module:
+def _base_tree(policy: LoadedPolicy, settings: PolicySettings) -> nn.Module:
     """Return the base model, without any adapter that the run started from."""
     loaded = (
         read_adapter_config(Path(settings.adapter_path)).fine_tune_type
@@ -141,14 +141,14 @@ def _base_tree(policy: LoadedPolicy, settings: ModelSettings) -> nn.Module:
     return view(policy.model, bypass_adapters=True)
 
 
-def _adapted(policy: LoadedPolicy, settings: ModelSettings, folder: Path) -> Reference:
+def _adapted(policy: LoadedPolicy, settings: PolicySettings, folder: Path) -> Reference:
     base = _base_tree(policy, settings)
     load_adapter_folder(base, folder)
     digest = f"{policy.model_digest}+{folder_digest(folder)}"
     return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
 
 
-def _other_model(policy: LoadedPolicy, settings: ModelSettings, path: str) -> Reference:
+def _other_model(policy: LoadedPolicy, settings: PolicySettings, path: str) -> Reference:
     try:
         folder = model_folder(path)
         # The other model may be stored quantised; its own weights are the reference.

@@ -1,7 +1,9 @@
 """Checks of preference settings: what TRL 1.16.0's DPO, CPO, ORPO and KTO trainers refuse, and what
 would be undefined or without effect."""
 
-from protocol.config.settings import PreferenceRun, PreferenceSettings
+from protocol.config.fields import check_section
+from protocol.config.objective_settings import PreferenceSettings
+from protocol.config.settings import PreferenceRun, has_held_out
 from protocol.errors import did_you_mean, require
 
 DPO_LOSSES = (
@@ -47,27 +49,20 @@ METHODS_OF = {
     "reference_free": ("dpo",),
     "precompute_ref_log_probs": ("dpo", "kto"),
 }
-# TRL leaves a setting out of account, without a word or with a warning, for any other loss.
-LOSSES_OF = {
-    ("dpo", "label_smoothing"): ("exo_pair", "robust", "aot", "aot_unpaired"),
-    ("cpo", "label_smoothing"): ("sigmoid", "simpo"),
-    ("dpo", "discopop_tau"): ("discopop",),
-    ("cpo", "simpo_gamma"): ("simpo",),
-}
 
 
 def check_preference(settings: PreferenceSettings) -> None:
     """Refuse what cannot be computed, or is of another method; raises ConfigError."""
+    check_section(settings, "objective")
     _check_losses(settings)
-    _check_numbers(settings)
+
+    defaults = PreferenceSettings()
     for name, methods in METHODS_OF.items():
-        value = getattr(settings, name)
-        require(
-            settings.method in methods or not _is_set(settings, name),
-            f"objective.{name}",
-            f"is for objective.method = {' or '.join(map(repr, methods))} only: leave it out",
-            value,
-        )
+        value: object = getattr(settings, name)
+        rule = f"is for objective.method = {' or '.join(map(repr, methods))} only: leave it out"
+        fits = settings.method in methods or value == getattr(defaults, name)
+        require(fits, f"objective.{name}", rule, value)
+
     if settings.method == "dpo":
         _check_dpo(settings)
 
@@ -83,34 +78,9 @@ def check_preference_run(run: PreferenceRun) -> None:
         _check_precompute(run)
     if run.objective.method == "kto" and run.objective.loss_type != ["apo_zero_unpaired"]:
         rule = "must be at least 2 with kto: its KL term pairs each prompt with another's answer"
-        held_out = run.data.eval_rows or run.data.eval_path or run.data.eval_split
         require(run.train.batch_size > 1, "train.batch_size", rule, run.train.batch_size)
         size = run.eval.batch_size
-        require(size > 1 or not held_out, "eval.batch_size", rule, size)
-
-
-def without_effect(settings: PreferenceSettings) -> list[str]:
-    """Return a line for each setting that none of the chosen losses reads, as in TRL."""
-    lines: list[str] = []
-    for (method, name), losses in LOSSES_OF.items():
-        unread = settings.method == method and not set(losses) & set(settings.loss_type)
-        if unread and _is_set(settings, name):
-            lines.append(
-                f"objective.{name} = {getattr(settings, name)} has no effect with "
-                f"{', '.join(settings.loss_type)}, as in TRL: it is for {', '.join(losses)}"
-            )
-    if settings.f_divergence_type != "alpha_divergence" and _is_set(
-        settings, "f_alpha_divergence_coef"
-    ):
-        lines.append(
-            "objective.f_alpha_divergence_coef has no effect without "
-            'objective.f_divergence_type = "alpha_divergence"'
-        )
-    return lines
-
-
-def _is_set(settings: PreferenceSettings, name: str) -> bool:
-    return getattr(settings, name) != getattr(PreferenceSettings(), name)
+        require(size > 1 or not has_held_out(run.data), "eval.batch_size", rule, size)
 
 
 def _check_losses(settings: PreferenceSettings) -> None:
@@ -144,18 +114,6 @@ def _check_losses(settings: PreferenceSettings) -> None:
         f"must hold one weight for each of the {len(losses)} objective.loss_type",
         weights,
     )
-
-
-def _check_numbers(settings: PreferenceSettings) -> None:
-    require(settings.beta > 0, "objective.beta", "must be positive", settings.beta)
-    smooth = settings.label_smoothing
-    require(0 <= smooth < 0.5, "objective.label_smoothing", "must be in [0, 0.5)", smooth)
-    ld_alpha = settings.ld_alpha
-    fits = ld_alpha is None or 0 <= ld_alpha <= 1
-    require(fits, "objective.ld_alpha", "must be none or in [0, 1]", ld_alpha)
-    for name in ("discopop_tau", "desirable_weight", "undesirable_weight"):
-        value: float = getattr(settings, name)
-        require(value > 0, f"objective.{name}", "must be positive", value)
 
 
 def _check_dpo(settings: PreferenceSettings) -> None:
