@@ -41,9 +41,8 @@ class Field:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, such as "at least 1" or "none or in (0, 1]"; "" without any."""
-        words = _words(metas(self.annotation))
-        return f"none or {words}" if words and without_none(self.plain)[1] else words
+        """The bounds in words, such as "at least 1" or "in (0, 1]"; "" where there are none."""
+        return _words(metas(self.annotation))
 
 
 @cache
@@ -119,8 +118,8 @@ def _words(found: list[Meta]) -> str:
         if (bound := getattr(meta, name)) is not None
     }
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if any((meta.extra or {}).get("refused") == 0 for meta in found):
-        return "-1 or at least 1"
+    if any("refused" in (meta.extra or {}) for meta in found):
+        return "-1 or at least 1"  # CountOrAll
     if high is not None:
         return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
     if "gt" in bounds:
@@ -145,7 +144,8 @@ def check_value(field: Field, value: object, label: str) -> None:
 
     refused = extra(field.annotation, "refused")
     if not _fits(value, field.annotation) or (refused is not None and value == refused):
-        raise ConfigError(f"{label} must be {field.bounds}, got {value!r}. {field.description}")
+        rule = f"none or {field.bounds}" if without_none(field.plain)[1] else field.bounds
+        raise ConfigError(f"{label} must be {rule}, got {value!r}. {field.description}")
 
 
 def _fits(value: object, annotation: object) -> bool:

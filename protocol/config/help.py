@@ -5,6 +5,7 @@ import textwrap
 from itertools import groupby
 
 from protocol.config.fields import Field, leaf_fields
+from protocol.config.load import toml_text
 from protocol.config.settings import AnyRun
 
 
@@ -37,10 +38,5 @@ def first_line(cls: type) -> str:
 
 
 def default_text(field: Field) -> str:
-    """Write a key's default as a recipe does."""
-    value = field.default
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    """Write a key's default as in TOML, but none without its quotes."""
+    return "none" if field.default is None else toml_text(field.default)

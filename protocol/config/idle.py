@@ -33,19 +33,16 @@ Idle = Iterator[tuple[str, str]]
 def idle(run: AnyRun) -> list[str]:
     """Return a line for each key that is set and has no effect on this run."""
     fields = leaf_fields(type(run))
-    found = chain(_data(run.data), _model(run.model), _train(run.train))
-    if isinstance(run, PairsRun):
-        found = chain(found, _pairs(run))
-    else:
-        found = chain(found, _evaluation(run))
+    found = [_data(run.data), _model(run.model), _train(run.train)]
+    found.append(_pairs(run) if isinstance(run, PairsRun) else _evaluation(run))
     if isinstance(run, PreferenceRun):
-        found = chain(found, _preference(run.objective))
+        found.append(_preference(run.objective))
     elif isinstance(run, GrpoRun):
-        found = chain(found, _grpo(run.objective))
+        found.append(_grpo(run.objective))
 
     return [
         f"{path} = {value} has no effect {reason}"
-        for path, reason in found
+        for path, reason in chain.from_iterable(found)
         if path in fields and (value := value_of(run, path)) != fields[path].default
     ]
 

@@ -191,13 +191,14 @@ def _emit(section: Section, prefix: str, lines: list[str]) -> None:
         if isinstance(value, Section):
             tables.append((f"{prefix}{name}", value))
         else:
-            lines.append(f"{name} = {_toml_text(value)}")
+            lines.append(f"{name} = {toml_text(value)}")
     for path, table in tables:
         lines += ["", f"[{path}]"]
         _emit(table, f"{path}.", lines)
 
 
-def _toml_text(value: object) -> str:
+def toml_text(value: object) -> str:
+    """Write one value as TOML; None is the word "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -206,9 +207,9 @@ def _toml_text(value: object) -> str:
         # JSON's string escapes are a subset of TOML's, except that TOML also bars DEL.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return f"[{', '.join(_toml_text(item) for item in cast('list[Any]', value))}]"
+        return f"[{', '.join(toml_text(item) for item in cast('list[Any]', value))}]"
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value).items()
-        inner = ", ".join(f"{_toml_text(key)} = {_toml_text(item)}" for key, item in items)
+        inner = ", ".join(f"{toml_text(key)} = {toml_text(item)}" for key, item in items)
         return f"{{{inner}}}"
     return repr(value)

@@ -22,13 +22,17 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
         doc("Surrogate and normalisation of the loss."),
     ] = "dapo"
     beta: Annotated[NonNegative, doc("Weight of the KL term; 0: no reference is loaded.")] = 0.0
-    epsilon: Annotated[Positive, doc("Lower clip: ratios below 1 - epsilon.")] = 0.2
+    epsilon: Annotated[Positive, doc("Ratios are clipped below 1 - epsilon.")] = 0.2
     epsilon_high: Annotated[
-        Positive | None, doc("Upper clip: ratios above 1 + epsilon_high; none: `epsilon`.")
+        Positive | None,
+        doc(
+            "Ratios are clipped above 1 + epsilon_high, or with cispo above epsilon_high "
+            "itself; none: `epsilon`."
+        ),
     ] = None
     delta: Annotated[
         Positive | None,
-        doc("Bound of the ratio where the advantage is negative (two-sided clipping); none: off."),
+        doc("Upper bound of the ratio before its clipping (two-sided clipping); none: off."),
     ] = None
     num_iterations: Annotated[PositiveInt, doc("Optimiser steps per batch.")] = 1
     importance_sampling_level: Annotated[
@@ -62,30 +66,36 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
     sapo_temperature_pos: Annotated[
         Positive, doc("Temperature of SAPO's gate where the advantage is positive.")
     ] = 1.0
-    sapo_temperature_neg: Annotated[Positive, doc("The same where it is not positive.")] = 1.05
+    sapo_temperature_neg: Annotated[Positive, doc("Temperature of SAPO's gate elsewhere.")] = 1.05
     vespo_k_pos: Annotated[
         float, doc("Exponent of VESPO's weight where the advantage is not negative.")
     ] = 2.0
-    vespo_lambda_pos: Annotated[float, doc("Exponential decay of that weight.")] = 3.0
+    vespo_lambda_pos: Annotated[float, doc("Exponential decay of the same weight.")] = 3.0
     vespo_k_neg: Annotated[
         float, doc("Exponent of VESPO's weight where the advantage is negative.")
     ] = 3.0
-    vespo_lambda_neg: Annotated[float, doc("Exponential decay of that weight.")] = 2.0
+    vespo_lambda_neg: Annotated[float, doc("Exponential decay of the same weight.")] = 2.0
     old_logprobs: Annotated[
         Literal["sampler", "recompute"],
-        doc("Where the ratio's old log-probs come from: the sampler, or the policy before a step."),
+        doc(
+            "Where the ratio's old log-probs come from: the sampler, or a forward pass of "
+            "the learner before the batch's first step."
+        ),
     ] = "sampler"
     importance_sampling_correction: Annotated[
         bool,
-        doc("Correct for sampler and learner differing; needs `old_logprobs` = recompute."),
+        doc(
+            "Weight the loss with the ratio of the learner's probabilities to the "
+            "sampler's; needs `old_logprobs` = recompute."
+        ),
     ] = False
     importance_sampling_mode: Annotated[
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-        doc("Whether that ratio is per token or sequence, and is clipped or masked outside."),
+        doc("That correction: per token or sequence, clipped or set to 0 beyond its bounds."),
     ] = "sequence_mask"
-    importance_sampling_clip_max: Annotated[Positive, doc("Upper bound of that ratio.")] = 3.0
+    importance_sampling_clip_max: Annotated[Positive, doc("Upper bound of that correction.")] = 3.0
     importance_sampling_clip_min: Annotated[
-        NonNegative | None, doc("Lower bound of that ratio; none: no bound.")
+        NonNegative | None, doc("Lower bound of that correction; none: no bound.")
     ] = None
     zero_advantage_step: Annotated[
         bool, doc("Step even if every advantage of a batch is zero, as TRL does.")
@@ -106,7 +116,7 @@ class PreferenceSettings(Section, frozen=True, kw_only=True):
         list[float] | None, doc("One factor per `loss_type`; none: 1 for each.")
     ] = None
     beta: Annotated[
-        Positive, doc("Factor of the log-ratios: the higher, the closer to the reference.")
+        Positive, doc("Scale of the implicit rewards: the higher, the closer to the reference.")
     ] = 0.1
     label_smoothing: Annotated[
         float, Meta(ge=0, lt=0.5), doc("Probability that a preference is the wrong way round.")

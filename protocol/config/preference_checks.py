@@ -1,5 +1,5 @@
 """Checks of preference settings: what TRL 1.16.0's DPO, CPO, ORPO and KTO trainers refuse, and what
-would be undefined or without effect."""
+would be undefined."""
 
 from protocol.config.fields import check_section
 from protocol.config.objective_settings import PreferenceSettings
@@ -7,22 +7,9 @@ from protocol.config.settings import PreferenceRun, has_held_out
 from protocol.errors import did_you_mean, require
 
 DPO_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
@@ -70,8 +57,8 @@ def check_preference(settings: PreferenceSettings) -> None:
 def check_preference_run(run: PreferenceRun) -> None:
     """Refuse what clashes with the rest of a run; raises ConfigError.
 
-    TRL wants kto's rows in sequential order, for it mismatches answers once, before training. Here
-    each batch mismatches its own, so any order will do.
+    TRL requires sequential order for kto, because it mismatches answers once, before training. We
+    mismatch within each batch, so any order will do.
     """
     check_preference(run.objective)
     if run.objective.precompute_ref_log_probs:
@@ -95,6 +82,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
         "orpo": ("sigmoid",),
         "kto": (*KTO_LOSSES, "sigmoid"),
     }[method]
+
     shown = {"simpo": ("simpo",), "orpo": (), "kto": KTO_LOSSES}.get(method, valid)
     rule = (
         f"must be of {', '.join(shown)} for objective.method = {method!r}"
@@ -103,6 +91,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
     )
     if losses == ["alphapo"]:
         rule += '; AlphaPO is method "simpo" with cpo_alpha = 0 and alpha'
+
     wrong = [loss for loss in losses if loss not in valid]
     rule += did_you_mean(wrong[0], valid) if wrong else ""
     require(not wrong, field, rule, losses)
@@ -126,13 +115,15 @@ def _check_dpo(settings: PreferenceSettings) -> None:
         f"{', '.join(DIVERGENCE_LOSSES)}",
         settings.f_divergence_type,
     )
+
     sorting = [loss for loss in losses if loss in SORTING_LOSSES]
     require(
         not (settings.use_weighting and sorting),
         "objective.use_weighting",
-        f"must be false with {', '.join(sorting)}, whose sorting parts pairs from their weights",
+        f"must be false with {', '.join(sorting)}, whose sorting separates pairs from weights",
         settings.use_weighting,
     )
+
     require(
         "exo_pair" not in losses or settings.label_smoothing > 0,
         "objective.label_smoothing",
@@ -147,8 +138,9 @@ def check_scores(settings: PreferenceSettings) -> None:
     require(
         settings.method != "dpo" or not sorting,
         "objective.loss_type",
-        f"must be without {', '.join(sorting)} where rows have a preference_score, for sorting "
-        "parts pairs from their scores; drop that column with data.prepare, or take another loss",
+        f"must be without {', '.join(sorting)} where rows have a preference_score, because "
+        "sorting separates pairs from their scores; drop that column with data.prepare, or take "
+        "another loss",
         settings.loss_type,
     )
 
@@ -159,11 +151,11 @@ def _check_precompute(run: PreferenceRun) -> None:
     require(not settings.reference_free, field, rule, True)
     rule = "must be false with data.streaming, whose rows are not known before they are read"
     require(not run.data.streaming, field, rule, True)
-    pairs_anew = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
+    changing = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
     require(
-        not pairs_anew or run.data.order == "sequential",
+        not changing or run.data.order == "sequential",
         field,
         'needs data.order = "sequential" with the kto loss, whose KL term pairs each prompt with '
-        "the answer before it: other orders pair anew every epoch",
+        "the answer before it: other orders change those pairs every epoch",
         run.data.order,
     )

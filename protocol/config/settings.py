@@ -21,10 +21,18 @@ from protocol.config.field_types import (
     Positive,
     PositiveInt,
     Section,
-    UpToOne,
     doc,
 )
 from protocol.config.objective_settings import GrpoSettings, PreferenceSettings, SftSettings
+from protocol.config.online_settings import (
+    ActorSettings,
+    GrpoRewards,
+    PairsSettings,
+    QueueSettings,
+    RewardSettings,
+    SamplingSettings,
+    TransportSettings,
+)
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -205,50 +213,6 @@ class ExampleData(DataSettings, frozen=True, kw_only=True):
     ] = "keep_start"
 
 
-class RewardSettings(Section, frozen=True, kw_only=True):
-    """What completions are worth."""
-
-    functions: Annotated[
-        list[FunctionName],
-        doc(
-            "Reward functions: `file.py:function`, `package.module:function` or `zmq://host:port`."
-        ),
-    ] = msgspec.field(default_factory=list[str])
-    reward_weights: Annotated[
-        list[float] | None, doc("One factor per reward function; none: 1 for each.")
-    ] = None
-    reward_timeout_s: Annotated[Positive, doc("Seconds that scoring a group may take.")] = 60.0
-    workers: Annotated[PositiveInt, doc("Local reward servers.")] = 1
-
-
-class GrpoRewards(RewardSettings, frozen=True, kw_only=True):
-    """What completions are worth."""
-
-    max_none_batches: Annotated[
-        PositiveInt, doc("Stop after this many batches in a row without any reward.")
-    ] = 3
-
-
-class SamplingSettings(Section, frozen=True, kw_only=True):
-    """How completions are sampled."""
-
-    num_generations: Annotated[
-        int, Meta(ge=2), doc("Completions per prompt: a group, which GRPO compares with its mean.")
-    ] = 8
-    max_completion_length: Annotated[PositiveInt, doc("Most tokens of a completion.")] = 512
-    temperature: Annotated[
-        Positive, doc("Divides the logits; there is no greedy decoding in training.")
-    ] = 1.0
-    top_p: Annotated[
-        float, Meta(gt=0, le=1), doc("Sample from the likeliest tokens of this total probability.")
-    ] = 1.0
-    top_k: Annotated[Count, doc("Sample from this many of the likeliest tokens; 0: off.")] = 0
-    min_p: Annotated[
-        UpToOne | None,
-        doc("Drop tokens less likely than this share of the likeliest one's probability."),
-    ] = None
-
-
 class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
@@ -278,7 +242,7 @@ class BatchSettings(Section, frozen=True, kw_only=True):
 
     batch_size: Annotated[
         PositiveInt,
-        doc("Prompts (GRPO: groups) or examples (offline: pairs, sequences) per batch."),
+        doc("Prompts (one group each) or, offline, examples per batch."),
     ] = 8
     max_steps: Annotated[CountOrAll, doc("Batches; -1: as `train.num_train_epochs` gives.")] = -1
     num_train_epochs: Annotated[Positive, doc("Passes over the rows.")] = 1.0
@@ -288,7 +252,7 @@ class TrainSettings(BatchSettings, frozen=True, kw_only=True):
     """The training step."""
 
     micro_batch_size: Annotated[
-        PositiveInt, doc("Groups (GRPO) or examples (offline) per forward pass.")
+        PositiveInt, doc("Groups or, offline, examples per forward pass.")
     ] = 1
     head: Annotated[
         Literal["chunked", "full"],
@@ -314,33 +278,6 @@ class GrpoTrain(TrainSettings, frozen=True, kw_only=True):
     ] = "auto"
 
 
-class QueueSettings(Section, frozen=True, kw_only=True):
-    """Asynchrony."""
-
-    max_staleness: Annotated[
-        Count,
-        doc("Batches that may be trained between sampling and training; 0: the synchronous loop."),
-    ] = 1
-    lease_s: Annotated[
-        float, doc("Seconds without a heartbeat after which an actor's prompts go to others.")
-    ] = 120.0
-    max_attempts: Annotated[PositiveInt, doc("Leases of a prompt before it is given up.")] = 3
-
-
-class ActorSettings(Section, frozen=True, kw_only=True):
-    """The local actors."""
-
-    count: Annotated[Count, doc("Local actors; 0: only remote ones, by `transport.bind`.")] = 1
-    max_concurrent_completions: Annotated[
-        PositiveInt, doc("Completions that an actor samples at once.")
-    ] = 32
-    prefill_step_size: Annotated[PositiveInt, doc("Prompt tokens per forward pass.")] = 2048
-    heartbeat_s: Annotated[Positive, doc("Seconds between an actor's heartbeats.")] = 2.0
-    max_restarts: Annotated[
-        Count, doc("Restarts of an actor before the run goes on without it.")
-    ] = 10
-
-
 class EvalSettings(Section, frozen=True, kw_only=True):
     """Evaluation of held-out rows."""
 
@@ -359,38 +296,6 @@ class OfflineEval(EvalSettings, frozen=True, kw_only=True):
 
     batch_size: Annotated[PositiveInt, doc("Examples per forward pass.")] = 8
     generate: Annotated[bool, doc("Also sample answers, to rollouts.jsonl.")] = False
-
-
-class TransportSettings(Section, frozen=True, kw_only=True):
-    """Sockets."""
-
-    bind: Annotated[
-        str,
-        doc(
-            "`tcp://host:port` for remote actors; the ports above it serve snapshots and rewards. "
-            "Empty: this machine only, by ipc."
-        ),
-    ] = ""
-    keys: Annotated[
-        Path, doc("Folder of CURVE keys made by launch/keys.py; required off loopback.")
-    ] = ""
-    max_message_mb: Annotated[PositiveInt, doc("Largest message that is accepted, in MiB.")] = 64
-
-
-class PairsSettings(Section, frozen=True, kw_only=True):
-    """What becomes a pair."""
-
-    mode: Annotated[
-        Literal["best_worst", "given"],
-        doc(
-            "`best_worst`: the best and the worst completion of a group. `given`: the dataset's "
-            "answer and the base model's, one per prompt; needs no reward function."
-        ),
-    ] = "best_worst"
-    answer_column: Annotated[str, doc("Column of the chosen answer in mode `given`.")] = "answer"
-    output: Annotated[
-        str, doc("JSONL file that is written; empty: pairs.jsonl in the run's folder.")
-    ] = ""
 
 
 class GrpoRun(Section, frozen=True, kw_only=True):
