@@ -3,8 +3,6 @@
 Bounds of a single key are at its field in `settings.py`.
 """
 
-from ipaddress import ip_address
-
 from protocol.config.objective_settings import GrpoSettings
 from protocol.config.preference_checks import check_preference_run
 from protocol.config.settings import (
@@ -18,6 +16,7 @@ from protocol.config.settings import (
     has_held_out,
 )
 from protocol.errors import require
+from protocol.hosts import is_loopback_host
 
 
 def check(run: AnyRun) -> None:
@@ -110,13 +109,5 @@ def _check_transport(transport: TransportSettings, workers: int) -> None:
     rule = "must be tcp://host:port; the ports above it serve snapshots and rewards"
     require(bool(fits), "transport.bind", rule, transport.bind)
     rule = "is not a loopback address and needs transport.keys (launch/keys.py makes them)"
-    safe = bool(transport.keys) or is_loopback(host)
+    safe = bool(transport.keys) or is_loopback_host(host)
     require(safe, "transport.bind", rule, transport.bind)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name can be reached from this machine only."""
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
