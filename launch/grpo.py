@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.processes.children import ChildSpec
 from launch.run_folder.cli import learner_spec, main, program, read_command_line, supervise
-from protocol.config.settings import GrpoRun
+from protocol.config.settings import GrpoRun, OnlineRun
 from protocol.errors import ConfigError
 from protocol.transport.endpoints import ipc_folder
 
@@ -17,7 +17,7 @@ USAGE = "usage: launch/grpo.py [recipe.toml] [--section.key value …]"
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "addition.toml"
 
 
-def reward_services(run: GrpoRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:
+def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:
     """Return the `--rewards` values of the learner, and the local reward servers to start.
 
     Each value is one service, its endpoints joined by commas. The functions named by file or
@@ -53,7 +53,7 @@ def neighbour(endpoint: str, offset: int) -> str:
     return f"tcp://{host}:{int(port) + offset}"
 
 
-def actor_specs(run: GrpoRun, endpoint: str) -> list[ChildSpec]:
+def actor_specs(run: OnlineRun, endpoint: str) -> list[ChildSpec]:
     """Return the local actors to start."""
     settings = run.actors
     common = [

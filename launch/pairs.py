@@ -9,7 +9,6 @@ recipe of launch/grpo.py serves; what only training reads is named.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import anyio
 import msgspec
@@ -19,8 +18,8 @@ from launch.grpo import actor_specs, reward_services
 from launch.processes.children import ChildSpec
 from launch.processes.supervisor import Supervisor, awake
 from launch.run_folder.cli import NOT_BEGUN, main, program, read_command_line
-from protocol.config.settings import PairsRun
-from protocol.config.unread import unread
+from protocol.config.idle import idle
+from protocol.config.settings import GrpoRun, PairsRun
 from protocol.errors import ConfigError
 from protocol.transport.endpoints import ipc_folder
 
@@ -33,8 +32,7 @@ def read(argv: Sequence[str]) -> tuple[PairsRun, Path]:
     for word in flags:
         if word.partition("=")[0] == "--run.resume":
             raise ConfigError("--run.resume: pairs cannot be resumed; start anew with run.seed")
-    run, folder = read_command_line(PairsRun, flags, USAGE)
-    run = cast("PairsRun", run)
+    run, folder = read_command_line(PairsRun, flags, USAGE, also_accepts=GrpoRun)
     try:
         _check(run)
     except ConfigError:
@@ -93,7 +91,7 @@ def build(run: PairsRun, folder: Path) -> int:
 def body(argv: Sequence[str] | None = None) -> int:
     """Read the recipe, make the pairs, say what came of it."""
     run, folder = read(sys.argv[1:] if argv is None else argv)
-    for line in unread(run):
+    for line in idle(run):
         say(line)
     if run.pairs.output:
         path = str(Path(run.pairs.output).absolute())

@@ -2,7 +2,7 @@
 
 import json
 
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData, GrpoData
 
 
 class ByteTokenizer:
@@ -16,7 +16,16 @@ class ByteTokenizer:
 
 
 def data_of(tmp_path, rows, **settings):
-    """Write rows to a JSONL file and return the settings that name it."""
+    """Write rows to a JSONL file and return the settings that name it, of examples."""
+    return ExampleData(path=_write(tmp_path, rows), **settings)
+
+
+def prompt_data_of(tmp_path, rows, **settings):
+    """Write rows to a JSONL file and return the settings that name it, of prompts."""
+    return GrpoData(path=_write(tmp_path, rows), **settings)
+
+
+def _write(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    return DataSettings(path=str(path), **settings)
+    return str(path)

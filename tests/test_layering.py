@@ -20,9 +20,10 @@ ALLOWED = {
 # Which rooms of its own package a room may import. A file beside the rooms is a room of its own.
 ROOMS = {
     "protocol.errors": set(),
+    "protocol.hosts": set(),
     "protocol.messages": {"errors"},
-    "protocol.transport": {"errors", "messages"},
-    "protocol.config": {"errors"},
+    "protocol.transport": {"errors", "hosts", "messages"},
+    "protocol.config": {"errors", "hosts"},
     "protocol.model": {"errors", "config"},
     "actors.engine": set(),
     "actors.rewards": set(),

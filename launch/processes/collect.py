@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import msgspec
 from msgspec import structs
@@ -20,7 +20,7 @@ from msgspec import structs
 from launch.processes.lifeline import Lifeline
 from launch.processes.start import begin
 from protocol.config.load import load
-from protocol.config.settings import PairsRun
+from protocol.config.settings import ModelSettings, PairsRun, builtins
 from protocol.errors import PippinError
 
 log = logging.getLogger("pippin.pairs")
@@ -40,9 +40,6 @@ def arguments() -> argparse.Namespace:
 
 def effective(settings: PairsRun) -> PairsRun:
     """Return the settings in force: mode "given" samples once from the base, without adapter."""
-    # Prompts held out of the rows stay out of the pairs; others are not even read.
-    data = structs.replace(settings.data, eval_path="", eval_split="")
-    settings = structs.replace(settings, data=data)
     if settings.pairs.mode == "best_worst":
         return settings
     # A fresh LoRA's B is zero, so that learner and actors all hold exactly the base.
@@ -64,14 +61,15 @@ def epochs(settings: PairsRun) -> float | None:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     """Serve the prompts until all are answered; write pairs and their counts."""
-    from learner.build.online import new_coordinator, new_service, total_batches
+    from learner.build.online import new_coordinator, new_service, new_terms, total_batches
     from learner.data.prompts import open_prompts
     from learner.online.source import OnlineSource
     from protocol.model.policy import load_policy
     from protocol.transport.bridge import Bridge
 
-    settings = effective(cast("PairsRun", load(PairsRun, args.run_dir / "config.toml")))
-    policy = load_policy(settings.model, seed=settings.run.seed)
+    settings = effective(load(PairsRun, args.run_dir / "config.toml"))
+    model = ModelSettings(**builtins(settings.model))
+    policy = load_policy(model, seed=settings.run.seed)
     prompts = open_prompts(
         settings.data,
         policy.tokenizer,
@@ -80,7 +78,8 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
-    coordinator = new_coordinator(args, settings, policy, prompts, total, None)
+    terms = new_terms(args, settings, model, policy)
+    coordinator = new_coordinator(args, settings, terms, prompts, total, None)
     bridge: Bridge[Any, Any] = Bridge()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
     service = new_service(args, settings, coordinator, bridge)

@@ -20,24 +20,29 @@ from launch.processes.children import ChildSpec
 from launch.processes.supervisor import INTERRUPTED, Supervisor, awake
 from launch.report import write_report
 from launch.run_folder import resume as resumption
-from launch.run_folder.paths import DATA_SUFFIXES, require_file, resolve_flags, resolve_paths
+from launch.run_folder.paths import DATA_SUFFIXES, require_files, resolve_flags, resolve_paths
 from protocol.config.help import help_text
 from protocol.config.load import load, read_toml, to_toml
 from protocol.config.settings import AnyRun, GrpoRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError, PippinError
 
-RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
+RunT = TypeVar("RunT", bound=AnyRun)
 PROGRAMS = Path(__file__).parents[1]
 NOT_BEGUN = "not_begun"  # marks the folder of a run that failed before its first step
 
 
 def read_command_line(
-    cls: type[RunT], argv: Sequence[str], usage: str, default: Path | None = None
+    cls: type[RunT],
+    argv: Sequence[str],
+    usage: str,
+    default: Path | None = None,
+    *,
+    also_accepts: type[AnyRun] | None = None,
 ) -> tuple[RunT, Path]:
     """Return the settings and the run folder, made and holding config.toml.
 
     `argv` is `[recipe.toml] [--section.key value …]`; without a recipe, `default` is used.
-    Prints the help and exits on --help or -h. Raises ConfigError.
+    `also_accepts` is as of `load`. Prints the help and exits on --help or -h. Raises ConfigError.
     """
     flags = list(argv)
     if "--help" in flags or "-h" in flags:
@@ -62,11 +67,10 @@ def read_command_line(
         sys.stdout.write("".join(f"{line}\n" for line in resumption.changes(before, run)))
         return run, resumed
     recipe = recipe or default
-    run = load(cls, recipe, flags)
+    run = load(cls, recipe, flags, also_accepts=also_accepts)
     if recipe is not None:
         run = resolve_paths(run, recipe.parent.absolute())
-    for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
-        require_file(f"data.{name}", path)
+    require_files(run)
     return run, make_run_folder(run, recipe.stem if recipe else "run")
 
 

@@ -1,51 +1,50 @@
 """The paths that a recipe and its flags hold: where they are looked for, and made absolute.
 
-Relative paths of a recipe file (model, data, prepare, rewards…) are taken from the recipe's folder
-where they exist there, otherwise from the current folder, as those of flags are.
+Keys that hold paths are marked by their types in `protocol/config`. Relative paths of a recipe file
+(model, data, prepare, rewards…) are taken from the recipe's folder where they exist there,
+otherwise from the current folder, as those of flags are.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from msgspec import structs
 
+from protocol.config.field_types import Section
+from protocol.config.fields import Field, extra, leaf_fields, value_of
 from protocol.config.load import split_flags
-from protocol.config.settings import GrpoRun, PreferenceRun, SftRun
+from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.errors import ConfigError
 
-RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
-PATHS = (
-    "model.path",
-    "model.adapter_path",
-    "model.chat_template",
-    "model.reference",
-    "data.path",
-    "data.eval_path",
-    "data.prepare",
-    "rewards.functions",
-    "transport.keys",
-)
+SectionT = TypeVar("SectionT", bound=Section)
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
-def require_file(key: str, text: str) -> None:
-    """Refuse a data file that is not there, before a model is loaded for it."""
-    file = Path(text).expanduser()
-    named = file.suffix.lower() in DATA_SUFFIXES and not any(mark in text for mark in "*[:")
-    if named and not file.exists():
-        raise ConfigError(f"{key} {text}: no such file (looked at {file.absolute()})")
+def require_files(run: AnyRun) -> None:
+    """Refuse data files that are not there, before a model is loaded for them."""
+    for key, field in leaf_fields(type(run)).items():
+        if extra(field.annotation, "path") != "data":
+            continue
+        text = str(value_of(run, key))
+        file = Path(text).expanduser()
+        named = file.suffix.lower() in DATA_SUFFIXES and not any(mark in text for mark in "*[:")
+        if named and not file.exists():
+            raise ConfigError(f"{key} {text}: no such file (looked at {file.absolute()})")
 
 
 def resolve_flags(flags: Sequence[str], base: Path) -> list[str]:
     """Return flags as `--key=value`, with the paths that exist under `base` made absolute."""
+    fields = {key: field for cls in PROGRAMS for key, field in leaf_fields(cls).items()}
     resolved: list[str] = []
     for key, text in split_flags(flags):
-        value = text
-        if key == "rewards.functions" and not text.lstrip().startswith("["):
-            value = ",".join(resolve_path(part.strip(), base) for part in text.split(","))
-        elif key in PATHS and not (key == "model.reference" and text in ("initial", "base")):
-            value = resolve_path(text, base)
+        value, field = text, fields.get(key)
+        if field is None:
+            pass
+        elif not isinstance(field.default, list):
+            value = _resolved(text, field, base)
+        elif not text.lstrip().startswith("["):
+            value = ",".join(_resolved([part.strip() for part in text.split(",")], field, base))
         resolved.append(f"--{key}={value}")
     return resolved
 
@@ -67,32 +66,23 @@ def resolve_path(text: str, base: Path) -> str:
     return text
 
 
-def resolve_paths(run: RunT, base: Path) -> RunT:
-    """Return the run with the paths of its recipe made absolute."""
-    model = run.model
-    reference = model.reference
-    if reference not in ("initial", "base"):
-        reference = resolve_path(reference, base)
-    model = structs.replace(
-        model,
-        path=resolve_path(model.path, base),
-        adapter_path=resolve_path(model.adapter_path, base),
-        chat_template=resolve_path(model.chat_template, base),
-        reference=reference,
-    )
-    data = structs.replace(
-        run.data,
-        path=resolve_path(run.data.path, base),
-        eval_path=resolve_path(run.data.eval_path, base),
-        prepare=resolve_path(run.data.prepare, base),
-    )
-    run = structs.replace(run, model=model, data=data)
-    if isinstance(run, GrpoRun):
-        functions = [resolve_path(name, base) for name in run.rewards.functions]
-        keys = resolve_path(run.transport.keys, base)
-        return structs.replace(
-            run,
-            rewards=structs.replace(run.rewards, functions=functions),
-            transport=structs.replace(run.transport, keys=keys),
-        )
-    return run
+def resolve_paths(section: SectionT, base: Path) -> SectionT:
+    """Return a run, or a section of one, with the paths of its recipe made absolute."""
+    fields = leaf_fields(type(section))
+    changes: dict[str, Any] = {}
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = resolve_paths(value, base)
+        else:
+            changes[name] = _resolved(value, fields[name], base)
+    return structs.replace(section, **changes)
+
+
+def _resolved(value: Any, field: Field, base: Path) -> Any:  # noqa: ANN401 - of any field
+    """Return a value, or a list's items, made absolute where the field's type marks a path."""
+    if isinstance(value, list):
+        return [_resolved(item, field, base) for item in cast("list[Any]", value)]
+    marked = extra(field.annotation, "path")
+    words: tuple[str, ...] = extra(field.annotation, "not_paths") or ()
+    return resolve_path(value, base) if marked and value not in words else value

@@ -12,7 +12,7 @@ from learner.model.memory import estimate_memory, warn_if_too_large
 from learner.model.reference import Reference
 from learner.optim.step import Step, should_compile
 from learner.trainer import Schedule, Trainer
-from protocol.config.settings import AnyRun, Section
+from protocol.config.settings import TrainingRun
 from protocol.errors import CheckpointError
 from protocol.model.adapters import save_adapters
 from protocol.model.policy import LoadedPolicy
@@ -83,23 +83,21 @@ def run_digests(policy: LoadedPolicy, reference: Reference | None) -> dict[str, 
 
 
 def new_step(
-    settings: Section, policy: LoadedPolicy, reference: Reference | None, updates: int
+    settings: TrainingRun, policy: LoadedPolicy, reference: Reference | None, updates: int
 ) -> Step:
     """Return the optimiser step that the settings ask for."""
-    train: Any = settings.train  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer: Any = settings.optimizer  # pyright: ignore[reportAttributeAccessIssue]
     return Step(
         policy.model,
-        optimizer,
+        settings.optimizer,
         total_steps=updates,
-        compiled=should_compile(train.compile),
-        gradient_checkpointing=train.gradient_checkpointing,
+        compiled=should_compile(settings.train.compile),
+        gradient_checkpointing=settings.train.gradient_checkpointing,
         reads=[reference.model] if reference is not None else [],
     )
 
 
 def report_memory(
-    settings: AnyRun,
+    settings: TrainingRun,
     policy: LoadedPolicy,
     reference: Reference | None,
     head: Head,
@@ -126,7 +124,7 @@ def report_memory(
     )
 
 
-def schedule_of(settings: AnyRun, total: int) -> Schedule:
+def schedule_of(settings: TrainingRun, total: int) -> Schedule:
     """Return when a run of `total` batches evaluates and saves."""
     return Schedule(
         max_steps=total,

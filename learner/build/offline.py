@@ -31,15 +31,14 @@ from learner.offline.reference_logprobs import Scorer, cache_folder, precompute
 from learner.offline.source import StoredEvaluator, StoredSource
 from learner.records import Records
 from learner.trainer import Trainer
+from protocol.config.idle import idle
 from protocol.config.load import load
-from protocol.config.settings import PreferenceRun, SftRun
-from protocol.config.unread import unread
+from protocol.config.settings import OfflineRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
 from protocol.model.policy import LoadedPolicy, load_policy
 
 log = logging.getLogger("pippin.learner")
 
-OfflineRun = SftRun | PreferenceRun
 DEFAULT_LIMIT = 1024  # tokens a row of a stream without data.max_length, for the memory estimate
 
 
@@ -50,7 +49,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     """
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
-    for line in unread(settings):
+    for line in idle(settings):
         log.warning(line)
     mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)

@@ -40,9 +40,16 @@ from learner.online.source import OnlineSource
 from learner.optim.step import should_compile
 from learner.records import Records
 from learner.trainer import Trainer
+from protocol.config.idle import idle
 from protocol.config.load import load
-from protocol.config.settings import GrpoRun, TrainSettings, builtins
-from protocol.config.unread import unread
+from protocol.config.settings import (
+    GrpoRun,
+    GrpoTrain,
+    ModelSettings,
+    OnlineRun,
+    builtins,
+    narrowed,
+)
 from protocol.errors import ConfigError
 from protocol.messages.messages import PROTOCOL_VERSION, Welcome
 from protocol.messages.parts import RewardService, Sampling
@@ -56,7 +63,7 @@ log = logging.getLogger("pippin.learner")
 def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
     """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
     settings = load(GrpoRun, args.run_dir / "config.toml")
-    for line in unread(settings):
+    for line in idle(settings):
         log.warning(line)
     mx.random.seed(settings.run.seed)  # what dropout draws
     policy = load_policy(settings.model, seed=settings.run.seed)
@@ -72,7 +79,9 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
     )
     total = total_batches(settings, prompts)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    coordinator = new_coordinator(args, settings, policy, prompts, total, checkpoint)
+    model = narrowed(settings.model, ModelSettings)
+    terms = new_terms(args, settings, model, policy, settings.eval.max_completion_length)
+    coordinator = new_coordinator(args, settings, terms, prompts, total, checkpoint)
     bridge: Bridge[Any, Any] = Bridge()
     for stale in (args.run_dir / "policy").glob("policy-*"):
         stale.unlink(missing_ok=True)  # of a learner that was killed: nobody would delete them
@@ -88,7 +97,7 @@ def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
         source.finish("the run is over")
 
 
-def total_batches(settings: GrpoRun, prompts: PromptSets) -> int:
+def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
     """Return the run's batches: `train.max_steps`, or fewer where the prompts end before.
 
     Raises ConfigError where only the end of a stream would tell.
@@ -104,7 +113,10 @@ def total_batches(settings: GrpoRun, prompts: PromptSets) -> int:
 
 
 def new_service(
-    args: argparse.Namespace, settings: GrpoRun, coordinator: Coordinator, bridge: Bridge[Any, Any]
+    args: argparse.Namespace,
+    settings: OnlineRun,
+    coordinator: Coordinator,
+    bridge: Bridge[Any, Any],
 ) -> Service:
     """Return the service of a run's sockets."""
     return Service(
@@ -120,14 +132,14 @@ def new_service(
 
 def new_coordinator(
     args: argparse.Namespace,
-    settings: GrpoRun,
-    policy: LoadedPolicy,
+    settings: OnlineRun,
+    terms: Terms,
     prompts: PromptSets,
     total: int,
     checkpoint: Checkpoint | None,
 ) -> Coordinator:
     """Return the coordinator of a run of `total` batches, as `checkpoint`, if any, left it."""
-    incarnation = uuid.uuid4().hex
+    incarnation = terms.welcome.incarnation
     limits = LedgerSettings(
         batch_size=settings.train.batch_size,
         max_staleness=settings.queue.max_staleness,
@@ -137,7 +149,6 @@ def new_coordinator(
         max_attempts=settings.queue.max_attempts,
         max_eval_tasks=max(4096, len(prompts.evaluation)),
     )
-    terms = _terms(args, settings, policy, incarnation)
     if checkpoint is None:
         ledger = Ledger(limits, args.run_dir.name, incarnation)
         return Coordinator(ledger, prompts.train, prompts.evaluation, terms)
@@ -166,11 +177,19 @@ def _report_lost(folder: Path, state: CoordinatorState, report: LostReport) -> N
     (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
 
 
-def _terms(
-    args: argparse.Namespace, settings: GrpoRun, policy: LoadedPolicy, incarnation: str
+def new_terms(
+    args: argparse.Namespace,
+    settings: OnlineRun,
+    model: ModelSettings,
+    policy: LoadedPolicy,
+    eval_length: int | None = None,
 ) -> Terms:
+    """Return what actors are told: `model` is what they load, as the learner loaded `policy`.
+
+    `eval_length` limits the tokens of answers to held-out prompts; None: as in training.
+    """
     train = Sampling(**builtins(settings.sampling))
-    length = settings.eval.max_completion_length or train.max_completion_length
+    length = eval_length or train.max_completion_length
     services = [
         RewardService(endpoints=text.split(","), timeout_s=settings.rewards.reward_timeout_s)
         for text in args.rewards
@@ -178,8 +197,8 @@ def _terms(
     welcome = Welcome(
         protocol_version=PROTOCOL_VERSION,
         run=args.run_dir.name,
-        incarnation=incarnation,
-        model=builtins(settings.model),
+        incarnation=uuid.uuid4().hex,
+        model=builtins(model),
         model_digest=policy.model_digest,
         tokenizer_digest=policy.tokenizer_digest,
         rewards=services,
@@ -254,7 +273,7 @@ def _trainer(
 
 
 def _shares_prompt(
-    train: TrainSettings, policy: LoadedPolicy, reference: Reference | None, head: Head
+    train: GrpoTrain, policy: LoadedPolicy, reference: Reference | None, head: Head
 ) -> bool:
     """Return whether a micro-batch, which must be one group, computes its prompt once."""
     return train.micro_batch_size == 1 and choose_shared_prompt(

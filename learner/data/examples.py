@@ -21,7 +21,7 @@ from learner.data.sequences import (
     with_explicit_prompt,
 )
 from learner.data.tokens import RowError, Tokenizer
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 
 Logprobs = npt.NDArray[np.float32]  # (tokens of a completion,) nats
 
@@ -97,7 +97,7 @@ E = TypeVar("E", PreferenceExample, UnpairedExample, SftExample)
 Build = Callable[[int, RawRow, Report], E]
 
 
-def pairs(settings: DataSettings, tokenizer: Tokenizer) -> Build[PreferenceExample]:
+def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Build[PreferenceExample]:
     """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
 
     def build(number: int, row: RawRow, report: Report) -> PreferenceExample:
@@ -129,7 +129,7 @@ class AnswerBuild:
     place for each answer: None where its prompt leaves it no room.
     """
 
-    settings: DataSettings
+    settings: ExampleData
     tokenizer: Tokenizer
 
     def __call__(
@@ -183,13 +183,13 @@ class AnswerBuild:
         return UnpairedExample(number, *_with_context(side), bool(label)), side.truncated
 
 
-def answers(settings: DataSettings, tokenizer: Tokenizer) -> AnswerBuild:
+def answers(settings: ExampleData, tokenizer: Tokenizer) -> AnswerBuild:
     """Build judged answers from rows with prompt, completion and label, or from pairs."""
     return AnswerBuild(settings, tokenizer)
 
 
 def sequences(
-    settings: DataSettings, tokenizer: Tokenizer, *, completion_only_loss: bool | None = None
+    settings: ExampleData, tokenizer: Tokenizer, *, completion_only_loss: bool | None = None
 ) -> Build[SftExample]:
     """Build sequences from rows with messages, text, or prompt and completion."""
 

@@ -17,7 +17,7 @@ from learner.data.filter import Report, Sieve, kept, read_split, require_some
 from learner.data.prepare import Preparation, preparation
 from learner.data.rows import RawRow
 from learner.data.tokens import Json, RowError, Tokenizer, check_text, render_prompt
-from protocol.config.settings import DataSettings
+from protocol.config.settings import GrpoData, PromptData
 
 log = logging.getLogger("pippin.data")
 
@@ -120,7 +120,7 @@ class PromptSets:
 
 
 def open_prompts(
-    settings: DataSettings,
+    settings: PromptData,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -156,13 +156,13 @@ def open_prompts(
     return PromptSets(source, split.held_out if evaluation is None else evaluation)
 
 
-def _without_held_out(settings: DataSettings) -> DataSettings:
+def _without_held_out(settings: PromptData) -> PromptData:
     return msgspec.structs.replace(settings, eval_rows=0)
 
 
-def _evaluation(settings: DataSettings, tokenizer: Tokenizer) -> list[Prompt] | None:
+def _evaluation(settings: PromptData, tokenizer: Tokenizer) -> list[Prompt] | None:
     """Prompts of `eval_path` or `eval_split`, at most `eval_rows` if set; None without either."""
-    if not settings.eval_path and not settings.eval_split:
+    if not isinstance(settings, GrpoData) or not (settings.eval_path or settings.eval_split):
         return None
     split = settings.eval_split or ("train" if settings.eval_path else "")
     rows = open_rows(settings, path=settings.eval_path, split=split)
@@ -177,7 +177,7 @@ def _evaluation(settings: DataSettings, tokenizer: Tokenizer) -> list[Prompt] | 
 
 
 def _sieve(
-    settings: DataSettings, name: str, tokenizer: Tokenizer, prepare: Preparation
+    settings: PromptData, name: str, tokenizer: Tokenizer, prepare: Preparation
 ) -> Sieve[Prompt]:
     limit = settings.max_prompt_length
 

@@ -22,7 +22,7 @@ import mlx.nn as nn
 import msgspec
 from mlx.utils import tree_flatten
 
-from protocol.config.settings import ModelSettings
+from protocol.config.settings import PolicySettings
 from protocol.errors import ModelError
 from protocol.model.adapters import load_adapter_folder
 from protocol.model.base_model import load_base, model_folder
@@ -42,7 +42,7 @@ class Reference:
     source: str  # for the log
 
 
-def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     """Make the reference that `settings.reference` names: "initial", "base" or a path.
 
     Call it on a policy fresh from `load_policy`: before any update, and on resume before the
@@ -54,7 +54,7 @@ def make_reference(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
         return _make(policy, settings)
 
 
-def _make(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def _make(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     wanted = settings.reference
     if wanted == "initial":
         return _initial(policy, settings)
@@ -110,7 +110,7 @@ def _wrapped(adapter: nn.Module) -> nn.Module:
     )
 
 
-def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     digest, source = policy.model_digest, f"model {settings.path}"
     if settings.adapter_path:
         digest = f"{digest}+{policy.adapter_digest}"
@@ -125,12 +125,12 @@ def _initial(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
     return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
 
 
-def _base(policy: LoadedPolicy, settings: ModelSettings) -> Reference:
+def _base(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     base = view(policy.model, bypass_adapters=True)
     return _frozen(base, policy.model_digest, f"base model {settings.path}")
 
 
-def _adapted(policy: LoadedPolicy, settings: ModelSettings, folder: Path) -> Reference:
+def _adapted(policy: LoadedPolicy, settings: PolicySettings, folder: Path) -> Reference:
     # The adapter may be LoRA, DoRA or full weights, whatever kind the policy trains: the view of
     # the base gets arrays and layers that the policy does not see.
     base = view(policy.model, bypass_adapters=True)
@@ -139,7 +139,7 @@ def _adapted(policy: LoadedPolicy, settings: ModelSettings, folder: Path) -> Ref
     return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
 
 
-def _other_model(policy: LoadedPolicy, settings: ModelSettings, path: str) -> Reference:
+def _other_model(policy: LoadedPolicy, settings: PolicySettings, path: str) -> Reference:
     try:
         folder = model_folder(path)
         # The other model may be stored quantised, so it is taken as it is.

@@ -34,7 +34,7 @@ from learner.objectives.preference_batches import (
     pair_parts,
     pair_tokens,
 )
-from protocol.config.preference_checks import check_preference, check_scores, without_effect
+from protocol.config.preference_checks import check_preference, check_scores
 from protocol.config.settings import PreferenceSettings, TrainSettings
 from protocol.errors import ConfigError
 
@@ -62,8 +62,6 @@ class PreferenceObjective:
 
     def __post_init__(self) -> None:
         check_preference(self.settings)
-        for line in without_effect(self.settings):
-            log.warning(line)
         given = self.reference is not None or self.settings.precompute_ref_log_probs
         if needs_reference(self.settings) and not given:
             raise ConfigError(

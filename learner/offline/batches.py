@@ -16,7 +16,7 @@ from learner.data.filter import Report, Sieve, kept, read_split, require_some
 from learner.data.prepare import PAIR_COLUMNS, column_notes, preparation
 from learner.data.rows import Rows
 from learner.data.unpaired import UnpairedFeed, in_blocks, in_file_blocks
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import ConfigError
 
 log = logging.getLogger("pippin.data")
@@ -142,7 +142,7 @@ class OfflineSets(Generic[E]):
 
 @overload
 def open_offline(
-    settings: DataSettings,
+    settings: ExampleData,
     build: AnswerBuild,
     *,
     seed: int,
@@ -155,7 +155,7 @@ def open_offline(
 
 @overload
 def open_offline(
-    settings: DataSettings,
+    settings: ExampleData,
     build: Build[E],
     *,
     seed: int,
@@ -167,7 +167,7 @@ def open_offline(
 
 
 def open_offline(
-    settings: DataSettings,
+    settings: ExampleData,
     build: Build[Any] | AnswerBuild,
     *,
     seed: int,
@@ -216,12 +216,12 @@ def open_offline(
     return OfflineSets(source, in_blocks(held_out) if judged else held_out)
 
 
-def _sieve(settings: DataSettings, rows: Rows, build: Build[Any] | AnswerBuild) -> Sieve[Any]:
+def _sieve(settings: ExampleData, rows: Rows, build: Build[Any] | AnswerBuild) -> Sieve[Any]:
     prepare = preparation(settings, rows)
     return Sieve(prepare, build, Report(rows.name), settings.on_bad_row)
 
 
-def _evaluation(settings: DataSettings, build: Build[Any] | AnswerBuild) -> list[Any] | None:
+def _evaluation(settings: ExampleData, build: Build[Any] | AnswerBuild) -> list[Any] | None:
     """Return what the rows of `eval_path` or `eval_split` make, at most `eval_rows` of them if set;
     None without either."""
     if not settings.eval_path and not settings.eval_split:

@@ -1,4 +1,5 @@
-"""A run's settings: every key with its rule, read from TOML and flags, checked, and explained.
+"""A run's settings: each key with its type, bounds and meaning, read from TOML and flags, checked.
 
-Nothing here loads MLX. It imports `protocol.errors` alone; every package may import it.
+Nothing here loads MLX. It imports `protocol.errors` and `protocol.hosts`; every package may import
+it.
 """

@@ -1,55 +1,73 @@
-"""The keys of a recipe, walked from the Structs of `settings.py`: for reading and help."""
+"""The keys of a recipe, walked from the Structs of `settings.py`, and the check of one value."""
 
-import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
-from protocol.config.settings import Section
-from protocol.errors import did_you_mean
+from protocol.config.field_types import Section
+from protocol.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Field:
-    """One key: `path` as written in flags, its type, and the section class that declares it."""
+    """One key: `path` as written in flags, type with and without `Meta`, default, and section."""
 
     path: str
     annotation: Any
+    plain: Any
+    default: Any
     owner: type[Section]
 
     @property
-    def name(self) -> str:
-        """The key within its section."""
-        return self.path.rpartition(".")[2]
+    def section(self) -> str:
+        """The path of the key's section."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def description(self) -> str:
+        """The help text."""
+        return next(meta.description for meta in metas(self.annotation) if meta.description)
+
+    @property
+    def type_name(self) -> str:
+        """How the type is shown to users: `int`, `float|none`, `lora|dora|full`, `list of str`."""
+        return _type_name(self.plain)
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, such as "at least 1" or "in (0, 1]"; "" where there are none."""
+        return _words(metas(self.annotation))
 
 
-def section_fields(cls: type[Section]) -> dict[str, Any]:
-    """Names and types of a section's own fields, in order."""
-    hints = get_type_hints(cls)
-    return {name: hints[name] for name in cls.__struct_fields__}
+@cache
+def leaf_fields(cls: type[Section]) -> dict[str, Field]:
+    """Every key of a recipe or section that holds a value, by path, in the order of the Structs."""
+    return {field.path: field for field in _walk(cls(), "")}
 
 
-def as_section(annotation: object) -> type[Section] | None:
-    """Return the annotation where it is a section, else None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return None
-
-
-def leaf_fields(cls: type[Section], prefix: str = "") -> list[Field]:
-    """Every key of a recipe that holds a value, in the order of the settings."""
-    found: list[Field] = []
-    for name, annotation in section_fields(cls).items():
-        path = f"{prefix}{name}"
-        section = as_section(annotation)
-        if section is not None:
-            found += leaf_fields(section, f"{path}.")
+def _walk(section: Section, prefix: str) -> Iterator[Field]:
+    cls = type(section)
+    full, plain = get_type_hints(cls, include_extras=True), get_type_hints(cls)
+    for name in cls.__struct_fields__:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _walk(value, f"{prefix}{name}.")
         else:
-            found.append(Field(path, annotation, cls))
-    return found
+            yield Field(f"{prefix}{name}", full[name], plain[name], value, cls)
+
+
+def value_of(section: Section, path: str) -> object:
+    """Return the value of a key, given as its path."""
+    value: object = section
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def without_none(annotation: object) -> tuple[Any, bool]:
@@ -61,14 +79,29 @@ def without_none(annotation: object) -> tuple[Any, bool]:
     return annotation, False
 
 
-def type_name(annotation: object) -> str:
-    """How a type is shown to users: `int`, `float|none`, `lora|dora|full`, `list of str`."""
-    inner, optional = without_none(annotation)
+def metas(annotation: object) -> list[Meta]:
+    """Return the `Meta` of a type, of T in `T | None`, and of a list's items."""
+    inner, _ = without_none(annotation)
+    if get_origin(inner) is Annotated:
+        return [*metas(get_args(inner)[0]), *inner.__metadata__]
+    return metas(get_args(inner)[0]) if get_origin(inner) is list else []
+
+
+def extra(annotation: object, name: str) -> Any:  # noqa: ANN401 - any mark
+    """Return a mark of a type, which stands in its `Meta(extra=…)`, or None."""
+    marks: dict[str, Any] = {}
+    for meta in metas(annotation):
+        marks |= meta.extra or {}
+    return marks.get(name)
+
+
+def _type_name(plain: object) -> str:
+    inner, optional = without_none(plain)
     origin = get_origin(inner)
     if origin is Literal:
         name = "|".join(str(choice) for choice in get_args(inner))
     elif origin is list:
-        name = f"list of {type_name(get_args(inner)[0])}"
+        name = f"list of {_type_name(get_args(inner)[0])}"
     elif origin is dict:
         name = "table of names"
     else:
@@ -76,29 +109,54 @@ def type_name(annotation: object) -> str:
     return f"{name}|none" if optional else name
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a clause that names the nearest valid key, or "" where none is near.
+def _words(found: list[Meta]) -> str:
+    """Return bounds in words; "" where there are none."""
+    bounds = {
+        name: bound
+        for meta in found
+        for name in ("ge", "gt", "le", "lt", "min_length")
+        if (bound := getattr(meta, name)) is not None
+    }
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if any("refused" in (meta.extra or {}) for meta in found):
+        return "-1 or at least 1"  # CountOrAll
+    if high is not None:
+        return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
+    if "gt" in bounds:
+        return "positive" if low == 0 else f"above {low}"
+    if low is not None:
+        return f"at least {low}"
+    return "non-empty" if "min_length" in bounds else ""
 
-    The same last name in another section comes before spelling: `sampling.beta` is
-    `objective.beta`.
+
+def check_value(field: Field, value: object, label: str) -> None:
+    """Raise ConfigError for a value that is not of the field's type or outside its bounds.
+
+    `label` says where the value stands, such as "--train.max_steps".
     """
-    paths = list(valid)
-    last = name.rpartition(".")[2]
-    same = [path for path in paths if path.rpartition(".")[2] == last]
-    close = same or difflib.get_close_matches(name, paths, n=1, cutoff=0.6)
-    if not close:
-        by_last = {path.rpartition(".")[2]: path for path in paths}
-        close = [by_last[n] for n in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    return f"; did you mean {' or '.join(map(repr, close[:2]))}?" if close else ""
+    if not _fits(value, field.plain):
+        inner, _ = without_none(field.plain)
+        choices = map(str, get_args(inner)) if get_origin(inner) is Literal else ()
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{label} must be {field.type_name}, got {value!r}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{label} must be a finite {field.type_name}, got {value!r}")
+
+    refused = extra(field.annotation, "refused")
+    if not _fits(value, field.annotation) or (refused is not None and value == refused):
+        rule = f"none or {field.bounds}" if without_none(field.plain)[1] else field.bounds
+        raise ConfigError(f"{label} must be {rule}, got {value!r}. {field.description}")
 
 
-def nearest_choice(value: object, annotation: object) -> str:
-    """Return a clause that names the choice nearest to a value, or "" where none is near."""
-    inner, _ = without_none(annotation)
-    choices = get_args(inner) if get_origin(inner) is Literal else ()
-    return did_you_mean(str(value), map(str, choices))
+def _fits(value: object, annotation: object) -> bool:
+    try:
+        msgspec.convert(value, annotation)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
-def defaults(cls: type[Section]) -> dict[str, Any]:
-    """Return a run's defaults as nested plain values, with those it sets for its sections."""
-    return msgspec.to_builtins(cls())
+def check_section(section: Section, path: str) -> None:
+    """Check the values of a section that was made in Python, where msgspec checks nothing."""
+    for field in leaf_fields(type(section)).values():
+        check_value(field, value_of(section, field.path), f"{path}.{field.path}")

@@ -1,64 +1,42 @@
-"""The text of `--help`: every key with its type, default and comment."""
+"""The text of `--help`: every key with its type, default, bounds and meaning."""
 
-import ast
 import inspect
-import io
 import textwrap
-import tokenize
-from typing import Any
+from itertools import groupby
 
-from protocol.config import settings
-from protocol.config.fields import defaults, leaf_fields, type_name
-from protocol.config.unread import readers
-
-
-def field_comments(source: str) -> dict[tuple[str, str], str]:
-    """Map (class, field) to the comment on the lines of the field's declaration."""
-    by_line = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
-                text = " ".join(by_line[line] for line in lines if line in by_line)
-                found[node.name, item.target.id] = text
-    return found
+from protocol.config.fields import Field, leaf_fields
+from protocol.config.load import toml_text
+from protocol.config.settings import AnyRun
 
 
-def _value(tree: dict[str, Any], path: str) -> object:
-    value: Any = tree
-    for name in path.split("."):
-        value = value[name]
-    return value
-
-
-def help_text(cls: type[settings.Section], usage: str) -> str:
-    """Return the help of a program whose recipe is `cls`: `usage`, then every key that it reads."""
-    comments = field_comments(inspect.getsource(settings))
-    values = defaults(cls)
+def help_text(cls: type[AnyRun], usage: str) -> str:
+    """Return the help of a program whose recipe is `cls`: `usage`, then every key."""
     lines = [usage, "", "The recipe is TOML; flags override it. Keys, types, defaults:"]
-    heading = ""
-    fields = [field for field in leaf_fields(cls) if readers(cls, field.path) is None]
-    sections = list(dict.fromkeys(field.path.rpartition(".")[0] for field in fields))
-    # A section's own keys stand together, before those of the sections in it.
-    for field in sorted(fields, key=lambda field: sections.index(field.path.rpartition(".")[0])):
-        section = field.path.rpartition(".")[0]
-        if section != heading:
-            heading = section
-            lines += ["", f"[{section}]  {(inspect.getdoc(field.owner) or '').splitlines()[0]}"]
-        value = _value(values, field.path)
-        shown = "none" if value is None else str(value)
-        if isinstance(value, bool):
-            shown = shown.lower()
-        elif isinstance(value, str):
-            shown = f'"{value}"'
-        lines.append(f"  --{field.path} {type_name(field.annotation)} = {shown}")
-        comment = comments[field.owner.__name__, field.name]
-        lines += textwrap.wrap(comment, 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    for section, fields in by_section(cls):
+        lines += ["", f"[{section}]  {first_line(fields[0].owner)}"]
+        for field in fields:
+            bounds = f"  ({field.bounds})" if field.bounds else ""
+            lines.append(f"  --{field.path} {field.type_name} = {default_text(field)}{bounds}")
+            indent = " " * 8
+            text = field.description
+            lines += textwrap.wrap(text, 92, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines) + "\n"
+
+
+def by_section(cls: type[AnyRun]) -> list[tuple[str, list[Field]]]:
+    """Return each section of a recipe with its keys; a section's own come before nested ones."""
+    fields = list(leaf_fields(cls).values())
+    order = list(dict.fromkeys(field.section for field in fields))
+    # [model] goes on after [model.lora] where a section adds keys to its base.
+    fields.sort(key=lambda field: (order.index(field.section.partition(".")[0]), field.section))
+    return [(name, list(found)) for name, found in groupby(fields, lambda field: field.section)]
+
+
+def first_line(cls: type) -> str:
+    """Return the first line of a class's docstring."""
+    return (inspect.getdoc(cls) or "").splitlines()[0]
+
+
+def default_text(field: Field) -> str:
+    """Write a key's default as in TOML, but none without its quotes."""
+    return "none" if field.default is None else toml_text(field.default)

@@ -6,47 +6,66 @@ comma-separated or in TOML's syntax, tables `name=other,…` or in TOML's syntax
 the path of the field, where it was written and, for unknown keys, the nearest valid one.
 """
 
-import math
+import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import msgspec
 
 from protocol.config.checks import check
-from protocol.config.fields import (
-    as_section,
-    defaults,
-    leaf_fields,
-    nearest,
-    nearest_choice,
-    section_fields,
-    type_name,
-    without_none,
-)
-from protocol.config.settings import GrpoRun, PreferenceRun, Section, SftRun
+from protocol.config.field_types import Section
+from protocol.config.fields import check_value, leaf_fields, without_none
+from protocol.config.settings import PROGRAMS, AnyRun
+from protocol.config.unknown_keys import unknown_key
 from protocol.errors import ConfigError
 
-RunT = TypeVar("RunT", GrpoRun, PreferenceRun, SftRun)
+RunT = TypeVar("RunT", bound=AnyRun)
+log = logging.getLogger("pippin.config")
 
 _BOOLEANS = {"true": True, "false": False}
 
 
-def load(cls: type[RunT], path: Path | None, flags: Sequence[str] = ()) -> RunT:
+def load(
+    cls: type[RunT],
+    path: Path | None,
+    flags: Sequence[str] = (),
+    *,
+    also_accepts: type[AnyRun] | None = None,
+) -> RunT:
     """Read a recipe and flags into the run's settings, checked.
 
-    Raises ConfigError for a file that cannot be read, unknown keys, bad values and clashes.
+    Keys of the file that only `also_accepts` knows, another program's recipe, are left out, and
+    named in the log. Raises ConfigError for a file that cannot be read, unknown keys, bad values
+    and clashes.
     """
-    tree = defaults(cls)
-    origin: dict[str, str] = {}
+    fields = leaf_fields(cls)
+    accepted = (leaf_fields(also_accepts) if also_accepts else {}) | fields
+    values = {key: field.default for key, field in fields.items()}
+    labels = {key: key for key in fields}
+
     if path is not None:
-        _merge(tree, read_toml(path), cls, "", str(path), origin)
+        for key, value in _flatten(read_toml(path), str(path)):
+            if key not in accepted:
+                raise ConfigError(f"{path}: {unknown_key(cls, key, flag=False)}")
+            optional = without_none(accepted[key].plain)[1]
+            values[key] = None if optional and value == "none" else value
+            labels[key] = f"{path}: {key}"
     for key, text in split_flags(flags):
-        _set_flag(tree, cls, key, text, origin)
-    settings = _convert(cls, tree, origin)
-    check(settings, {path for path, where in origin.items() if where == "flag"})
-    return settings
+        if key not in fields:
+            raise _bad_flag(cls, key)
+        values[key] = _parse_text(key, text, fields[key].plain)
+        labels[key] = f"--{key}"
+
+    for key, value in values.items():
+        check_value(accepted[key], value, labels[key])
+    unread = [key for key in values if key not in fields]
+    if unread:
+        log.warning("%s: not read by %s, left out", ", ".join(unread), PROGRAMS[cls])
+    run = msgspec.convert(_nest({key: values[key] for key in fields}), cls)
+    check(run)
+    return run
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -81,57 +100,39 @@ def split_flags(flags: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _merge(
-    tree: dict[str, Any],
-    given: Mapping[str, Any],
-    cls: type[Section],
-    prefix: str,
-    where: str,
-    origin: dict[str, str],
-) -> None:
-    fields = section_fields(cls)
-    for name, value in given.items():
+def _sections() -> set[str]:
+    """Return the paths of every program's sections."""
+    paths = (field.section for cls in PROGRAMS for field in leaf_fields(cls).values())
+    return {path for section in paths for path in (section, section.partition(".")[0])}
+
+
+def _flatten(table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a TOML file as (path, value), also where no program has them."""
+    for name, value in table.items():
         path = f"{prefix}{name}"
-        if name not in fields:
-            raise _unknown(cls, prefix, path, where)
-        section = as_section(fields[name])
-        if section is not None:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{where}: [{path}] is a section of keys, not {value!r}")
-            table = cast("dict[str, Any]", value)
-            _merge(tree[name], table, section, f"{path}.", where, origin)
+        if path not in _sections():
+            yield path, value
+        elif isinstance(value, dict):
+            yield from _flatten(cast("dict[str, Any]", value), where, f"{path}.")
         else:
-            tree[name] = _none_word(value, fields[name])
-            origin[path] = where
+            raise ConfigError(f"{where}: [{path}] is a section of keys, not {value!r}")
 
 
-def _unknown(cls: type[Section], prefix: str, path: str, where: str) -> ConfigError:
-    kind = "key" if prefix else "section"
-    valid = [f"{prefix}{field.path}" for field in leaf_fields(cls)]
-    if not prefix:
-        valid = list(section_fields(cls))
-    hint = nearest(path, valid) or f"; valid here: {', '.join(valid)}"
-    return ConfigError(f"{where}: unknown {kind} {path!r}{hint}")
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return tree
 
 
-def _none_word(value: object, annotation: object) -> object:
-    return None if without_none(annotation)[1] and value == "none" else value
-
-
-def _set_flag(
-    tree: dict[str, Any], cls: type[Section], key: str, text: str, origin: dict[str, str]
-) -> None:
-    fields = {field.path: field for field in leaf_fields(cls)}
-    if key not in fields:
-        if any(path.startswith(f"{key}.") for path in fields):
-            raise ConfigError(f"--{key} is a section: name one of its keys, --{key}.key value")
-        hint = nearest(key, fields) or "; --help lists every key"
-        raise ConfigError(f"unknown key --{key}{hint}")
-    *sections, name = key.split(".")
-    for section in sections:
-        tree = tree[section]
-    tree[name] = _parse_text(key, text, fields[key].annotation)
-    origin[key] = "flag"
+def _bad_flag(cls: type[AnyRun], key: str) -> ConfigError:
+    if key in _sections():
+        return ConfigError(f"--{key} is a section: name one of its keys, --{key}.key value")
+    return ConfigError(unknown_key(cls, key, flag=True))
 
 
 def _parse_text(key: str, text: str, annotation: object) -> object:
@@ -176,24 +177,6 @@ def _toml_value(key: str, text: str) -> object:
         raise ConfigError(f"--{key}: {text!r} is not a TOML value: {error}") from error
 
 
-def _convert(cls: type[RunT], tree: dict[str, Any], origin: Mapping[str, str]) -> RunT:
-    for field in leaf_fields(cls):
-        value: Any = tree
-        for name in field.path.split("."):
-            value = value[name]
-        where = origin.get(field.path, "default")
-        label = f"--{field.path}" if where == "flag" else f"{where}: {field.path}"
-        required = type_name(field.annotation)
-        try:
-            msgspec.convert(value, field.annotation)
-        except msgspec.ValidationError as error:
-            hint = nearest_choice(value, field.annotation)
-            raise ConfigError(f"{label} must be {required}, got {value!r}{hint}") from error
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{label} must be a finite {required}, got {value!r}")
-    return msgspec.convert(tree, cls)
-
-
 def to_toml(settings: Section) -> str:
     """Write settings as TOML that `load` reads back to an equal Struct."""
     lines: list[str] = []
@@ -208,13 +191,14 @@ def _emit(section: Section, prefix: str, lines: list[str]) -> None:
         if isinstance(value, Section):
             tables.append((f"{prefix}{name}", value))
         else:
-            lines.append(f"{name} = {_toml_text(value)}")
+            lines.append(f"{name} = {toml_text(value)}")
     for path, table in tables:
         lines += ["", f"[{path}]"]
         _emit(table, f"{path}.", lines)
 
 
-def _toml_text(value: object) -> str:
+def toml_text(value: object) -> str:
+    """Write one value as TOML; None is the word "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -223,9 +207,9 @@ def _toml_text(value: object) -> str:
         # JSON's string escapes are a subset of TOML's, except that TOML also bars DEL.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return f"[{', '.join(_toml_text(item) for item in cast('list[Any]', value))}]"
+        return f"[{', '.join(toml_text(item) for item in cast('list[Any]', value))}]"
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value).items()
-        inner = ", ".join(f"{_toml_text(key)} = {_toml_text(item)}" for key, item in items)
+        inner = ", ".join(f"{toml_text(key)} = {toml_text(item)}" for key, item in items)
         return f"{{{inner}}}"
     return repr(value)

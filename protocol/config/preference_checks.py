@@ -1,26 +1,15 @@
 """Checks of preference settings: what TRL 1.16.0's DPO, CPO, ORPO and KTO trainers refuse, and what
-would be undefined or without effect."""
+would be undefined."""
 
-from protocol.config.settings import PreferenceRun, PreferenceSettings
+from protocol.config.fields import check_section
+from protocol.config.objective_settings import PreferenceSettings
+from protocol.config.settings import PreferenceRun, has_held_out
 from protocol.errors import did_you_mean, require
 
 DPO_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
@@ -47,27 +36,20 @@ METHODS_OF = {
     "reference_free": ("dpo",),
     "precompute_ref_log_probs": ("dpo", "kto"),
 }
-# TRL leaves a setting out of account, without a word or with a warning, for any other loss.
-LOSSES_OF = {
-    ("dpo", "label_smoothing"): ("exo_pair", "robust", "aot", "aot_unpaired"),
-    ("cpo", "label_smoothing"): ("sigmoid", "simpo"),
-    ("dpo", "discopop_tau"): ("discopop",),
-    ("cpo", "simpo_gamma"): ("simpo",),
-}
 
 
 def check_preference(settings: PreferenceSettings) -> None:
     """Refuse what cannot be computed, or is of another method; raises ConfigError."""
+    check_section(settings, "objective")
     _check_losses(settings)
-    _check_numbers(settings)
+
+    defaults = PreferenceSettings()
     for name, methods in METHODS_OF.items():
-        value = getattr(settings, name)
-        require(
-            settings.method in methods or not _is_set(settings, name),
-            f"objective.{name}",
-            f"is for objective.method = {' or '.join(map(repr, methods))} only: leave it out",
-            value,
-        )
+        value: object = getattr(settings, name)
+        rule = f"is for objective.method = {' or '.join(map(repr, methods))} only: leave it out"
+        fits = settings.method in methods or value == getattr(defaults, name)
+        require(fits, f"objective.{name}", rule, value)
+
     if settings.method == "dpo":
         _check_dpo(settings)
 
@@ -75,42 +57,17 @@ def check_preference(settings: PreferenceSettings) -> None:
 def check_preference_run(run: PreferenceRun) -> None:
     """Refuse what clashes with the rest of a run; raises ConfigError.
 
-    TRL wants kto's rows in sequential order, for it mismatches answers once, before training. Here
-    each batch mismatches its own, so any order will do.
+    TRL requires sequential order for kto, because it mismatches answers once, before training. We
+    mismatch within each batch, so any order will do.
     """
     check_preference(run.objective)
     if run.objective.precompute_ref_log_probs:
         _check_precompute(run)
     if run.objective.method == "kto" and run.objective.loss_type != ["apo_zero_unpaired"]:
         rule = "must be at least 2 with kto: its KL term pairs each prompt with another's answer"
-        held_out = run.data.eval_rows or run.data.eval_path or run.data.eval_split
         require(run.train.batch_size > 1, "train.batch_size", rule, run.train.batch_size)
         size = run.eval.batch_size
-        require(size > 1 or not held_out, "eval.batch_size", rule, size)
-
-
-def without_effect(settings: PreferenceSettings) -> list[str]:
-    """Return a line for each setting that none of the chosen losses reads, as in TRL."""
-    lines: list[str] = []
-    for (method, name), losses in LOSSES_OF.items():
-        unread = settings.method == method and not set(losses) & set(settings.loss_type)
-        if unread and _is_set(settings, name):
-            lines.append(
-                f"objective.{name} = {getattr(settings, name)} has no effect with "
-                f"{', '.join(settings.loss_type)}, as in TRL: it is for {', '.join(losses)}"
-            )
-    if settings.f_divergence_type != "alpha_divergence" and _is_set(
-        settings, "f_alpha_divergence_coef"
-    ):
-        lines.append(
-            "objective.f_alpha_divergence_coef has no effect without "
-            'objective.f_divergence_type = "alpha_divergence"'
-        )
-    return lines
-
-
-def _is_set(settings: PreferenceSettings, name: str) -> bool:
-    return getattr(settings, name) != getattr(PreferenceSettings(), name)
+        require(size > 1 or not has_held_out(run.data), "eval.batch_size", rule, size)
 
 
 def _check_losses(settings: PreferenceSettings) -> None:
@@ -125,6 +82,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
         "orpo": ("sigmoid",),
         "kto": (*KTO_LOSSES, "sigmoid"),
     }[method]
+
     shown = {"simpo": ("simpo",), "orpo": (), "kto": KTO_LOSSES}.get(method, valid)
     rule = (
         f"must be of {', '.join(shown)} for objective.method = {method!r}"
@@ -133,6 +91,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
     )
     if losses == ["alphapo"]:
         rule += '; AlphaPO is method "simpo" with cpo_alpha = 0 and alpha'
+
     wrong = [loss for loss in losses if loss not in valid]
     rule += did_you_mean(wrong[0], valid) if wrong else ""
     require(not wrong, field, rule, losses)
@@ -146,18 +105,6 @@ def _check_losses(settings: PreferenceSettings) -> None:
     )
 
 
-def _check_numbers(settings: PreferenceSettings) -> None:
-    require(settings.beta > 0, "objective.beta", "must be positive", settings.beta)
-    smooth = settings.label_smoothing
-    require(0 <= smooth < 0.5, "objective.label_smoothing", "must be in [0, 0.5)", smooth)
-    ld_alpha = settings.ld_alpha
-    fits = ld_alpha is None or 0 <= ld_alpha <= 1
-    require(fits, "objective.ld_alpha", "must be none or in [0, 1]", ld_alpha)
-    for name in ("discopop_tau", "desirable_weight", "undesirable_weight"):
-        value: float = getattr(settings, name)
-        require(value > 0, f"objective.{name}", "must be positive", value)
-
-
 def _check_dpo(settings: PreferenceSettings) -> None:
     losses = settings.loss_type
     others = [loss for loss in losses if loss not in DIVERGENCE_LOSSES]
@@ -168,13 +115,15 @@ def _check_dpo(settings: PreferenceSettings) -> None:
         f"{', '.join(DIVERGENCE_LOSSES)}",
         settings.f_divergence_type,
     )
+
     sorting = [loss for loss in losses if loss in SORTING_LOSSES]
     require(
         not (settings.use_weighting and sorting),
         "objective.use_weighting",
-        f"must be false with {', '.join(sorting)}, whose sorting parts pairs from their weights",
+        f"must be false with {', '.join(sorting)}, whose sorting separates pairs from weights",
         settings.use_weighting,
     )
+
     require(
         "exo_pair" not in losses or settings.label_smoothing > 0,
         "objective.label_smoothing",
@@ -189,8 +138,9 @@ def check_scores(settings: PreferenceSettings) -> None:
     require(
         settings.method != "dpo" or not sorting,
         "objective.loss_type",
-        f"must be without {', '.join(sorting)} where rows have a preference_score, for sorting "
-        "parts pairs from their scores; drop that column with data.prepare, or take another loss",
+        f"must be without {', '.join(sorting)} where rows have a preference_score, because "
+        "sorting separates pairs from their scores; drop that column with data.prepare, or take "
+        "another loss",
         settings.loss_type,
     )
 
@@ -201,11 +151,11 @@ def _check_precompute(run: PreferenceRun) -> None:
     require(not settings.reference_free, field, rule, True)
     rule = "must be false with data.streaming, whose rows are not known before they are read"
     require(not run.data.streaming, field, rule, True)
-    pairs_anew = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
+    changing = settings.method == "kto" and settings.loss_type != ["apo_zero_unpaired"]
     require(
-        not pairs_anew or run.data.order == "sequential",
+        not changing or run.data.order == "sequential",
         field,
         'needs data.order = "sequential" with the kto loss, whose KL term pairs each prompt with '
-        "the answer before it: other orders pair anew every epoch",
+        "the answer before it: other orders change those pairs every epoch",
         run.data.order,
     )

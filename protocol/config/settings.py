@@ -1,290 +1,379 @@
-"""The run's settings as Structs: every key that a recipe may hold, with its default.
+"""The recipe of each program as a Struct: every key with its type, bounds, default and meaning.
 
-Names follow TRL where TRL has the knob. `protocol/config/load.py` reads TOML and flags into these,
-and refuses unknown keys. A field's comment is its help text.
+A program's Struct holds the sections that it reads, so that a key of another program is an unknown
+one. Names follow TRL where TRL has the setting. Rules that span keys are in `checks.py`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from protocol.config.field_types import (
+    BelowOne,
+    Count,
+    CountOrAll,
+    DataPath,
+    FunctionName,
+    NonNegative,
+    Path,
+    PathOrId,
+    Positive,
+    PositiveInt,
+    Section,
+    doc,
+)
+from protocol.config.objective_settings import GrpoSettings, PreferenceSettings, SftSettings
+from protocol.config.online_settings import (
+    ActorSettings,
+    GrpoRewards,
+    PairsSettings,
+    QueueSettings,
+    RewardSettings,
+    SamplingSettings,
+    TransportSettings,
+)
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every section of a recipe."""
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RunSettings(Section, frozen=True, kw_only=True):
     """The run itself."""
 
-    name: str = ""  # folder under `dir`; empty: made from the recipe's name and the time
-    dir: str = "runs"  # where run folders are made
-    seed: int = 42  # of data order, adapters, sampling
-    resume: str = ""  # run folder to go on with, from its newest checkpoint
-    save_steps: int = 50  # steps between checkpoints; one is always saved at the end; 0: only then
-    save_total_limit: int = 2  # checkpoints kept
-    log_completions: int = 4  # completions a step written to rollouts.jsonl with text; -1: all
+    name: Annotated[
+        str, doc("Folder under `run.dir`; empty: made from the recipe's name and the time.")
+    ] = ""
+    dir: Annotated[str, doc("Where run folders are made.")] = "runs"
+    seed: Annotated[
+        int, Meta(ge=0, lt=2**32), doc("Seed of data order, new adapters, dropout and sampling.")
+    ] = 42
+
+
+class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
+    """The run itself and its checkpoints."""
+
+    resume: Annotated[str, doc("Run folder to continue, from its newest checkpoint.")] = ""
+    save_steps: Annotated[
+        Count, doc("Steps between checkpoints; 0: only the one that every run saves at its end.")
+    ] = 50
+    save_total_limit: Annotated[PositiveInt, doc("How many checkpoints to keep.")] = 2
+
+
+class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
+    """The run itself, its checkpoints and its log of completions."""
+
+    log_completions: Annotated[
+        int,
+        Meta(ge=-1),
+        doc("Completions per step written to rollouts.jsonl with their text; -1: all."),
+    ] = 4
 
 
 class LoraSettings(Section, frozen=True, kw_only=True):
     """Adapters, as mlx-lm configures them."""
 
-    rank: int = 16
-    scale: float = 2.0  # alpha / rank
-    dropout: float = 0.0
-    num_layers: int = -1  # last layers that get adapters; -1: all
-    keys: list[str] | None = None  # module names in a layer; None: every linear layer
+    rank: Annotated[PositiveInt, doc("Rank of each adapter.")] = 16
+    scale: Annotated[float, doc("Factor of the adapter's output: alpha / rank.")] = 2.0
+    dropout: Annotated[BelowOne, doc("Share of the adapter's inputs dropped in training.")] = 0.0
+    num_layers: Annotated[
+        CountOrAll, doc("How many of the last layers get adapters; -1: all of them.")
+    ] = -1
+    keys: Annotated[
+        Annotated[list[str], Meta(min_length=1)] | None,
+        doc("Names of the modules in a layer that get adapters; none: every linear layer."),
+    ] = None
 
 
-class ModelSettings(Section, frozen=True, kw_only=True):
-    """The policy."""
+class ModelSource(Section, frozen=True, kw_only=True):
+    """The model that is loaded."""
 
-    path: str = ""  # local folder or hub id, in mlx-lm's format
-    revision: str | None = None
-    adapter_path: str = ""  # start from this adapter (mlx-lm's format)
-    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
+    path: Annotated[
+        PathOrId,
+        Meta(min_length=1),
+        doc("The model: a local folder or hub id, in mlx-lm's format."),
+    ] = ""
+    revision: Annotated[
+        str | None, doc("Branch, tag or commit of a hub id; none: its default.")
+    ] = None
+    adapter_path: Annotated[
+        Path, doc("Adapter to start from, in mlx-lm's format; empty: new adapters.")
+    ] = ""
+    fine_tune_type: Annotated[
+        Literal["lora", "dora", "full"], doc("What is trained: adapters, or all weights.")
+    ] = "lora"
+    quantize_bits: Annotated[
+        Literal[0, 4, 8], doc("Bits to quantise an unquantised model to at load; 0: as stored.")
+    ] = 0
+    quantize_group_size: Annotated[
+        Literal[32, 64, 128], doc("Weights that share a scale, with `model.quantize_bits`.")
+    ] = 64
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        doc("Type of the weights; auto: as stored, but float32 on a CPU."),
+    ] = "auto"
+    chat_template: Annotated[
+        Path, doc("File with a Jinja template that replaces the tokenizer's own.")
+    ] = ""
+
+
+class ModelSettings(ModelSource, frozen=True, kw_only=True):
+    """The policy; learner and actors load it alike."""
+
     lora: LoraSettings = LoraSettings()
-    quantize_bits: Literal[0, 4, 8] = 0  # quantise a plain base at load
-    quantize_group_size: int = 64
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # as stored; CPU: float32
-    chat_template: str = ""  # file with a Jinja template that replaces the tokenizer's
-    reference: str = "initial"  # "initial", "base", or a path to a model or an adapter
+
+
+class PolicySettings(ModelSettings, frozen=True, kw_only=True):
+    """The policy and its reference."""
+
+    reference: Annotated[
+        PathOrId,
+        Meta(min_length=1, extra={"not_paths": ("initial", "base")}),
+        doc(
+            "The frozen reference of the loss: `initial`, the policy as it starts; `base`, the "
+            "model without adapter; or a path to a model or an adapter."
+        ),
+    ] = "initial"
 
 
 class DataSettings(Section, frozen=True, kw_only=True):
     """The dataset."""
 
-    path: str = ""  # hub id, file (json, jsonl, csv, parquet), or folder
-    name: str | None = None  # hub configuration
-    split: str = "train"
-    eval_path: str = ""  # empty: `eval_split` of `path`
-    eval_split: str = ""  # empty: no evaluation, unless eval_path or eval_rows is set
-    eval_rows: int = 0  # rows held out of the training rows; 0: none
-    streaming: bool = False
-    shuffle_buffer: int = 10_000  # rows, for streaming datasets
-    columns: dict[str, str] = {}  # our name = the dataset's name
-    prepare: str = ""  # "file.py:function" or "package.module:function"; row to row or None
-    system_prompt: str = ""  # put before every conversation that has none
-    max_prompt_length: int | None = None  # tokens
-    overlong_prompts: Literal["drop", "error"] = "drop"
-    max_length: int | None = 1024  # tokens of prompt and completion (offline)
-    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # of rows over max_length
-    order: Literal[  # torch_randperm: as TRL with the same seed
-        "shuffled", "sequential", "length_grouped", "torch_randperm"
+    path: Annotated[
+        DataPath,
+        Meta(min_length=1),
+        doc("Rows: a hub id, file (json, jsonl, csv, parquet), folder, or `file.py:function`."),
+    ] = ""
+    name: Annotated[str | None, doc("Configuration of a hub dataset; none: its default.")] = None
+    split: Annotated[str, doc("Split of the dataset to use.")] = "train"
+    eval_rows: Annotated[
+        Count, doc("Rows of `data.path` that are held out and never trained on; 0: none.")
+    ] = 0
+    streaming: Annotated[bool, doc("Read rows as they come; needs `train.max_steps`.")] = False
+    shuffle_buffer: Annotated[
+        PositiveInt, doc("Rows that a streamed dataset is shuffled among.")
+    ] = 10_000
+    columns: Annotated[dict[str, str], doc("Renamed columns: our name = the dataset's name.")] = (
+        msgspec.field(default_factory=dict[str, str])
+    )
+    prepare: Annotated[
+        FunctionName,
+        doc(
+            "`file.py:function` or `package.module:function` that turns a row into another, or "
+            "into None to leave it out."
+        ),
+    ] = ""
+    system_prompt: Annotated[
+        str, doc("System message of every conversation that has none; empty: none.")
+    ] = ""
+    order: Annotated[
+        Literal["shuffled", "sequential", "length_grouped", "torch_randperm"],
+        doc("Order of rows; torch_randperm: that of TRL with the same seed."),
     ] = "shuffled"
-    on_bad_row: Literal["drop", "error"] = "drop"  # error: stop at the first
-    max_rows: int | None = None
+    on_bad_row: Annotated[
+        Literal["drop", "error"], doc("Rows that cannot be used: drop them, or stop at the first.")
+    ] = "drop"
+    max_rows: Annotated[PositiveInt | None, doc("Most rows to use; none: all of them.")] = None
 
 
-class RewardSettings(Section, frozen=True, kw_only=True):
-    """What completions are worth."""
-
-    functions: list[str] = []  # "pkg.mod:fn", "file.py:fn", "zmq://host:port"
-    reward_weights: list[float] | None = None
-    reward_timeout_s: float = 60.0
-    workers: int = 1  # local reward servers
-    max_none_batches: int = 3  # stop after so many batches without any reward
+EvalPath = Annotated[DataPath, doc("Held-out rows, as for `data.path`; empty: no other dataset.")]
+EvalSplit = Annotated[
+    str,
+    doc("Split of `data.eval_path`, or else of `data.path`, whose rows are held out."),
+]
 
 
-class SamplingSettings(Section, frozen=True, kw_only=True):
-    """How completions are sampled."""
+class PromptData(DataSettings, frozen=True, kw_only=True):
+    """The dataset of prompts."""
 
-    num_generations: int = 8
-    max_completion_length: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-
-
-class GrpoSettings(Section, frozen=True, kw_only=True):
-    """The GRPO family; TRL 1.16.0's names and defaults."""
-
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = (
-        "dapo"
-    )
-    beta: float = 0.0
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    num_iterations: int = 1
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
-        "sum_then_normalize"
-    )
-    mask_truncated_completions: bool = False
-    top_entropy_quantile: float = 1.0
-    use_bias_correction_kl: bool = True
-    off_policy_mask_threshold: float | None = None
-    entropy_coef: float = 0.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    old_logprobs: Literal["sampler", "recompute"] = "sampler"
-    importance_sampling_correction: bool = False  # needs old_logprobs = "recompute"
-    importance_sampling_mode: Literal[
-        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "sequence_mask"
-    importance_sampling_clip_max: float = 3.0
-    importance_sampling_clip_min: float | None = None
-    zero_advantage_step: bool = False  # TRL steps even if every advantage is zero
+    max_prompt_length: Annotated[
+        PositiveInt | None, doc("Most tokens of a prompt; none: no limit.")
+    ] = None
+    overlong_prompts: Annotated[
+        Literal["drop", "error"], doc("Prompts over `data.max_prompt_length`: drop them, or stop.")
+    ] = "drop"
 
 
-class PreferenceSettings(Section, frozen=True, kw_only=True):
-    """Preference losses; TRL 1.16.0's names and defaults."""
+class GrpoData(PromptData, frozen=True, kw_only=True):
+    """The dataset of prompts, and the held-out ones."""
 
-    method: Literal["dpo", "cpo", "simpo", "orpo", "kto"] = "dpo"
-    loss_type: list[str] = msgspec.field(default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
-        "reverse_kl"
-    )
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-    alpha: float = 0.0  # AlphaPO
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    reference_free: bool = False
-    precompute_ref_log_probs: bool = False  # before training; kept beside the datasets cache
+    eval_path: EvalPath = ""
+    eval_split: EvalSplit = ""
 
 
-class SftSettings(Section, frozen=True, kw_only=True):
-    """Plain fine-tuning."""
+class ExampleData(DataSettings, frozen=True, kw_only=True):
+    """The dataset of examples, and the held-out ones."""
 
-    completion_only_loss: bool | None = None  # None: where rows have a prompt; true: messages too
+    eval_path: EvalPath = ""
+    eval_split: EvalSplit = ""
+    max_length: Annotated[
+        PositiveInt | None, doc("Most tokens of prompt and completion together; none: no limit.")
+    ] = 1024
+    truncation_mode: Annotated[
+        Literal["keep_start", "keep_end"], doc("Which end of longer examples is kept.")
+    ] = "keep_start"
 
 
 class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
-    learning_rate: float = 1e-6  # for full fine-tuning; adapters take 10 to 100 times as much
-    lr_scheduler_type: Literal["linear", "constant", "cosine"] = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    learning_rate: Annotated[
+        Positive,
+        doc(
+            "Peak learning rate. The default suits full fine-tuning; adapters take 10 to 100 times "
+            "as much."
+        ),
+    ] = 1e-6
+    lr_scheduler_type: Annotated[
+        Literal["linear", "constant", "cosine"],
+        doc("What follows the warm-up: linear or cosine decay to 0, or the same rate."),
+    ] = "linear"
+    warmup_steps: Annotated[
+        Count, doc("Optimiser steps over which the learning rate rises from 0.")
+    ] = 0
+    weight_decay: Annotated[NonNegative, doc("Decoupled weight decay.")] = 0.0
+    adam_beta1: Annotated[BelowOne, doc("Decay of the mean of gradients.")] = 0.9
+    adam_beta2: Annotated[BelowOne, doc("Decay of the mean of squared gradients.")] = 0.999
+    adam_epsilon: Annotated[Positive, doc("Added to Adam's denominator.")] = 1e-8
+    max_grad_norm: Annotated[Positive, doc("Norm that gradients are clipped to.")] = 1.0
 
 
-class TrainSettings(Section, frozen=True, kw_only=True):
-    """The step."""
+class BatchSettings(Section, frozen=True, kw_only=True):
+    """Batches, and how many of them."""
 
-    batch_size: int = 8  # groups (GRPO) or rows (offline) an optimiser batch
-    micro_batch_size: int = 1  # groups (GRPO) or rows (offline) a forward pass
-    max_steps: int = -1  # batches; -1: `num_train_epochs`
-    num_train_epochs: float = 1.0
-    head: Literal["chunked", "full"] = "chunked"
-    shared_prompt: Literal["auto", "on", "off"] = "auto"  # GRPO: prompts once; auto: not on CUDA
-    gradient_checkpointing: bool = False
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on GPU
-    length_bucket: int = 32  # padded lengths are multiples of this
+    batch_size: Annotated[
+        PositiveInt,
+        doc("Prompts (one group each) or, offline, examples per batch."),
+    ] = 8
+    max_steps: Annotated[CountOrAll, doc("Batches; -1: as `train.num_train_epochs` gives.")] = -1
+    num_train_epochs: Annotated[Positive, doc("Passes over the rows.")] = 1.0
 
 
-class QueueSettings(Section, frozen=True, kw_only=True):
-    """Asynchrony."""
+class TrainSettings(BatchSettings, frozen=True, kw_only=True):
+    """The training step."""
 
-    max_staleness: int = 1  # eta, in batches; 0: the synchronous loop
-    lease_s: float = 120.0
-    max_attempts: int = 3
+    micro_batch_size: Annotated[
+        PositiveInt, doc("Groups or, offline, examples per forward pass.")
+    ] = 1
+    head: Annotated[
+        Literal["chunked", "full"],
+        doc("How log-probs are computed: in chunks that never hold all logits, or from all."),
+    ] = "chunked"
+    gradient_checkpointing: Annotated[
+        bool, doc("Recompute each layer in the backward pass: less memory, more time.")
+    ] = False
+    compile: Annotated[Literal["auto", "on", "off"], doc("Compile the step; auto: on a GPU.")] = (
+        "auto"
+    )
+    length_bucket: Annotated[
+        PositiveInt, doc("Padded lengths are multiples of this, so that steps share shapes.")
+    ] = 32
 
 
-class ActorSettings(Section, frozen=True, kw_only=True):
-    """The local actors."""
+class GrpoTrain(TrainSettings, frozen=True, kw_only=True):
+    """The training step."""
 
-    count: int = 1
-    max_concurrent_completions: int = 32  # sampled at once by one actor
-    prefill_step_size: int = 2048
-    heartbeat_s: float = 2.0
-    max_restarts: int = 10
+    shared_prompt: Annotated[
+        Literal["auto", "on", "off"],
+        doc("Run a group's prompt through the model once for all completions; auto: not on CUDA."),
+    ] = "auto"
 
 
 class EvalSettings(Section, frozen=True, kw_only=True):
     """Evaluation of held-out rows."""
 
-    steps: int = 0  # steps between evaluations; 0: at the start and at the end
-    at_start: bool = True
-    batch_size: int = 8  # rows a forward pass (offline)
-    generate: bool = False  # offline runs: also sample answers
-    max_completion_length: int | None = None  # None: as in training; offline: 256
+    steps: Annotated[
+        Count, doc("Steps between evaluations; 0: only at the start and at the end.")
+    ] = 0
+    at_start: Annotated[bool, doc("Evaluate before the first step.")] = True
+    max_completion_length: Annotated[
+        PositiveInt | None,
+        doc("Most tokens of a sampled answer; none: as in training (GRPO), or 256 (offline)."),
+    ] = None
 
 
-class TransportSettings(Section, frozen=True, kw_only=True):
-    """Sockets."""
+class OfflineEval(EvalSettings, frozen=True, kw_only=True):
+    """Evaluation of held-out rows."""
 
-    bind: str = ""  # tcp://host:port for remote actors; empty: ipc only
-    keys: str = ""  # folder made by launch/keys.py; required off loopback
-    max_message_mb: int = 64
+    batch_size: Annotated[PositiveInt, doc("Examples per forward pass.")] = 8
+    generate: Annotated[bool, doc("Also sample answers, to rollouts.jsonl.")] = False
 
 
 class GrpoRun(Section, frozen=True, kw_only=True):
-    """A recipe of launch/grpo.py."""
+    """A recipe of launch/grpo.py: sample completions, score them, train on them."""
 
-    run: RunSettings = RunSettings()
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    rewards: RewardSettings = RewardSettings()
+    run: GrpoRunSettings = GrpoRunSettings()
+    model: PolicySettings = PolicySettings()
+    data: GrpoData = GrpoData()
+    rewards: GrpoRewards = GrpoRewards()
     sampling: SamplingSettings = SamplingSettings()
     objective: GrpoSettings = GrpoSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    train: TrainSettings = TrainSettings()
+    train: GrpoTrain = GrpoTrain()
     queue: QueueSettings = QueueSettings()
     actors: ActorSettings = ActorSettings()
     eval: EvalSettings = EvalSettings()
     transport: TransportSettings = TransportSettings()
 
 
-class PreferenceRun(Section, frozen=True, kw_only=True):
-    """A recipe of launch/preference.py."""
+class PairsRun(Section, frozen=True, kw_only=True):
+    """A recipe of launch/pairs.py: sample completions and write preference pairs."""
 
     run: RunSettings = RunSettings()
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    objective: PreferenceSettings = PreferenceSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    train: TrainSettings = TrainSettings()
-    eval: EvalSettings = EvalSettings()
-
-
-class SftRun(Section, frozen=True, kw_only=True):
-    """A recipe of launch/sft.py."""
-
-    run: RunSettings = RunSettings()
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    objective: SftSettings = SftSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=2e-5)
-    train: TrainSettings = TrainSettings()
-    eval: EvalSettings = EvalSettings()
-
-
-class PairsSettings(Section, frozen=True, kw_only=True):
-    """What becomes a pair."""
-
-    mode: Literal["best_worst", "given"] = "best_worst"  # of a group; or the dataset's answer
-    answer_column: str = "answer"  # mode "given": chosen; rejected is the base model's own answer
-    output: str = ""  # JSONL file; empty: pairs.jsonl in the run's folder
-
-
-class PairsRun(GrpoRun, frozen=True, kw_only=True):
-    """A recipe of launch/pairs.py: GRPO's without training; `train.batch_size` prompts at a time.
-
-    Mode "given" samples one answer a prompt, without adapter, and needs no reward function.
-    """
-
+    model: ModelSource = ModelSource()
+    data: PromptData = PromptData()
+    rewards: RewardSettings = RewardSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    train: BatchSettings = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    actors: ActorSettings = ActorSettings()
+    transport: TransportSettings = TransportSettings()
     pairs: PairsSettings = PairsSettings()
 
 
-AnyRun = GrpoRun | PreferenceRun | SftRun
+class PreferenceRun(Section, frozen=True, kw_only=True):
+    """A recipe of launch/preference.py: train on preference pairs or judged answers."""
+
+    run: TrainingRunSettings = TrainingRunSettings()
+    model: PolicySettings = PolicySettings()
+    data: ExampleData = ExampleData()
+    objective: PreferenceSettings = PreferenceSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    eval: OfflineEval = OfflineEval()
+
+
+class SftRun(Section, frozen=True, kw_only=True):
+    """A recipe of launch/sft.py: plain fine-tuning."""
+
+    run: TrainingRunSettings = TrainingRunSettings()
+    model: ModelSettings = ModelSettings()
+    data: ExampleData = ExampleData()
+    objective: SftSettings = SftSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=2e-5)
+    train: TrainSettings = TrainSettings()
+    eval: OfflineEval = OfflineEval()
+
+
+OnlineRun = GrpoRun | PairsRun
+OfflineRun = PreferenceRun | SftRun
+TrainingRun = GrpoRun | OfflineRun
+AnyRun = OnlineRun | OfflineRun
+PROGRAMS: dict[type[AnyRun], str] = {
+    GrpoRun: "launch/grpo.py",
+    PairsRun: "launch/pairs.py",
+    PreferenceRun: "launch/preference.py",
+    SftRun: "launch/sft.py",
+}
+
+
+def has_held_out(data: GrpoData | ExampleData) -> bool:
+    """Say whether rows are held out for evaluation."""
+    return bool(data.eval_path or data.eval_split or data.eval_rows)
+
+
+def narrowed(section: Section, cls: type[SectionT]) -> SectionT:
+    """Return a section as one of fewer keys, which it may be derived from."""
+    return cls(**{name: getattr(section, name) for name in cls.__struct_fields__})
 
 
 def builtins(section: Section) -> dict[str, Any]:

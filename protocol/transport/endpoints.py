@@ -6,7 +6,6 @@ required off loopback. Keys apply to tcp alone, so that one socket can serve bot
 
 import asyncio
 import errno
-import ipaddress
 import socket as sockets
 import tempfile
 from collections.abc import Callable, Generator
@@ -19,6 +18,7 @@ import zmq.asyncio
 import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
+from protocol.hosts import is_loopback_host
 from protocol.transport.keys import ClientKeys, ServerKeys
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
@@ -36,13 +36,7 @@ def ipc_folder() -> Generator[Path]:
 
 def is_loopback(endpoint: str) -> bool:
     """Say whether a `tcp://` endpoint stays on this machine."""
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(endpoint.removeprefix("tcp://").rpartition(":")[0])
 
 
 def reachable(endpoint: str, through: str) -> str:

@@ -22,7 +22,7 @@ from learner.losses.metrics import number
 from learner.objectives.sft import SftObjective
 from learner.offline.batches import open_offline
 from learner.optim.step import Step, should_compile
-from protocol.config.settings import DataSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.config.settings import ExampleData, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.model.policy import load_policy
 from protocol.model.snapshots import trainable
 
@@ -193,7 +193,7 @@ def compare(plan: Plan, watch: Callable[[dict[str, Way]], None]) -> Iterator[Row
 def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
     """Return held-out rows, and `plan.steps` full batches of the others, over as many epochs."""
     tokenizer = load_policy(ModelSettings(path=str(plan.model)), seed=0).tokenizer
-    settings = DataSettings(path=plan.data, max_length=plan.length, eval_rows=4 * plan.rows)
+    settings = ExampleData(path=plan.data, max_length=plan.length, eval_rows=4 * plan.rows)
     build = sequences(settings, tokenizer)
     source = open_offline(settings, build, seed=0, batch_size=plan.rows, max_steps=1 << 40)
 

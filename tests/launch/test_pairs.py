@@ -10,7 +10,7 @@ from launch.pairs import body, read
 from launch.processes.pairing import best_and_worst, given_and_own, totals
 from learner.data.examples import pairs
 from learner.offline.batches import open_offline
-from protocol.config.settings import DataSettings, ModelSettings, PairsRun
+from protocol.config.settings import ExampleData, ModelSettings, PairsRun
 from protocol.errors import ConfigError
 from protocol.model.adapters import save_adapters
 from protocol.model.policy import load_policy
@@ -103,7 +103,7 @@ def test_best_and_worst_from_actors_and_rewards(tmp_path, capfd):
     assert f"pairs: {len(lines)}" in capfd.readouterr().out
 
     policy = load_policy(ModelSettings(path=str(base), dtype="float32"), seed=0)
-    data = DataSettings(path=str(tmp_path / "runs/p/pairs.jsonl"), order="sequential")
+    data = ExampleData(path=str(tmp_path / "runs/p/pairs.jsonl"), order="sequential")
     sets = open_offline(data, pairs(data, policy.tokenizer), seed=0, batch_size=8)
     examples = sets.train.next_batch()
     assert examples is not None
@@ -141,7 +141,7 @@ def test_given_answers_against_the_base_without_its_adapter(tmp_path, capfd):
 
 
 def test_settings_that_train_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"objective\.beta is read by programs that train"):
+    with pytest.raises(ConfigError, match=r"objective\.beta: launch/grpo\.py and .* read it"):
         read(["--objective.beta", "0.1"])
     with pytest.raises(ConfigError, match="cannot be resumed"):
         read(["--run.resume", str(tmp_path)])

@@ -31,7 +31,7 @@ from mlx.utils import tree_unflatten
 from learner.model.logprobs import Head
 from learner.model.reference import make_reference
 from learner.optim.step import Step
-from protocol.config.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.config.settings import LoraSettings, OptimizerSettings, PolicySettings, TrainSettings
 from protocol.model.adapters import save_adapters
 from protocol.model.policy import LoadedPolicy, load_policy
 from protocol.model.snapshots import trainable
@@ -69,19 +69,19 @@ def ours(name: str, array: mx.array) -> mx.array:
     return array.T if "lora_" in name else array
 
 
-def settings_of(recording: Recording, model: Path) -> ModelSettings:
+def settings_of(recording: Recording, model: Path) -> PolicySettings:
     """Return model settings with the run's kind of training and its reference."""
     if recording.data["lora"] is None:
-        return ModelSettings(path=str(model), fine_tune_type="full", dtype="float32")
+        return PolicySettings(path=str(model), fine_tune_type="full", dtype="float32")
     lora = recording.data["lora"]
     reference = "initial" if "initial adapter" in lora["reference"] else "base"
     shape = LoraSettings(rank=lora["r"], scale=lora["scale"])
-    return ModelSettings(path=str(model), lora=shape, dtype="float32", reference=reference)
+    return PolicySettings(path=str(model), lora=shape, dtype="float32", reference=reference)
 
 
 def start(
-    recording: Recording, settings: ModelSettings, folder: Path, initial: Path
-) -> tuple[LoadedPolicy, ModelSettings]:
+    recording: Recording, settings: PolicySettings, folder: Path, initial: Path
+) -> tuple[LoadedPolicy, PolicySettings]:
     """Load the policy, from the recorded initial adapter where adapters are trained."""
     policy = load_policy(settings, seed=0)
     if recording.data["lora"] is None:
@@ -93,7 +93,7 @@ def start(
         raise ValueError(f"{initial} does not name the trainable tensors: {sorted(named)[:3]}")
     policy.model.update(tree_unflatten(list(named.items())))
     save_adapters(folder, policy.model, policy.adapter_config, settings.path)
-    settings = ModelSettings(
+    settings = PolicySettings(
         path=settings.path, adapter_path=str(folder), dtype="float32", reference=settings.reference
     )
     return load_policy(settings, seed=0), settings

@@ -12,7 +12,7 @@ import pytest
 
 from launch.processes.blas import HINT
 from learner.model.reference import make_reference
-from protocol.config.settings import ModelSettings, TrainSettings
+from protocol.config.settings import PolicySettings, TrainSettings
 from protocol.model.policy import load_policy
 from tests.parity.curves import advantages_of, micro_batches, objective_of, read
 from tests.parity.run_curves import FINAL_BAR, LOSS_BAR, METRIC_BAR, NORM_BAR, main, replay
@@ -107,7 +107,7 @@ def test_the_first_loss_of_dpo_is_ln_2():
 
 
 def test_the_first_loss_of_dpo_on_an_untrained_adapter_is_ln_2():
-    settings = ModelSettings(path=str(FOLDER / "model"), dtype="float32")
+    settings = PolicySettings(path=str(FOLDER / "model"), dtype="float32")
     policy = load_policy(settings, seed=0)
     recording = read(FOLDER / "dpo_sigmoid.json", {})
     reference = make_reference(policy, settings).model

@@ -21,9 +21,9 @@ from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
 from learner.data.prompts import Prompt
 from learner.online.experience import TrainedGroup
+from protocol.config.field_types import Section
 from protocol.config.fields import leaf_fields
-from protocol.config.settings import LoraSettings, PairsRun, PreferenceRun, Section, SftRun
-from protocol.config.unread import readers
+from protocol.config.settings import ModelSettings, PairsRun, PreferenceRun, SftRun, builtins
 from protocol.model.policy import load_policy
 from tests.protocol.builders import a_completion, a_group
 from tests.tiny import write_model_folder
@@ -38,16 +38,6 @@ PREFERENCES = [
 ]  # fmt: skip
 # Read for data from a hub, of which there is none here.
 ELSEWHERE = {"data.name"}
-
-
-# Read by what pairs share with GRPO, to no effect: fresh adapters add nothing, actors are sent the
-# whole of [model], other prompts than the rows' are emptied before, and nothing is evaluated.
-IDLE = {f"model.lora.{name}" for name in LoraSettings.__struct_fields__} | {
-    "model.reference",
-    "data.eval_path",
-    "data.eval_split",
-    "eval.max_completion_length",
-}
 
 
 class Recorder:
@@ -76,13 +66,13 @@ class Recorder:
         return {name: getattr(section, name) for name in section.__struct_fields__}
 
     def unread(self, cls: type[Section]) -> set[str]:
-        fields = leaf_fields(cls)
-        return {field.path for field in fields if (field.owner, field.name) not in self.seen}
-
-
-def refused(cls: type[Section]) -> set[str]:
-    """Return the keys that the program refuses."""
-    return {field.path for field in leaf_fields(cls) if readers(cls, field.path)}
+        # The model of pairs is loaded as a section derived from theirs.
+        seen = {(base, name) for owner, name in self.seen for base in owner.__mro__}
+        return {
+            path
+            for path, field in leaf_fields(cls).items()
+            if (field.owner, path.rpartition(".")[2]) not in seen
+        }
 
 
 @pytest.fixture
@@ -92,8 +82,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         (launch.run_folder.cli, "load"),  # checks read everything
         (launch.run_folder.cli, "to_toml"),
         (launch.run_folder.cli, "resolve_paths"),
+        (launch.run_folder.cli, "require_files"),
         (learner.build.offline, "load"),
-        (learner.build.offline, "unread"),
+        (learner.build.offline, "idle"),
         (launch.processes.collect, "load"),
     ):
         monkeypatch.setattr(module, name, made.unseen(getattr(module, name)))
@@ -125,7 +116,7 @@ def test_every_key_that_is_taken_is_read_and_no_other(
         trainer = assemble_offline(folder, kind).trainer
         while not trainer.done:
             trainer.advance(timeout_s=1.0)
-    assert recorder.unread(cls) == refused(cls) | ELSEWHERE
+    assert recorder.unread(cls) == ELSEWHERE
 
 
 def test_pairs_read_every_key_that_they_take_and_no_other(
@@ -149,8 +140,6 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
         args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
         args.rewards = ["ipc://x"]
         collect(args, lifeline)
-        tokenizer = load_policy(run.model, seed=0).tokenizer
+        tokenizer = load_policy(ModelSettings(**builtins(run.model)), seed=0).tokenizer
         Writer(run, tokenizer, StringIO()).add(item)
-    unread = recorder.unread(PairsRun)
-    assert unread - refused(PairsRun) == ELSEWHERE
-    assert refused(PairsRun) - unread == IDLE
+    assert recorder.unread(PairsRun) == ELSEWHERE

@@ -11,7 +11,7 @@ import pytest
 from learner.build.offline import open_examples
 from learner.data.examples import pairs, sequences
 from learner.offline.batches import open_offline
-from protocol.config.settings import DataSettings, PreferenceRun, PreferenceSettings, SftRun
+from protocol.config.settings import ExampleData, PreferenceRun, PreferenceSettings, SftRun
 from protocol.errors import DataError
 from tests.parity import tiny_tokenizer
 
@@ -21,7 +21,7 @@ SET = "data.columns renames them, data.prepare makes rows of them"
 def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **data: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = DataSettings(path=str(path), **data)
+    settings = ExampleData(path=str(path), **data)
     open_offline(settings, build(settings, tiny_tokenizer.build()), seed=0, batch_size=2)
 
 
@@ -122,7 +122,7 @@ def test_columns_of_other_methods_are_read_by_nothing(
     row |= {"messages": [], "text": "d", "preference_score": 1.0, "tools": None}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    data = DataSettings(path=str(path))
+    data = ExampleData(path=str(path))
     run: Any = SftRun(data=data)
     if method != "sft":
         run = PreferenceRun(data=data, objective=PreferenceSettings(method=method))

@@ -8,7 +8,7 @@ from learner.data.dataset import open_rows
 from learner.data.examples import pairs
 from learner.data.tokens import RowError
 from learner.offline.batches import open_offline
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 from tests.rows import ByteTokenizer
 
@@ -36,7 +36,7 @@ def put(path, lines):
 def test_a_line_that_is_no_object_is_a_bad_row(tmp_path, line, place, streaming):
     lines = [*TEXT[:place], line, b"  ", *TEXT[place:]]
     path = put(tmp_path / "a.jsonl", [b"\xef\xbb\xbf" + lines[0], *lines[1:]])
-    rows = open_rows(DataSettings(path=path, streaming=streaming))
+    rows = open_rows(ExampleData(path=path, streaming=streaming))
     found = list(rows.scan(0))
     bad = found.pop(place)
     assert isinstance(bad, RowError)
@@ -54,12 +54,12 @@ def test_a_line_that_is_no_object_is_a_bad_row(tmp_path, line, place, streaming)
 def test_an_array_may_hold_bad_rows_and_a_jsonl_file_may_be_one(tmp_path):
     mixed = tmp_path / "a.json"
     mixed.write_text(json.dumps([GOOD[0], 3, GOOD[1]]))
-    first, bad, second = open_rows(DataSettings(path=str(mixed))).scan(0)
+    first, bad, second = open_rows(ExampleData(path=str(mixed))).scan(0)
     assert [first, second] == GOOD[:2]
     assert str(bad) == "row 1 is int; it must be an object"
     misnamed = tmp_path / "b.jsonl"
     misnamed.write_text(json.dumps(GOOD, indent=1))
-    assert list(open_rows(DataSettings(path=str(misnamed))).scan(0)) == GOOD
+    assert list(open_rows(ExampleData(path=str(misnamed))).scan(0)) == GOOD
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -69,7 +69,7 @@ def test_the_files_of_a_folder_are_read_row_by_row(tmp_path, name, streaming):
     put(tmp_path / "part-1.jsonl", [b'{"prompt": 3, "more": 1}', TEXT[2]])
     (tmp_path / "README.md").write_text("Rows.\n")
     path = f"{tmp_path}{name}"
-    rows = open_rows(DataSettings(path=path, streaming=streaming))
+    rows = open_rows(ExampleData(path=path, streaming=streaming))
     found = list(rows.scan(0))
     assert str(found[1]).startswith("part-0.jsonl, line 2 is malformed JSON")
     assert [*found[:1], *found[2:]] == [*GOOD[:2], {"prompt": 3, "more": 1}, GOOD[2]]
@@ -81,7 +81,7 @@ def test_the_files_of_a_folder_are_read_row_by_row(tmp_path, name, streaming):
 
 
 def opened(path, *, batch_size=1, **settings):
-    settings = DataSettings(path=path, **settings)
+    settings = ExampleData(path=path, **settings)
     build = pairs(settings, ByteTokenizer())
     return open_offline(settings, build, seed=1, batch_size=batch_size, max_steps=8).train
 

@@ -8,7 +8,8 @@ import pytest
 from learner.data.prompts import json_row, open_prompts
 from learner.data.tokens import RowError
 from protocol.errors import CheckpointError, DataError
-from tests.rows import ByteTokenizer, data_of
+from tests.rows import ByteTokenizer
+from tests.rows import prompt_data_of as data_of
 
 
 def _rows(count):

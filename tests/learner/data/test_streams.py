@@ -9,7 +9,7 @@ import pytest
 from learner.data.examples import sequences
 from learner.offline.batches import open_offline
 from learner.offline.source import StoredSource
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 from tests.rows import ByteTokenizer
 
@@ -17,7 +17,7 @@ from tests.rows import ByteTokenizer
 def _source(tmp_path, text, *, max_steps):
     (tmp_path / "made.py").write_text(text)
     path = f"{tmp_path}/made.py:rows"
-    settings = DataSettings(path=path, streaming=True, shuffle_buffer=8)
+    settings = ExampleData(path=path, streaming=True, shuffle_buffer=8)
     build = sequences(settings, ByteTokenizer())
     sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps, reads=["text"])
     return sets.train

@@ -9,7 +9,7 @@ import pytest
 
 from learner.data.examples import answers
 from learner.offline.batches import open_offline
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 from tests.parity.tiny_tokenizer import answers_digest, build, numbered_pairs
 
@@ -25,7 +25,7 @@ def tokenizer():
 def opened(tmp_path, tokenizer, rows, *, seed=0, batch_size=4, epochs=1.0, **settings):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    data = DataSettings(path=str(path), **{"order": "sequential", **settings})
+    data = ExampleData(path=str(path), **{"order": "sequential", **settings})
     return open_offline(
         data, answers(data, tokenizer), seed=seed, batch_size=batch_size, epochs=epochs
     )

@@ -12,7 +12,7 @@ from learner.model.batches import to_device
 from learner.model.logprobs import completion_logprobs
 from learner.model.reference import make_reference, view
 from learner.optim.step import Step
-from protocol.config.settings import ModelSettings, OptimizerSettings
+from protocol.config.settings import OptimizerSettings, PolicySettings
 from protocol.errors import ModelError
 from protocol.model.adapters import save_adapters
 from protocol.model.base_model import load_base
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def settings_of(folder, **changes):
-    return ModelSettings(path=str(folder), quantize_group_size=32, **changes)
+    return PolicySettings(path=str(folder), quantize_group_size=32, **changes)
 
 
 def nll(model, arrays):

@@ -14,7 +14,7 @@ from learner.data.filter import Report
 from learner.interfaces import Arrays, Prepared
 from learner.offline.generated import Answers, prompt_of
 from learner.offline.source import StoredEvaluator
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import ConfigError
 from tests.parity import tiny_tokenizer
 from tests.tiny import write_model_folder
@@ -84,7 +84,7 @@ def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
 
 
 def sequence(tokenizer, row, **settings):
-    build = sequences(DataSettings(**settings), tokenizer)
+    build = sequences(ExampleData(**settings), tokenizer)
     return with_rows(build)(0, row, Report("rows"))
 
 
@@ -106,7 +106,7 @@ def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
     assert prompt_of(cut, tokenizer) == []
     for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [said]}):
         assert prompt_of(sequence(tokenizer, silent), tokenizer) == []
-    whole = sequences(DataSettings(), tokenizer, completion_only_loss=False)
+    whole = sequences(ExampleData(), tokenizer, completion_only_loss=False)
     row = {"prompt": "the is", "completion": " blue"}
     example = with_rows(whole)(0, row, Report("rows"))
     assert tokenizer.decode(prompt_of(example, tokenizer)) == "the is"

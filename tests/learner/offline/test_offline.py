@@ -14,7 +14,7 @@ from learner.data.dataset import Rows
 from learner.data.examples import answers, pairs, sequences
 from learner.offline import batches as offline
 from learner.offline.batches import open_offline
-from protocol.config.settings import DataSettings
+from protocol.config.settings import ExampleData
 from protocol.errors import CheckpointError, ConfigError, DataError
 from tests.rows import ByteTokenizer, data_of
 
@@ -231,7 +231,7 @@ def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
 
     rows = Rows("generated", ["prompt", "chosen", "rejected"], scan)
     monkeypatch.setattr(offline, "open_rows", lambda settings: rows)
-    settings = DataSettings(path="generated", streaming=True, shuffle_buffer=1000)
+    settings = ExampleData(path="generated", streaming=True, shuffle_buffer=1000)
     tracemalloc.start()
     began = time.monotonic()
     source = _open(settings, max_steps=100).train

@@ -3,14 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.config.fields import leaf_fields
 from protocol.config.help import help_text
 from protocol.config.load import load, to_toml
-from protocol.config.settings import GrpoRun, PreferenceRun, SftRun
-from protocol.config.unread import readers
+from protocol.config.settings import PROGRAMS, GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
 
 GRPO = ["--model.path=m", "--data.path=d", "--rewards.functions=a.py:f"]
@@ -96,7 +97,7 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--run.seed"], "--run.seed needs a value"),
         (["recipe.toml"], "'recipe.toml' is not a flag"),
         (["--run.seed=1.5"], "--run.seed must be int, got '1.5'"),
-        (["--run.seed", "9" * 30], "run.seed must be int in"),
+        (["--run.seed", "9" * 30], r"run.seed must be in \[0, 4294967296\)"),
         (["--eval.at_start", "maybe"], "--eval.at_start must be bool, got 'maybe'"),
         (["--sampling.num_generations=1"], "sampling.num_generations must be at least 2.*got 1"),
         (["--rewards.reward_weights=1,2"], r"one weight for each of the 1 rewards.functions"),
@@ -112,7 +113,10 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
         (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
         (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
-        (["--model.path="], "model.path must name"),
+        (
+            ["--model.path="],
+            "model.path must be non-empty, got ''. The model: a local folder",
+        ),
     ],
 )
 def test_bad_flags_are_refused(flags: list[str], message: str):
@@ -129,10 +133,7 @@ def test_bad_flags_are_refused(flags: list[str], message: str):
         (["--eval.generate=true"], "eval.generate needs data.eval_path"),
         (["--objective.method=orpo", "--objective.loss_type=ipo"], "is not used"),
         (["--objective.beta=0"], "objective.beta must be positive"),
-        (
-            ["--train.shared_prompt=off"],
-            "train.shared_prompt is read by launch/grpo.py: leave it out",
-        ),
+        (["--train.shared_prompt=off"], "key --train.shared_prompt: launch/grpo.py reads it"),
     ],
 )
 def test_preference_clashes_are_refused(flags: list[str], message: str):
@@ -151,15 +152,27 @@ def test_toml_round_trips_with_none_lists_tables_and_odd_strings(tmp_path: Path)
     assert load(GrpoRun, path) == run
 
 
-@pytest.mark.parametrize("cls", [GrpoRun, PreferenceRun, SftRun])
-def test_help_lists_every_key_that_is_read_with_type_default_and_comment(cls: type):
+@pytest.mark.parametrize("cls", [GrpoRun, PairsRun, PreferenceRun, SftRun])
+def test_help_lists_every_key_with_type_default_bounds_and_meaning(cls: Any):
     text = help_text(cls, "launch/x.py")
+    flat = " ".join(text.split())
     headings = [line for line in text.splitlines() if line.startswith("[")]
     assert len(headings) == len(set(headings))
-    for field in leaf_fields(cls):
-        assert (f"--{field.path} " in text) == (readers(cls, field.path) is None)
-    assert "--model.lora.scale float = 2.0" in text
-    assert "alpha / rank" in text
+    for path, field in leaf_fields(cls).items():
+        assert f"  --{path} {field.type_name} = " in text
+        assert field.description in flat
+    assert "  --run.seed int = 42  (in [0, 4294967296))" in text
+
+
+@pytest.mark.parametrize("cls", PROGRAMS)
+def test_every_program_has_a_json_schema(cls: Any):
+    schema = msgspec.json.schema(cls)
+    definitions = schema["$defs"]
+    assert definitions["RunSettings" if cls is PairsRun else "TrainingRunSettings"
+                       if cls is not GrpoRun else "GrpoRunSettings"]["properties"]["seed"] == {
+        "type": "integer", "minimum": 0, "exclusiveMaximum": 2**32, "default": 42,
+        "description": "Seed of data order, new adapters, dropout and sampling.",
+    }  # fmt: skip
 
 
 def test_configuration_loads_neither_mlx_nor_transformers():

@@ -1,10 +1,10 @@
-"""What TRL 1.16.0's preference trainers refuse is refused; what they leave unread is said."""
+"""What TRL 1.16.0's preference trainers refuse is refused; what they ignore is named."""
 
 import pytest
 
+from protocol.config.idle import idle
 from protocol.config.load import load
 from protocol.config.preference_checks import DIVERGENCE_LOSSES, DPO_LOSSES, check_preference
-from protocol.config.preference_checks import without_effect as unread
 from protocol.config.settings import PreferenceRun, PreferenceSettings
 from protocol.errors import ConfigError
 
@@ -27,6 +27,10 @@ KEYS = {
     "reference_free": (True, "dpo"),
     "precompute_ref_log_probs": (True, "dpo kto"),
 }
+
+
+def idle_of(settings):
+    return idle(PreferenceRun(objective=settings))
 
 
 def refused(**values):
@@ -96,7 +100,7 @@ def test_keys_of_another_trainer_are_refused(method, key):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_its_defaults(method):
     check_preference(PreferenceSettings(method=method))
-    assert not unread(PreferenceSettings(method=method))
+    assert not idle_of(PreferenceSettings(method=method))
 
 
 def test_ktos_kl_needs_two_answers():
@@ -125,8 +129,8 @@ def test_ktos_kl_needs_two_answers():
         ({"f_alpha_divergence_coef": 0.3}, "alpha_divergence"),
     ],
 )
-def test_settings_that_trl_leaves_unread_are_named(values, said):
-    lines = unread(PreferenceSettings(**values))
+def test_settings_that_trl_ignores_are_named(values, said):
+    lines = idle_of(PreferenceSettings(**values))
     if said is None:
         assert lines == []
     else:
