@@ -20,7 +20,7 @@ from launch.processes.lifeline import Lifeline
 from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
 from learner.data.prompts import Prompt
-from learner.online.experience import TrainedGroup
+from learner.online.experience import PromptGroup
 from protocol.config.fields import leaf_fields
 from protocol.config.settings import LoraSettings, PairsRun, PreferenceRun, Section, SftRun
 from protocol.config.unread import readers
@@ -41,12 +41,11 @@ ELSEWHERE = {"data.name"}
 
 
 # Read by what pairs share with GRPO, to no effect: fresh adapters add nothing, actors are sent the
-# whole of [model], other prompts than the rows' are emptied before, and nothing is evaluated.
+# whole of [model], and other prompts than the rows' are emptied before.
 IDLE = {f"model.lora.{name}" for name in LoraSettings.__struct_fields__} | {
     "model.reference",
     "data.eval_path",
     "data.eval_split",
-    "eval.max_completion_length",
 }
 
 
@@ -138,7 +137,7 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
     lifeline = Lifeline(child=False)
     lifeline.request_stop()
     group = a_group([a_completion([5, 1]), a_completion([6, 1])])
-    item = TrainedGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
+    item = PromptGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
     functions = "--rewards.functions=a.py:f"
     for number, flags in enumerate((["--mode=given"], [*STREAM[:2], functions])):
         run, folder = read([*common, f"--run.name=p{number}", *flags])
