@@ -12,11 +12,14 @@ from protocol.errors import LedgerError
 from protocol.messages.messages import TaskKind
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Base of the events; numbers are `TaskId.number`, times are the caller's `now`."""
+class LedgerEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the events; numbers are `TaskId.number`, times are the caller's `now`.
+
+    An event's tag is its `type` in the journal.
+    """
 
 
-class Joined(Event, frozen=True, kw_only=True):
+class TaskJoined(LedgerEvent, frozen=True, kw_only=True, tag="Joined"):
     """A task was added to the end of the queue, or to the evaluation round."""
 
     number: int
@@ -39,7 +42,7 @@ class Joined(Event, frozen=True, kw_only=True):
         )
 
 
-class Leased(Event, frozen=True, kw_only=True):
+class TaskLeased(LedgerEvent, frozen=True, kw_only=True, tag="Leased"):
     """An actor was given an attempt at a task."""
 
     number: int
@@ -61,7 +64,7 @@ class Leased(Event, frozen=True, kw_only=True):
         state.counters.retried += attempt > 1
 
 
-class Renewed(Event, frozen=True, kw_only=True):
+class LeasesRenewed(LedgerEvent, frozen=True, kw_only=True, tag="Renewed"):
     """An actor made progress: all its leases now last until `expires_at`."""
 
     actor: str
@@ -73,7 +76,7 @@ class Renewed(Event, frozen=True, kw_only=True):
             lease.expires_at = self.expires_at
 
 
-class Received(Event, frozen=True, kw_only=True):
+class GroupReceived(LedgerEvent, frozen=True, kw_only=True, tag="Received"):
     """The group of this attempt was accepted; the task's open lease ends, whichever it is."""
 
     number: int
@@ -89,7 +92,7 @@ class Received(Event, frozen=True, kw_only=True):
         state.counters.received += 1
 
 
-class Discarded(Event, frozen=True, kw_only=True):
+class GroupDiscarded(LedgerEvent, frozen=True, kw_only=True, tag="Discarded"):
     """A group was not accepted: "duplicate", "dropped", "stale" or "unknown"."""
 
     number: int
@@ -105,7 +108,7 @@ class Discarded(Event, frozen=True, kw_only=True):
             _count(state.counters.discarded, self.reason)
 
 
-class Closed(Event, frozen=True, kw_only=True):
+class LeaseClosed(LedgerEvent, frozen=True, kw_only=True, tag="Closed"):
     """A lease ended without a group: "failed", "expired", "gone" or "stale".
 
     `blamed`: the attempt counts towards `max_attempts`.
@@ -130,7 +133,7 @@ class Closed(Event, frozen=True, kw_only=True):
         state.counters.expired += self.cause == "expired"
 
 
-class Dropped(Event, frozen=True, kw_only=True):
+class TaskDropped(LedgerEvent, frozen=True, kw_only=True, tag="Dropped"):
     """A task was given up; it leaves the queue."""
 
     number: int
@@ -149,7 +152,7 @@ class Dropped(Event, frozen=True, kw_only=True):
         _count(state.counters.dropped, self.cause)
 
 
-class RowsEnded(Event, frozen=True, kw_only=True):
+class RowsEnded(LedgerEvent, frozen=True, kw_only=True, tag="RowsEnded"):
     """There are no more rows: no further training task will join."""
 
     at: float
@@ -158,7 +161,7 @@ class RowsEnded(Event, frozen=True, kw_only=True):
         state.rows_ended = True
 
 
-class Formed(Event, frozen=True, kw_only=True):
+class BatchFormed(LedgerEvent, frozen=True, kw_only=True, tag="Formed"):
     """The tasks at the head of the queue went into training as a batch, in order."""
 
     numbers: list[int]
@@ -174,7 +177,7 @@ class Formed(Event, frozen=True, kw_only=True):
             state.training[number] = state.queue.pop(number)
 
 
-class Consumed(Event, frozen=True, kw_only=True):
+class BatchConsumed(LedgerEvent, frozen=True, kw_only=True, tag="Consumed"):
     """The batch in training was consumed; `version` is the new policy version."""
 
     version: int
@@ -189,7 +192,7 @@ class Consumed(Event, frozen=True, kw_only=True):
         state.training.clear()
 
 
-class Published(Event, frozen=True, kw_only=True):
+class PolicyPublished(LedgerEvent, frozen=True, kw_only=True, tag="Published"):
     """Actors can fetch this version from now on."""
 
     version: int
@@ -205,7 +208,7 @@ class Published(Event, frozen=True, kw_only=True):
         state.digest = self.digest
 
 
-class EvalTaken(Event, frozen=True, kw_only=True):
+class EvaluationTaken(LedgerEvent, frozen=True, kw_only=True, tag="EvalTaken"):
     """The results of the evaluation round were handed over."""
 
     numbers: list[int]
@@ -217,18 +220,18 @@ class EvalTaken(Event, frozen=True, kw_only=True):
 
 
 AnyEvent = (
-    Joined
-    | Leased
-    | Renewed
-    | Received
-    | Discarded
-    | Closed
-    | Dropped
+    TaskJoined
+    | TaskLeased
+    | LeasesRenewed
+    | GroupReceived
+    | GroupDiscarded
+    | LeaseClosed
+    | TaskDropped
     | RowsEnded
-    | Formed
-    | Consumed
-    | Published
-    | EvalTaken
+    | BatchFormed
+    | BatchConsumed
+    | PolicyPublished
+    | EvaluationTaken
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from learner.ledger.events import AnyEvent, Consumed, Formed, Joined, Received
+from learner.ledger.events import AnyEvent, BatchConsumed, BatchFormed, GroupReceived, TaskJoined
 from learner.ledger.state import LedgerState
 from learner.ledger.types import ResumeReport
 from learner.records import mend
@@ -65,15 +65,16 @@ def losses_since_checkpoint(
     received: list[int] = []
     joined: list[int] = []
     reached = checkpointed.version
+
     for event in events:
         match event:
-            case Joined(number=number, kind="train"):
+            case TaskJoined(number=number, kind="train"):
                 joined.append(number)
-            case Received(number=number):
+            case GroupReceived(number=number):
                 received.append(number)
-            case Formed(numbers=numbers):
+            case BatchFormed(numbers=numbers):
                 in_training = numbers
-            case Consumed(version=version):
+            case BatchConsumed(version=version):
                 reached = version
                 trained += in_training
             case _:

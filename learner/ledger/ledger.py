@@ -15,18 +15,18 @@ from typing import Self
 from learner.ledger import rules
 from learner.ledger.events import (
     AnyEvent,
-    Closed,
-    Consumed,
-    Discarded,
-    Dropped,
-    EvalTaken,
-    Formed,
-    Joined,
-    Leased,
-    Published,
-    Received,
-    Renewed,
+    BatchConsumed,
+    BatchFormed,
+    EvaluationTaken,
+    GroupDiscarded,
+    GroupReceived,
+    LeaseClosed,
+    LeasesRenewed,
+    PolicyPublished,
     RowsEnded,
+    TaskDropped,
+    TaskJoined,
+    TaskLeased,
 )
 from learner.ledger.state import Lease, LedgerState, RowKey, TaskRecord, require
 from learner.ledger.types import (
@@ -99,7 +99,9 @@ class Ledger:
 
     def _join(self, row_key: RowKey, kind: TaskKind, pinned: int | None, now: float) -> TaskId:
         number = self.state.next_number
-        self._emit(Joined(number=number, row_key=row_key, kind=kind, pinned_version=pinned, at=now))
+        self._emit(
+            TaskJoined(number=number, row_key=row_key, kind=kind, pinned_version=pinned, at=now)
+        )
         return self.state.task_id(number)
 
     # ---- leases -------------------------------------------------------------------------------
@@ -118,6 +120,7 @@ class Ledger:
         grants: list[Grant] = []
         for record in rules.tasks_to_lease(self.settings, self.state):
             completions = self.settings.completions(record.kind)
+            # An idle actor may take one group larger than its room, or nobody ever would.
             if completions > free_completions and not (idle and not grants):
                 break
             free_completions -= completions
@@ -132,7 +135,7 @@ class Ledger:
     def renew_leases(self, actor: str, now: float) -> None:
         """Extend all of an actor's leases, because its main thread made progress."""
         if self.state.open_leases(actor):
-            self._emit(Renewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
+            self._emit(LeasesRenewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
 
     def expire(self, now: float) -> list[EndedLease]:
         """End the leases whose time is over."""
@@ -148,7 +151,7 @@ class Ledger:
 
     def _lease(self, record: TaskRecord, actor: str, min_version: int, now: float) -> Grant:
         self._emit(
-            Leased(
+            TaskLeased(
                 number=record.number,
                 attempt=len(record.floors) + 1,
                 actor=actor,
@@ -165,9 +168,8 @@ class Ledger:
         lease, number = record.lease, record.number
         if lease is None:
             raise LedgerError(f"task {number} has no lease to end")
-
         self._emit(
-            Closed(
+            LeaseClosed(
                 number=number,
                 attempt=lease.attempt,
                 cause=cause,
@@ -176,9 +178,10 @@ class Ledger:
                 at=now,
             )
         )
+
         dropped = record.failures >= self.settings.max_attempts
         if dropped:
-            self._emit(Dropped(number=number, cause=cause, detail=detail, at=now))
+            self._emit(TaskDropped(number=number, cause=cause, detail=detail, at=now))
         return _ended(self.state, record, lease, detail, dropped=dropped)
 
     # ---- what comes back ----------------------------------------------------------------------
@@ -190,10 +193,12 @@ class Ledger:
         record = rules.addressee(self.state, task, attempt)
         if isinstance(record, str):
             return self._discard(task, attempt, actor, record, now)
+
         if not rules.sampled_within_lease(self.state, record, attempt, versions):
             receipt = self._discard(task, attempt, actor, "stale", now)
             if not record.is_leased_as(attempt):
                 return receipt
+            # The attempt is over, so the task can be leased again.
             reason = "sampled by a policy outside the lease"
             ended = self._end_lease(record, "stale", reason, now)
             return Receipt(outcome="stale", dropped=ended.dropped)
@@ -202,7 +207,7 @@ class Ledger:
         lease, cancelled = record.lease, None
         if lease is not None and lease.attempt != attempt:
             cancelled = _ended(self.state, record, lease, f"attempt {attempt} came first")
-        self._emit(Received(number=record.number, attempt=attempt, actor=actor, at=now))
+        self._emit(GroupReceived(number=record.number, attempt=attempt, actor=actor, at=now))
         return Receipt(outcome="accepted", cancelled=cancelled)
 
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
@@ -220,7 +225,7 @@ class Ledger:
         self, task: TaskId, attempt: int, actor: str, reason: Rejection, now: float
     ) -> Receipt:
         self._emit(
-            Discarded(number=task.number, attempt=attempt, actor=actor, reason=reason, at=now)
+            GroupDiscarded(number=task.number, attempt=attempt, actor=actor, reason=reason, at=now)
         )
         return Receipt(outcome=reason)
 
@@ -235,16 +240,16 @@ class Ledger:
         records, version = rules.next_batch(self.settings, self.state), self.state.version
         require(bool(records), "form_batch without a full batch; ask batch_ready() first")
 
-        self._emit(Formed(numbers=[r.number for r in records], version=version, at=now))
+        self._emit(BatchFormed(numbers=[r.number for r in records], version=version, at=now))
         return Batch(tasks=[self.state.task_id(r.number) for r in records], version=version)
 
     def consumed(self) -> None:
         """Record that the batch in training was consumed, which makes a new policy version."""
-        self._emit(Consumed(version=self.state.version + 1))
+        self._emit(BatchConsumed(version=self.state.version + 1))
 
     def published(self, version: int, digest: str) -> None:
         """Record that actors can fetch a version; nothing is leased before the first."""
-        self._emit(Published(version=version, digest=digest))
+        self._emit(PolicyPublished(version=version, digest=digest))
 
     def eval_ready(self) -> bool:
         """Whether every task of the open evaluation round has a group or was dropped."""
@@ -256,7 +261,7 @@ class Ledger:
         require(self.eval_ready(), "take_eval before the round ended; ask eval_ready() first")
         records = list(self.state.evals.values())
 
-        self._emit(EvalTaken(numbers=[r.number for r in records]))
+        self._emit(EvaluationTaken(numbers=[r.number for r in records]))
         return EvalRound(
             version=records[0].pinned_version or 0,
             tasks=[self.state.task_id(r.number) for r in records if r.taken is not None],

@@ -85,6 +85,7 @@ def tasks_to_lease(settings: LedgerSettings, state: LedgerState) -> list[TaskRec
     train = list(state.queue.values())[: staleness_window(settings, state)]
     evals = list(state.evals.values())
 
+    # Retries first: a batch cannot form while a task at the head of the queue lacks its group.
     retries = [r for r in (*train, *evals) if r.waiting and r.floors]
     new = [r for r in (*evals, *train) if r.waiting and not r.floors]
     return retries + new

@@ -89,6 +89,7 @@ def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
             "on both",
             fatal=True,
         )
+
     if is_enquiry(hello):
         return None
 

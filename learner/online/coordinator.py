@@ -163,6 +163,7 @@ class Coordinator:
             reason = f"task {task} is of another learner; this one is {ours}"
             self.connected.send(peer, Refuse(code="stale", reason=reason))
 
+        # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
         if task not in self._open_tasks:
             self.ledger.received(task, attempt, actor.actor_id, now)
         elif error := self._group_error(group):

@@ -27,6 +27,8 @@ def rollout_line(
     """
     group, reward = item.group, item.group.reward
     texts = group.completions if with_text < 0 else group.completions[:with_text]
+
+    # The rewards travel as a flat array; the line has one list per completion.
     values = floats_view(reward.rewards).tolist()
     width = len(reward.names)
     table = [values[i : i + width] for i in range(0, len(values), width)] if width else []

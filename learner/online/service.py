@@ -114,8 +114,10 @@ class LearnerService:
         if result is not None:
             await self.bridge.aput(result)
 
+        # A batch that is formed counts as in training, so the trainer must be free for it.
         if not self.batch_requested:
             return
+
         batch = self.coordinator.next_batch(time.monotonic())
         if batch is not None:
             self.batch_requested = False

@@ -1,9 +1,12 @@
 """The ledger's rules, one example each; times are seconds on a made-up clock."""
 
+from typing import get_args
+
 import msgspec
 import pytest
 
-from learner.ledger.events import AnyEvent, Published
+from learner.ledger.events import AnyEvent, PolicyPublished
+from learner.ledger.journal import encode_line
 from learner.ledger.ledger import Ledger
 from learner.ledger.state import LedgerState
 from learner.ledger.types import LedgerSettings, Receipt
@@ -271,6 +274,16 @@ def test_events_replay_to_the_same_state():
     assert ledger.drain_events() == []
 
 
+def test_journal_lines_keep_their_format():
+    line = encode_line("first", PolicyPublished(version=1, digest="d1"))
+    event = b'{"type":"Published","version":1,"digest":"d1"}'
+    assert line == b'{"incarnation":"first","event":' + event + b"}\n"
+    assert {event.__struct_config__.tag for event in get_args(AnyEvent)} == {
+        "Joined", "Leased", "Renewed", "Received", "Discarded", "Closed", "Dropped", "RowsEnded",
+        "Formed", "Consumed", "Published", "EvalTaken",
+    }  # fmt: skip
+
+
 def test_impossible_events_are_refused():
     ledger = started()
     with pytest.raises(LedgerError, match="none is in training"):
@@ -280,4 +293,4 @@ def test_impossible_events_are_refused():
     with pytest.raises(LedgerError, match="required 0 to 0"):
         ledger.published(1, "d1")
     with pytest.raises(LedgerError, match="required 0 to 0"):
-        replayed(ledger.state, [Published(version=3, digest="d3")])
+        replayed(ledger.state, [PolicyPublished(version=3, digest="d3")])
