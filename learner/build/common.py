@@ -36,29 +36,22 @@ class Run:
     base: str
 
     def complete(self) -> None:
-        """Write the run's result: the final adapters or the full model, in mlx-lm's format."""
-        write_result(self.folder, self.policy, self.base)
-
-
-def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
-    """Write `adapters/`, or `model/` after full fine-tuning; return that folder."""
-    if policy.adapter_config.fine_tune_type == "full":
-        from mlx_lm.utils import save
-
-        target = folder / "model"
-        config = dict(policy.config)
+        """Write the result in mlx-lm's format: `adapters/`, or `model/` after full fine-tuning."""
+        policy = self.policy
+        if policy.adapter_config.fine_tune_type != "full":
+            save_adapters(self.folder / "adapters", policy.model, policy.adapter_config, self.base)
+            return
 
         # A model that was quantised when it was loaded does not say so in its config.json.
+        config = dict(policy.config)
         quantised = [module for module in policy.model.modules() if "scales" in module]
         if quantised and "quantization" not in config:
             layer: Any = quantised[0]
             config["quantization"] = {"group_size": layer.group_size, "bits": layer.bits}
-        save(target, policy.folder, policy.model, policy.tokenizer, config)
-        return target
 
-    target = folder / "adapters"
-    save_adapters(target, policy.model, policy.adapter_config, base)
-    return target
+        from mlx_lm.utils import save
+
+        save(self.folder / "model", policy.folder, policy.model, policy.tokenizer, config)
 
 
 def resume_point(
