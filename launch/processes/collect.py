@@ -88,7 +88,8 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     )
     total = total_batches(settings, prompts)
     addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
-    plan = OnlinePlan(args.run_dir, addresses, settings, policy, prompts, total)
+    model = settings.model
+    plan = OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
     service = new_service(plan, new_coordinator(plan), bridge)

@@ -48,7 +48,7 @@ from learner.optim.step import should_compile
 from learner.records import Records
 from learner.trainer import Trainer
 from protocol.config.load import load
-from protocol.config.settings import GrpoRun, PairsRun, TrainSettings, builtins
+from protocol.config.settings import GrpoRun, ModelSettings, PairsRun, TrainSettings, builtins
 from protocol.config.unread import unread
 from protocol.errors import ConfigError
 from protocol.messages.messages import PROTOCOL_VERSION, Welcome
@@ -77,11 +77,15 @@ class OnlineAddresses:
 
 @dataclass(frozen=True)
 class OnlinePlan:
-    """What the parts of an online run are built from."""
+    """What the parts of an online run are built from.
+
+    `model` is what actors load, exactly as the learner loaded `policy`.
+    """
 
     folder: Path
     addresses: OnlineAddresses
     settings: GrpoRun | PairsRun
+    model: ModelSettings
     policy: LoadedPolicy
     prompts: PromptSets
     total_batches: int
@@ -106,7 +110,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
         repeat_sampler=True,
     )
     total = total_batches(settings, prompts)
-    plan = OnlinePlan(folder, addresses, settings, policy, prompts, total)
+    plan = OnlinePlan(folder, addresses, settings, settings.model, policy, prompts, total)
     checkpoint = resume_point(settings.run.resume, policy, reference)
 
     coordinator = new_coordinator(plan, checkpoint, settings.eval.max_completion_length)
@@ -212,7 +216,7 @@ def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
         protocol_version=PROTOCOL_VERSION,
         run=plan.folder.name,
         incarnation=incarnation,
-        model=builtins(settings.model),
+        model=builtins(plan.model),
         model_digest=plan.policy.model_digest,
         tokenizer_digest=plan.policy.tokenizer_digest,
         rewards=[

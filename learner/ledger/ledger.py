@@ -168,6 +168,7 @@ class Ledger:
         lease, number = record.lease, record.number
         if lease is None:
             raise LedgerError(f"task {number} has no lease to end")
+
         self._emit(
             LeaseClosed(
                 number=number,

@@ -96,9 +96,10 @@ class Coordinator:
     def _from_actor(
         self, peer: bytes, actor: ConnectedActor, message: ActorMessage, now: float
     ) -> None:
-        # What only a running main thread sends shows that the actor no longer stalls.
+        # Only a main thread that makes progress sends these.
         if isinstance(message, Request | Group | Failed):
             actor.stalled = False
+
         match message:
             case Request():
                 actor.credit = message.free_completions
@@ -232,8 +233,8 @@ class Coordinator:
 
     def assign(self, now: float) -> None:
         """Queue new tasks while there is room, and lease what can be leased."""
-        # While a policy waits to be announced, a new task would be sampled by an older one than
-        # the staleness bound allows.
+        # A task that joined while a policy waits to be announced would be sampled by an older
+        # policy than the staleness bound allows.
         room = self.ledger.room() if self._unannounced is None else 0
         for _ in range(room):
             prompt = self.prompts.next()
@@ -338,7 +339,7 @@ class Coordinator:
         self._journalled += len(events)
         return events
 
-    # ---- what the service does with the decisions ----------------------------------------
+    # ---- snapshots -----------------------------------------------------------------------
 
     def oldest_needed(self) -> int:
         """Return the oldest policy version whose snapshot an actor may still fetch; -1: none."""

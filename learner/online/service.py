@@ -87,6 +87,7 @@ class LearnerService:
         while True:
             command = await self.bridge.aget()
             now = time.monotonic()
+
             match command:
                 case RequestBatch():
                     self.batch_requested = True
@@ -102,6 +103,7 @@ class LearnerService:
                     self.coordinator.stop(reason)
                     await self._flush()
                     return
+
             await self._flush()
 
     async def _flush(self) -> None:
