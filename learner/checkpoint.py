@@ -1,8 +1,8 @@
 """Checkpoints: weights, optimiser, random state and source in one folder, committed by one rename.
 
 `checkpoints/step-000050/` holds `weights.safetensors` (trainable tensors), `optimizer.safetensors`,
-`source.msgpack` (ledger and prompts, or the dataset's position) and `state.json`. A folder that
-lacks `state.json`, or whose name begins with a dot, was never finished and is not looked at.
+`source.msgpack` (ledger and prompts, or the dataset's position) and `state.json`. A folder without
+`state.json`, or whose name begins with a dot, is unfinished and is ignored.
 """
 
 import logging
@@ -24,9 +24,9 @@ log = logging.getLogger("pippin.learner")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on exactly.
+    """Everything a run needs to continue exactly.
 
-    `state` is JSON: counters, the version, and what the run checks on resume (digests).
+    `state` becomes JSON: counters, the random state, and the digests that are checked on resume.
     """
 
     step: int
@@ -39,41 +39,28 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, checkpoint: Checkpoint, *, keep: int, also: Collection[int] = ()
 ) -> Path:
-    """Write `checkpoint` under `folder` and delete all but the newest `keep` and those of the
-    steps `also` (the best evaluation's).
+    """Write a checkpoint under `folder`, then delete old ones; return its folder.
 
-    Raises CheckpointError, with earlier checkpoints untouched, where the disk does not take it.
+    The newest `keep` stay (0: all), and those of the steps in `also` (the best evaluation's).
+    Raises CheckpointError, with earlier checkpoints untouched, if the disk does not take it.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        for unfinished in folder.glob(".step-*"):  # a killed writer's; nobody else would delete it
+        # Left by a killed writer: nobody else would delete them.
+        for unfinished in folder.glob(".step-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_tensors(temporary / "weights.safetensors", checkpoint.weights, {"format": "mlx"})
-        write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer, {"format": "mlx"})
-        _write(temporary / "source.msgpack", checkpoint.source)
-        state = {"step": checkpoint.step, **checkpoint.state}
-        _write(temporary / "state.json", msgspec.json.format(msgspec.json.encode(state)))
-        replaced = folder / f".{final.name}.replaced"
-        if final.exists():  # a folder cannot be replaced; half deleted it would look finished
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(final, replaced)
-        _sync(temporary)
-        os.replace(temporary, final)
-        _sync(folder)  # before older ones are deleted: a power cut must leave one of them
-        shutil.rmtree(replaced, ignore_errors=True)
+        _write_files(temporary, checkpoint)
+        _commit(temporary, final)
     except (OSError, SnapshotError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"Cannot write the checkpoint {final}: {error}. Earlier checkpoints are untouched. "
-            "Free space, then go on with --run.resume."
+            "Free space, then continue with --run.resume."
         ) from error
-    spared = {f"step-{step:06d}" for step in also}
-    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
-        if old.name not in spared:
-            (old / "state.json").unlink(missing_ok=True)  # half deleted it is not finished
-            shutil.rmtree(old, ignore_errors=True)
+
+    if keep > 0:
+        _delete_old(checkpoints(folder)[:-keep], also)
     return final
 
 
@@ -83,28 +70,66 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read the newest finished checkpoint under `folder`, or `folder` itself if it is one."""
+    """Read the newest finished checkpoint under `folder`, or `folder` itself if it is one.
+
+    Raises CheckpointError if there is none or if it cannot be read.
+    """
     found = [folder] if (folder / "state.json").is_file() else checkpoints(folder)
     if not found:
         raise CheckpointError(
             f"There is no finished checkpoint in {folder}. Name a run folder that has one in "
-            "run.resume, or leave run.resume out to start anew."
+            "run.resume, or leave run.resume out to start from the beginning."
         )
+
     path = found[-1]
     try:
         state = msgspec.json.decode((path / "state.json").read_bytes(), type=dict[str, Any])
-        weights = _tensors(path / "weights.safetensors")
-        optimizer = _tensors(path / "optimizer.safetensors")
+        weights = _read_tensors(path / "weights.safetensors")
+        optimizer = _read_tensors(path / "optimizer.safetensors")
         source = (path / "source.msgpack").read_bytes()
     except (OSError, SnapshotError, msgspec.DecodeError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {error}. Delete that folder to go on from the "
-            "one before it."
+            f"The checkpoint {path} cannot be read: {error}. Delete that folder to continue from "
+            "the checkpoint before it."
         ) from error
     return Checkpoint(int(state["step"]), weights, optimizer, source, state)
 
 
-def _tensors(path: Path) -> dict[str, mx.array]:
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    folder.mkdir(parents=True)
+    write_tensors(folder / "weights.safetensors", checkpoint.weights, {"format": "mlx"})
+    write_tensors(folder / "optimizer.safetensors", checkpoint.optimizer, {"format": "mlx"})
+    _write(folder / "source.msgpack", checkpoint.source)
+
+    state = {"step": checkpoint.step, **checkpoint.state}
+    _write(folder / "state.json", msgspec.json.format(msgspec.json.encode(state)))
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    """Give a complete folder its final name, in the place of one that has it already."""
+    # A folder cannot be replaced in one step, and one that is half deleted would look finished.
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+
+    _sync(temporary)
+    os.replace(temporary, final)
+    # Before older checkpoints are deleted: a power cut must leave at least one.
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _delete_old(old: list[Path], kept_steps: Collection[int]) -> None:
+    kept = {f"step-{step:06d}" for step in kept_steps}
+    for path in old:
+        if path.name not in kept:
+            # Without this file, a folder that is half deleted does not count as a checkpoint.
+            (path / "state.json").unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_tensors(path: Path) -> dict[str, mx.array]:
     return read_tensors(path.read_bytes(), str(path))[0]
 
 

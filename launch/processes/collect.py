@@ -61,8 +61,15 @@ def epochs(settings: PairsRun) -> float | None:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
     """Serve the prompts until all are answered; write pairs and their counts."""
-    from learner.build.online import new_coordinator, new_service, new_terms, total_batches
+    from learner.build.online import (
+        OnlineAddresses,
+        OnlinePlan,
+        new_coordinator,
+        new_service,
+        total_batches,
+    )
     from learner.data.prompts import open_prompts
+    from learner.online.commands import Command, Reply
     from learner.online.source import OnlineSource
     from protocol.model.policy import load_policy
     from protocol.transport.bridge import Bridge
@@ -78,11 +85,11 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
-    terms = new_terms(args, settings, model, policy)
-    coordinator = new_coordinator(args, settings, terms, prompts, total, None)
-    bridge: Bridge[Any, Any] = Bridge()
+    addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
+    plan = OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
+    bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = new_service(args, settings, coordinator, bridge)
+    service = new_service(plan, new_coordinator(plan), bridge)
     with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
         bridge.start(lambda _: service.run())
         writer = Writer(settings, policy.tokenizer, file)
@@ -121,10 +128,10 @@ class Writer:
         self._tokenizer = tokenizer
         self._file = file
 
-    def add(self, item: Any) -> None:  # noqa: ANN401 - a TrainedGroup of the learner, heavy
+    def add(self, item: Any) -> None:  # noqa: ANN401 - a PromptGroup of the learner, heavy
         """Write the pair of a group, if it has one."""
         from launch.processes.pairing import best_and_worst, given_and_own
-        from learner.online.evaluation import reward_matrix
+        from learner.online.experience import reward_matrix
         from protocol.messages.arrays import ids_view
 
         prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids

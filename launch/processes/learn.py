@@ -66,9 +66,10 @@ def main() -> int:
 def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Iterator[Run]":
     """Build the run of the kind that `args.kind` names; MLX is loaded only here."""
     if args.kind == "grpo":
-        from learner.build.online import assemble_online
+        from learner.build.online import OnlineAddresses, assemble_online
 
-        with assemble_online(args) as run:
+        addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
+        with assemble_online(args.run_dir, addresses) as run:
             yield run
     else:
         from learner.build.offline import assemble_offline

@@ -1,4 +1,8 @@
-"""What every learner is put together from: its run, checkpoint, step and schedule."""
+"""The parts that every learner is built from: its checkpoint, optimiser step and schedule."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
 
 import logging
 import time
@@ -23,7 +27,7 @@ log = logging.getLogger("pippin.learner")
 
 @dataclass
 class Run:
-    """A learner that is ready to advance; `complete` writes what the run leaves behind."""
+    """A learner that is ready to advance. `base` is the path of the base model."""
 
     trainer: Trainer[Any]
     policy: LoadedPolicy
@@ -31,51 +35,53 @@ class Run:
     base: str
 
     def complete(self) -> None:
-        """Write the final adapters (or the full model) in mlx-lm's format."""
-        write_result(self.folder, self.policy, self.base)
+        """Write the result in mlx-lm's format: `adapters/`, or `model/` after full fine-tuning."""
+        policy = self.policy
+        if policy.adapter_config.fine_tune_type != "full":
+            save_adapters(self.folder / "adapters", policy.model, policy.adapter_config, self.base)
+            return
 
-
-def write_result(folder: Path, policy: LoadedPolicy, base: str) -> Path:
-    """Write `adapters/`, or `model/` after full fine-tuning; return the folder."""
-    if policy.adapter_config.fine_tune_type == "full":
-        from mlx_lm.utils import save
-
-        target = folder / "model"
+        # A model that was quantised when it was loaded does not say so in its config.json.
         config = dict(policy.config)
         quantised = [module for module in policy.model.modules() if "scales" in module]
-        if quantised and "quantization" not in config:  # quantised at load, so not in config.json
+        if quantised and "quantization" not in config:
             layer: Any = quantised[0]
             config["quantization"] = {"group_size": layer.group_size, "bits": layer.bits}
-        save(target, policy.folder, policy.model, policy.tokenizer, config)
-        return target
-    target = folder / "adapters"
-    save_adapters(target, policy.model, policy.adapter_config, base)
-    return target
+
+        from mlx_lm.utils import save
+
+        save(self.folder / "model", policy.folder, policy.model, policy.tokenizer, config)
 
 
 def resume_point(
     resume: str, policy: LoadedPolicy, reference: Reference | None
 ) -> Checkpoint | None:
-    """Load the checkpoint to go on from and put its weights into the policy."""
+    """Load the checkpoint that `run.resume` names, and put its weights into the policy.
+
+    Raises CheckpointError if it was made with another model, tokenizer or reference.
+    """
     if not resume:
         return None
+
     folder = Path(resume)
     found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     checkpoint = load_checkpoint(found)
+
     for name, ours in run_digests(policy, reference).items():
         theirs = checkpoint.state.get(name, "none")
         if theirs != ours:
             raise CheckpointError(
                 f"The checkpoint in {found} was made with {name} {theirs}, this run has {ours}. "
-                "Resume with the model, its dtype, adapter and reference that the run began with."
+                "Resume with the model, dtype, adapter and reference that the run began with."
             )
+
     load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
     log.info("resuming from step %d of %s", checkpoint.step, found)
     return checkpoint
 
 
 def run_digests(policy: LoadedPolicy, reference: Reference | None) -> dict[str, str]:
-    """Return what a checkpoint must agree with."""
+    """Return the digests that a checkpoint and the run that resumes it must share."""
     digests = {"model_digest": policy.model_digest, "tokenizer_digest": policy.tokenizer_digest}
     if reference is not None:
         digests["reference_digest"] = reference.digest
@@ -107,7 +113,7 @@ def report_memory(
     completion_length: int,
     shared_prompt: bool = False,
 ) -> None:
-    """Log what a step will take of the machine's memory; arguments as of `estimate_memory`."""
+    """Log the memory that a step will need; the arguments are those of `estimate_memory`."""
     warn_if_too_large(
         estimate_memory(
             policy.model,

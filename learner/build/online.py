@@ -1,11 +1,18 @@
-"""Puts the learner of GRPO together: policy, reference, prompts, ledger, service, trainer."""
+"""Puts the learner of GRPO together: policy, reference, prompts, ledger, service, trainer.
 
-import argparse
+launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `new_coordinator` and
+`new_service`.
+"""
+
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
 import logging
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,19 +30,19 @@ from learner.build.common import (
 )
 from learner.checkpoint import Checkpoint
 from learner.data.prompts import PromptSets, open_prompts
-from learner.ledger.journal import read_journal, since
+from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
-from learner.ledger.types import LedgerSettings, LostReport
+from learner.ledger.types import LedgerSettings, ResumeReport
 from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
 from learner.model.trials import choose_head, choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
-from learner.online.actors import Terms
+from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
-from learner.online.experience import CoordinatorState, TrainedGroup
-from learner.online.rollout_lines import Decoder, describe
-from learner.online.service import Service
+from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
+from learner.online.rollout_lines import Decoder, rollout_line
+from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
 from learner.optim.step import should_compile
 from learner.records import Records
@@ -58,49 +65,84 @@ from protocol.transport.bridge import Bridge
 
 log = logging.getLogger("pippin.learner")
 
+DescribeGroup = Callable[[PromptGroup, int], dict[str, Any]]
+DEFAULT_PROMPT_LIMIT = 512  # tokens of a streamed prompt without data.max_prompt_length
+
+
+@dataclass(frozen=True)
+class OnlineAddresses:
+    """Where the processes of an online run reach each other, as endpoints.
+
+    `actors`: where actors connect. `snapshots`: where policy snapshots are served. `rewards`: the
+    reward services, each one endpoint or several that share the load, separated by commas.
+    """
+
+    actors: Sequence[str]
+    snapshots: str
+    rewards: Sequence[str]
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """What the parts of an online run are built from.
+
+    `model` is what actors load, exactly as the learner loaded `policy`.
+    """
+
+    folder: Path
+    addresses: OnlineAddresses
+    settings: OnlineRun
+    model: ModelSettings
+    policy: LoadedPolicy
+    prompts: PromptSets
+    total_batches: int
+
 
 @contextmanager
-def assemble_online(args: argparse.Namespace) -> Iterator[Run]:
-    """Build the GRPO run of `args.run_dir`, and serve its actors inside the context."""
-    settings = load(GrpoRun, args.run_dir / "config.toml")
+def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
+    """Build the GRPO run of `folder`, and serve its actors inside the context."""
+    settings = load(GrpoRun, folder / "config.toml")
     for line in idle(settings):
         log.warning(line)
-    mx.random.seed(settings.run.seed)  # what dropout draws
+
+    mx.random.seed(settings.run.seed)  # dropout draws from it
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
-    epochs = None if settings.train.max_steps >= 0 else settings.train.num_train_epochs
     prompts = open_prompts(
         settings.data,
         policy.tokenizer,
         seed=settings.run.seed,
-        epochs=epochs,
+        epochs=None if settings.train.max_steps >= 0 else settings.train.num_train_epochs,
         batch_size=settings.train.batch_size,
         repeat_sampler=True,
     )
     total = total_batches(settings, prompts)
-    checkpoint = resume_point(settings.run.resume, policy, reference)
     model = narrowed(settings.model, ModelSettings)
-    terms = new_terms(args, settings, model, policy, settings.eval.max_completion_length)
-    coordinator = new_coordinator(args, settings, terms, prompts, total, checkpoint)
-    bridge: Bridge[Any, Any] = Bridge()
-    for stale in (args.run_dir / "policy").glob("policy-*"):
-        stale.unlink(missing_ok=True)  # of a learner that was killed: nobody would delete them
-    source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = new_service(args, settings, coordinator, bridge)
-    trainer = _trainer(args, settings, policy, reference, prompts, source, total)
+    plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total)
+    checkpoint = resume_point(settings.run.resume, policy, reference)
+
+    coordinator = new_coordinator(plan, checkpoint, settings.eval.max_completion_length)
+    bridge = Bridge[Command, Reply]()
+    service = new_service(plan, coordinator, bridge)
+
+    for stale in (folder / "policy").glob("policy-*"):
+        stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would delete them
+    source = OnlineSource(bridge, policy.model, folder / "policy")
+    trainer = _new_trainer(settings, plan, reference, source)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+
     with bridge:
         bridge.start(lambda _: service.run())
         source.stepped(trainer.step)
-        yield Run(trainer, policy, args.run_dir, settings.model.path)
+        yield Run(trainer, policy, folder, settings.model.path)
         source.finish("the run is over")
 
 
 def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
-    """Return the run's batches: `train.max_steps`, or fewer where the prompts end before.
+    """Return the run's batches: `train.max_steps`, or fewer if the prompts end before.
 
-    Raises ConfigError where only the end of a stream would tell.
+    Raises ConfigError if only the end of a stream would tell.
     """
     limits: list[int] = []
     if settings.train.max_steps >= 0:
@@ -113,179 +155,174 @@ def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
 
 
 def new_service(
-    args: argparse.Namespace,
-    settings: OnlineRun,
-    coordinator: Coordinator,
-    bridge: Bridge[Any, Any],
-) -> Service:
+    plan: OnlinePlan, coordinator: Coordinator, bridge: Bridge[Command, Reply]
+) -> LearnerService:
     """Return the service of a run's sockets."""
-    return Service(
+    return LearnerService(
         coordinator,
-        list(args.endpoint),
-        args.snapshots,
+        list(plan.addresses.actors),
+        plan.addresses.snapshots,
         bridge,
-        args.run_dir / "ledger.jsonl",
-        keys=settings.transport.keys,
-        max_message_bytes=settings.transport.max_message_mb << 20,
+        plan.folder / "ledger.jsonl",
+        keys=plan.settings.transport.keys,
+        max_message_bytes=plan.settings.transport.max_message_mb << 20,
     )
 
 
 def new_coordinator(
-    args: argparse.Namespace,
-    settings: OnlineRun,
-    terms: Terms,
-    prompts: PromptSets,
-    total: int,
-    checkpoint: Checkpoint | None,
+    plan: OnlinePlan, checkpoint: Checkpoint | None = None, eval_length: int | None = None
 ) -> Coordinator:
-    """Return the coordinator of a run of `total` batches, as `checkpoint`, if any, left it."""
-    incarnation = terms.welcome.incarnation
-    limits = LedgerSettings(
-        batch_size=settings.train.batch_size,
-        max_staleness=settings.queue.max_staleness,
-        num_generations=settings.sampling.num_generations,
-        total_batches=total,
-        lease_s=settings.queue.lease_s,
-        max_attempts=settings.queue.max_attempts,
-        max_eval_tasks=max(4096, len(prompts.evaluation)),
-    )
+    """Return a run's coordinator, restored from `checkpoint` if there is one.
+
+    `eval_length` limits the completions of an evaluation, in tokens; None: as in training.
+    """
+    incarnation = uuid.uuid4().hex
+    limits = _ledger_settings(plan)
+    checkpointed, report = None, None
     if checkpoint is None:
-        ledger = Ledger(limits, args.run_dir.name, incarnation)
-        return Coordinator(ledger, prompts.train, prompts.evaluation, terms)
-    state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-    ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
-    coordinator = Coordinator(ledger, prompts.train, prompts.evaluation, terms)
-    coordinator.adopt(state, lost)
-    _report_lost(args.run_dir, state, lost)
+        ledger = Ledger(limits, plan.folder.name, incarnation)
+    else:
+        checkpointed = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+        ledger, report = Ledger.restore(limits, checkpointed.ledger, incarnation)
+
+    train = Sampling(**builtins(plan.settings.sampling))
+    evaluation = Sampling(
+        num_generations=1,
+        max_completion_length=eval_length or train.max_completion_length,
+        temperature=0.0,
+    )
+    coordinator = Coordinator(
+        ledger,
+        plan.prompts.train,
+        plan.prompts.evaluation,
+        _welcome(plan, incarnation),
+        {"train": train, "eval": evaluation},
+        plan.policy.vocab_size,
+    )
+    if checkpointed is not None and report is not None:
+        coordinator.restore(checkpointed, report)
+        _report_losses(plan.folder, checkpointed, report)
     return coordinator
 
 
-def _report_lost(folder: Path, state: CoordinatorState, report: LostReport) -> None:
-    """Write lost.json: what was under way at the checkpoint, and what came after it."""
-    old = state.ledger.incarnation
-    events = read_journal(folder / "ledger.jsonl", old)[state.events :]
-    lost = since(report, state.ledger.run, old, state.ledger.version, events)
-    log.warning(
-        "lost with the learner before: %d batches trained after the checkpoint (%d tasks), %d "
-        "groups not trained yet, %d leases; %d tasks are leased again; see lost.json",
-        lost.version_reached - lost.version,
-        len(lost.trained_since),
-        len(report.groups) + len(lost.received_since),
-        len(report.leases),
-        len(report.rejoined),
+def _ledger_settings(plan: OnlinePlan) -> LedgerSettings:
+    settings = plan.settings
+    return LedgerSettings(
+        batch_size=settings.train.batch_size,
+        max_staleness=settings.queue.max_staleness,
+        num_generations=settings.sampling.num_generations,
+        total_batches=plan.total_batches,
+        lease_s=settings.queue.lease_s,
+        max_attempts=settings.queue.max_attempts,
+        max_eval_tasks=max(4096, len(plan.prompts.evaluation)),
     )
-    (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(lost)))
 
 
-def new_terms(
-    args: argparse.Namespace,
-    settings: OnlineRun,
-    model: ModelSettings,
-    policy: LoadedPolicy,
-    eval_length: int | None = None,
-) -> Terms:
-    """Return what actors are told: `model` is what they load, as the learner loaded `policy`.
-
-    `eval_length` limits the tokens of answers to held-out prompts; None: as in training.
-    """
-    train = Sampling(**builtins(settings.sampling))
-    length = eval_length or train.max_completion_length
-    services = [
-        RewardService(endpoints=text.split(","), timeout_s=settings.rewards.reward_timeout_s)
-        for text in args.rewards
-    ]
-    welcome = Welcome(
+def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
+    settings = plan.settings
+    return Welcome(
         protocol_version=PROTOCOL_VERSION,
-        run=args.run_dir.name,
-        incarnation=uuid.uuid4().hex,
-        model=builtins(model),
-        model_digest=policy.model_digest,
-        tokenizer_digest=policy.tokenizer_digest,
-        rewards=services,
+        run=plan.folder.name,
+        incarnation=incarnation,
+        model=builtins(plan.model),
+        model_digest=plan.policy.model_digest,
+        tokenizer_digest=plan.policy.tokenizer_digest,
+        rewards=[
+            RewardService(endpoints=text.split(","), timeout_s=settings.rewards.reward_timeout_s)
+            for text in plan.addresses.rewards
+        ],
         heartbeat_s=settings.actors.heartbeat_s,
         seed=settings.run.seed,
     )
-    return Terms(
-        welcome=welcome,
-        train=train,
-        evaluate=Sampling(num_generations=1, max_completion_length=length, temperature=0.0),
-        seed=settings.run.seed,
-        lease_s=settings.queue.lease_s,
-        vocab_size=policy.vocab_size,
+
+
+def _report_losses(folder: Path, checkpointed: CoordinatorState, report: ResumeReport) -> None:
+    """Write lost.json: what was under way at the checkpoint, and what happened after it."""
+    events = read_journal(folder / "ledger.jsonl", checkpointed.ledger.incarnation)
+    after = events[checkpointed.events :]
+    losses = losses_since_checkpoint(report, checkpointed.ledger, after)
+    log.warning(
+        "lost when the previous learner ended: %d batches trained after the checkpoint (%d tasks), "
+        "%d groups not trained yet, %d leases; %d tasks are leased again; see lost.json",
+        losses.version_reached - losses.version,
+        len(losses.trained_since),
+        len(report.groups) + len(losses.received_since),
+        len(report.leases),
+        len(report.rejoined),
+    )
+    (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(losses)))
+
+
+def _new_trainer(
+    settings: GrpoRun, plan: OnlinePlan, reference: Reference | None, source: OnlineSource
+) -> Trainer[TrainBatch]:
+    policy, weights = plan.policy, settings.rewards.reward_weights
+
+    def describe(item: PromptGroup, trained_at: int) -> dict[str, Any]:
+        decoder = cast(Decoder, policy.tokenizer)
+        return rollout_line(item, trained_at, decoder, settings.run.log_completions)
+
+    objective = _new_objective(settings, plan, reference, describe)
+    updates = plan.total_batches * settings.objective.num_iterations
+    return Trainer(
+        policy.model,
+        source,
+        objective,
+        new_step(settings, policy, reference, updates),
+        Records(plan.folder, started_at(plan.folder)),
+        schedule_of(settings, plan.total_batches),
+        OnlineEvaluator(source, weights, describe) if plan.prompts.evaluation else None,
+        resume_state=run_digests(policy, reference),
     )
 
 
-def _trainer(
-    args: argparse.Namespace,
-    settings: GrpoRun,
-    policy: LoadedPolicy,
-    reference: Reference | None,
-    prompts: PromptSets,
-    source: OnlineSource,
-    total: int,
-) -> Trainer[Any]:
-    settings_objective, train = settings.objective, settings.train
+def _new_objective(
+    settings: GrpoRun, plan: OnlinePlan, reference: Reference | None, describe: DescribeGroup
+) -> GrpoObjective:
+    """Return the objective; its memory is estimated from the longest prompts there may be."""
+    policy, train = plan.policy, settings.train
     head = choose_head(policy.model, train.head)
     share_prompt = _shares_prompt(train, policy, reference, head)
-    longest = settings.sampling.max_completion_length
+
+    longest_completion = settings.sampling.max_completion_length
+    longest_prompt = plan.prompts.train.longest
+    if longest_prompt is None:
+        longest_prompt = settings.data.max_prompt_length or DEFAULT_PROMPT_LIMIT
     report_memory(
         settings,
         policy,
         reference,
         head,
         rows=train.micro_batch_size * settings.sampling.num_generations,
-        length=longest + _longest_prompt(settings, prompts),
-        completion_length=longest,
+        length=longest_completion + longest_prompt,
+        completion_length=longest_completion,
         shared_prompt=share_prompt,
     )
 
-    def line(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
-        return describe(
-            item, trained_at, cast(Decoder, policy.tokenizer), settings.run.log_completions
-        )
-
-    objective = GrpoObjective(
-        settings_objective,
+    return GrpoObjective(
+        settings.objective,
         train,
         policy.model,
         settings.sampling.temperature,
-        settings.sampling.max_completion_length,
+        longest_completion,
         settings.rewards.reward_weights,
         head,
-        line,
+        describe,
         reference=reference.model if reference is not None else None,
         max_none_batches=settings.rewards.max_none_batches,
         share_prompt=share_prompt,
-    )
-    evaluator = OnlineEvaluator(
-        source, settings.rewards.reward_weights, line, len(prompts.evaluation)
-    )
-    return Trainer(
-        policy.model,
-        source,
-        objective,
-        new_step(settings, policy, reference, total * settings_objective.num_iterations),
-        Records(args.run_dir, started_at(args.run_dir)),
-        schedule_of(settings, total),
-        evaluator if prompts.evaluation else None,
-        resume_state=run_digests(policy, reference),
     )
 
 
 def _shares_prompt(
     train: GrpoTrain, policy: LoadedPolicy, reference: Reference | None, head: Head
 ) -> bool:
-    """Return whether a micro-batch, which must be one group, computes its prompt once."""
+    """Return whether a micro-batch, which must be one group, computes its prompt only once."""
+    models = [policy.model] if reference is None else [policy.model, reference.model]
     return train.micro_batch_size == 1 and choose_shared_prompt(
-        [policy.model] if reference is None else [policy.model, reference.model],
+        models,
         train.shared_prompt,
         head=head,
         gradient_checkpointing=train.gradient_checkpointing,
         compiled=should_compile(train.compile),
     )
-
-
-def _longest_prompt(settings: GrpoRun, prompts: PromptSets) -> int:
-    """Return the tokens of the longest prompt; a stream's limit, or 512 where it sets none."""
-    longest = prompts.train.longest
-    return longest if longest is not None else settings.data.max_prompt_length or 512

@@ -1,4 +1,4 @@
-"""Who owes what: task leases, the staleness bound, order and loss, as a pure state machine.
+"""Who owes what: tasks, their leases, the staleness bound and the order of batches.
 
-No clock, no socket, no MLX. Imported by `learner.online` and `learner.build`.
+A pure state machine without clock, socket or MLX. Imported by `learner.online` and `learner.build`.
 """

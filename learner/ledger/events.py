@@ -1,12 +1,9 @@
-"""What can happen to the ledger, and how it changes the ledger's state.
+"""The events of the ledger, each with the change that it makes to the state.
 
-`apply` is the only place that changes a `LedgerState`, so a journal of events replays to the same
-state. The decisions (who gets which task, what a group counts for) are in
-`learner/ledger/ledger.py`.
+`apply_to` is the only way a `LedgerState` changes, so applying a journal of events to the state
+that they began with gives the same state again. `ledger.py` decides which events happen.
+`apply_to` raises LedgerError if the event is impossible in that state.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -15,12 +12,15 @@ from protocol.errors import LedgerError
 from protocol.messages.messages import TaskKind
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Base of the events; numbers are `TaskId.number`, times are the caller's `now`."""
+class LedgerEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the events; numbers are `TaskId.number`, times are the caller's `now`.
+
+    An event's tag is its `type` in the journal.
+    """
 
 
-class Joined(Event, frozen=True, kw_only=True):
-    """A task came to the end of its queue."""
+class TaskJoined(LedgerEvent, frozen=True, kw_only=True, tag="Joined"):
+    """A task was added to the end of the queue, or to the evaluation round."""
 
     number: int
     row_key: RowKey
@@ -28,9 +28,22 @@ class Joined(Event, frozen=True, kw_only=True):
     pinned_version: int | None
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        require(self.number == state.next_number, f"task {self.number} joined out of order")
+        state.next_number += 1
+        state.counters.joined += 1
 
-class Leased(Event, frozen=True, kw_only=True):
-    """An actor got an attempt of a task."""
+        tasks = state.queue if self.kind == "train" else state.evals
+        tasks[self.number] = TaskRecord(
+            number=self.number,
+            row_key=self.row_key,
+            kind=self.kind,
+            pinned_version=self.pinned_version,
+        )
+
+
+class TaskLeased(LedgerEvent, frozen=True, kw_only=True, tag="Leased"):
+    """An actor was given an attempt at a task."""
 
     number: int
     attempt: int
@@ -39,26 +52,48 @@ class Leased(Event, frozen=True, kw_only=True):
     expires_at: float
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        record = _find(state, self.number, "lease")
+        require(record.waiting, f"task {self.number} was leased while it is out or done")
+        attempt = len(record.floors) + 1
+        require(self.attempt == attempt, f"attempt {self.attempt} leased, next is {attempt}")
 
-class Renewed(Event, frozen=True, kw_only=True):
-    """An actor made progress: all its leases run until `expires_at`."""
+        record.floors.append(self.min_policy_version)
+        record.lease = Lease(attempt=attempt, actor=self.actor, expires_at=self.expires_at)
+        state.counters.leased += 1
+        state.counters.retried += attempt > 1
+
+
+class LeasesRenewed(LedgerEvent, frozen=True, kw_only=True, tag="Renewed"):
+    """An actor made progress: all its leases now last until `expires_at`."""
 
     actor: str
     expires_at: float
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        for _, lease in state.open_leases(self.actor):
+            lease.expires_at = self.expires_at
 
-class Received(Event, frozen=True, kw_only=True):
-    """The group of this attempt counts; an open lease of another attempt ends with it."""
+
+class GroupReceived(LedgerEvent, frozen=True, kw_only=True, tag="Received"):
+    """The group of this attempt was accepted; the task's open lease ends, whichever it is."""
 
     number: int
     attempt: int
     actor: str
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        record = _find(state, self.number, "group")
+        require(not record.ended, f"task {self.number} got a second group")
+        record.taken = self.attempt
+        record.lease = None
+        state.counters.received += 1
 
-class Discarded(Event, frozen=True, kw_only=True):
-    """A group that does not count: "duplicate", "dropped", "stale" or "unknown"."""
+
+class GroupDiscarded(LedgerEvent, frozen=True, kw_only=True, tag="Discarded"):
+    """A group was not accepted: "duplicate", "dropped", "stale" or "unknown"."""
 
     number: int
     attempt: int
@@ -66,10 +101,18 @@ class Discarded(Event, frozen=True, kw_only=True):
     reason: str
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        if self.reason == "duplicate":
+            state.counters.duplicates += 1
+        else:
+            _count(state.counters.discarded, self.reason)
 
-class Closed(Event, frozen=True, kw_only=True):
-    """A lease ended without a group ("failed", "expired", "gone", "stale"); `blamed`: it counts
-    towards `max_attempts`."""
+
+class LeaseClosed(LedgerEvent, frozen=True, kw_only=True, tag="Closed"):
+    """A lease ended without a group: "failed", "expired", "gone" or "stale".
+
+    `blamed`: the attempt counts towards `max_attempts`.
+    """
 
     number: int
     attempt: int
@@ -78,8 +121,19 @@ class Closed(Event, frozen=True, kw_only=True):
     blamed: bool
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        record = _find(state, self.number, "end of lease")
+        open_attempt = None if record.lease is None else record.lease.attempt
+        require(
+            open_attempt == self.attempt,
+            f"attempt {self.attempt} of task {self.number} ended, open is {open_attempt}",
+        )
+        record.lease = None
+        record.failures += self.blamed
+        state.counters.expired += self.cause == "expired"
 
-class Dropped(Event, frozen=True, kw_only=True):
+
+class TaskDropped(LedgerEvent, frozen=True, kw_only=True, tag="Dropped"):
     """A task was given up; it leaves the queue."""
 
     number: int
@@ -87,194 +141,106 @@ class Dropped(Event, frozen=True, kw_only=True):
     detail: str
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        record = _find(state, self.number, "drop")
+        require(record.waiting, f"task {self.number} was dropped while it is out or done")
+        if record.kind == "train":
+            del state.queue[self.number]
+        else:
+            record.dropped = self.detail
+        state.dropped[self.number] = self.detail
+        _count(state.counters.dropped, self.cause)
 
-class RowsEnded(Event, frozen=True, kw_only=True):
-    """No further row will join."""
+
+class RowsEnded(LedgerEvent, frozen=True, kw_only=True, tag="RowsEnded"):
+    """There are no more rows: no further training task will join."""
 
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        state.rows_ended = True
 
-class Formed(Event, frozen=True, kw_only=True):
-    """The batch that trains next, in order."""
+
+class BatchFormed(LedgerEvent, frozen=True, kw_only=True, tag="Formed"):
+    """The tasks at the head of the queue went into training as a batch, in order."""
 
     numbers: list[int]
     version: int
     at: float
 
+    def apply_to(self, state: LedgerState) -> None:
+        require(not state.training, "a batch was formed while one is in training")
+        head = list(state.queue)[: len(self.numbers)]
+        require(bool(head) and head == self.numbers, "a batch must be the head of the queue")
+        for number in self.numbers:
+            require(state.queue[number].taken is not None, f"task {number} trains without a group")
+            state.training[number] = state.queue.pop(number)
 
-class Consumed(Event, frozen=True, kw_only=True):
-    """The batch was consumed; `version` is the new policy version."""
+
+class BatchConsumed(LedgerEvent, frozen=True, kw_only=True, tag="Consumed"):
+    """The batch in training was consumed; `version` is the new policy version."""
 
     version: int
 
+    def apply_to(self, state: LedgerState) -> None:
+        require(bool(state.training), "a batch was consumed while none is in training")
+        require(
+            self.version == state.version + 1, f"version {self.version} follows {state.version}"
+        )
+        state.version = self.version
+        state.counters.trained += len(state.training)
+        state.training.clear()
 
-class Published(Event, frozen=True, kw_only=True):
-    """From now on this version can be fetched."""
+
+class PolicyPublished(LedgerEvent, frozen=True, kw_only=True, tag="Published"):
+    """Actors can fetch this version from now on."""
 
     version: int
     digest: str
 
+    def apply_to(self, state: LedgerState) -> None:
+        oldest = 0 if state.published is None else state.published
+        require(
+            oldest <= self.version <= state.version,
+            f"version {self.version} was published; required {oldest} to {state.version}",
+        )
+        state.published = self.version
+        state.digest = self.digest
 
-class EvalTaken(Event, frozen=True, kw_only=True):
+
+class EvaluationTaken(LedgerEvent, frozen=True, kw_only=True, tag="EvalTaken"):
     """The results of the evaluation round were handed over."""
 
     numbers: list[int]
 
+    def apply_to(self, state: LedgerState) -> None:
+        require(list(state.evals) == self.numbers, "an evaluation round is taken whole")
+        state.counters.evaluated += sum(r.taken is not None for r in state.evals.values())
+        state.evals.clear()
+
 
 AnyEvent = (
-    Joined
-    | Leased
-    | Renewed
-    | Received
-    | Discarded
-    | Closed
-    | Dropped
+    TaskJoined
+    | TaskLeased
+    | LeasesRenewed
+    | GroupReceived
+    | GroupDiscarded
+    | LeaseClosed
+    | TaskDropped
     | RowsEnded
-    | Formed
-    | Consumed
-    | Published
-    | EvalTaken
+    | BatchFormed
+    | BatchConsumed
+    | PolicyPublished
+    | EvaluationTaken
 )
 
 
-def apply(state: LedgerState, event: AnyEvent) -> None:
-    """Change `state` by one event.
-
-    Raises:
-        LedgerError: the event is impossible in this state.
-
-    """
-    _APPLY[type(event)](state, event)
-
-
-def _live(state: LedgerState, number: int, event: str) -> TaskRecord:
+def _find(state: LedgerState, number: int, event: str) -> TaskRecord:
     record = state.queue.get(number) or state.evals.get(number)
     if record is None:
         raise LedgerError(f"{event} of task {number}: it is in no queue")
     return record
 
 
-def _joined(state: LedgerState, event: Joined) -> None:
-    require(event.number == state.next_number, f"task {event.number} joined out of order")
-    state.next_number += 1
-    state.counters.joined += 1
-    table = state.queue if event.kind == "train" else state.evals
-    table[event.number] = TaskRecord(
-        number=event.number,
-        row_key=event.row_key,
-        kind=event.kind,
-        pinned_version=event.pinned_version,
-    )
-
-
-def _leased(state: LedgerState, event: Leased) -> None:
-    record = _live(state, event.number, "lease")
-    require(record.waiting, f"task {event.number} was leased while it is out or done")
-    attempt = len(record.floors) + 1
-    require(event.attempt == attempt, f"attempt {event.attempt} leased, next is {attempt}")
-    record.floors.append(event.min_policy_version)
-    record.lease = Lease(attempt=attempt, actor=event.actor, expires_at=event.expires_at)
-    state.counters.leased += 1
-    state.counters.retried += attempt > 1
-
-
-def _renewed(state: LedgerState, event: Renewed) -> None:
-    for table in (state.queue, state.evals):
-        for record in table.values():
-            if record.lease is not None and record.lease.actor == event.actor:
-                record.lease.expires_at = event.expires_at
-
-
-def _received(state: LedgerState, event: Received) -> None:
-    record = _live(state, event.number, "group")
-    require(not record.ended, f"task {event.number} got a second group")
-    record.taken = event.attempt
-    record.lease = None
-    state.counters.received += 1
-
-
-def _discarded(state: LedgerState, event: Discarded) -> None:
-    if event.reason == "duplicate":
-        state.counters.duplicates += 1
-    else:
-        _count(state.counters.discarded, event.reason)
-
-
-def _closed(state: LedgerState, event: Closed) -> None:
-    record = _live(state, event.number, "end of lease")
-    open_attempt = None if record.lease is None else record.lease.attempt
-    require(
-        open_attempt == event.attempt,
-        f"attempt {event.attempt} of task {event.number} ended, open is {open_attempt}",
-    )
-    record.lease = None
-    record.failures += event.blamed
-    state.counters.expired += event.cause == "expired"
-
-
-def _dropped(state: LedgerState, event: Dropped) -> None:
-    record = _live(state, event.number, "drop")
-    require(record.waiting, f"task {event.number} was dropped while it is out or done")
-    if record.kind == "train":
-        del state.queue[event.number]
-    else:
-        record.dropped = event.detail
-    state.dropped[event.number] = event.detail
-    _count(state.counters.dropped, event.cause)
-
-
-def _rows_ended(state: LedgerState, event: RowsEnded) -> None:
-    state.rows_ended = True
-
-
-def _formed(state: LedgerState, event: Formed) -> None:
-    require(not state.training, "a batch was formed while one is in training")
-    head = list(state.queue)[: len(event.numbers)]
-    require(bool(head) and head == event.numbers, "a batch must be the head of the queue")
-    for number in event.numbers:
-        require(state.queue[number].taken is not None, f"task {number} trains without a group")
-        state.training[number] = state.queue.pop(number)
-
-
-def _consumed(state: LedgerState, event: Consumed) -> None:
-    require(bool(state.training), "a batch was consumed while none is in training")
-    require(event.version == state.version + 1, f"version {event.version} follows {state.version}")
-    state.version = event.version
-    state.counters.trained += len(state.training)
-    state.training.clear()
-
-
-def _published(state: LedgerState, event: Published) -> None:
-    oldest = 0 if state.published is None else state.published
-    require(
-        oldest <= event.version <= state.version,
-        f"version {event.version} was published; required {oldest} to {state.version}",
-    )
-    state.published = event.version
-    state.digest = event.digest
-
-
-def _eval_taken(state: LedgerState, event: EvalTaken) -> None:
-    require(list(state.evals) == event.numbers, "an evaluation round is taken whole")
-    state.counters.evaluated += sum(r.taken is not None for r in state.evals.values())
-    state.evals.clear()
-
-
 def _count(table: dict[str, int], key: str) -> None:
     table[key] = table.get(key, 0) + 1
-
-
-_APPLY: dict[type[Event], Callable[[LedgerState, Any], None]] = {
-    Joined: _joined,
-    Leased: _leased,
-    Renewed: _renewed,
-    Received: _received,
-    Discarded: _discarded,
-    Closed: _closed,
-    Dropped: _dropped,
-    RowsEnded: _rows_ended,
-    Formed: _formed,
-    Consumed: _consumed,
-    Published: _published,
-    EvalTaken: _eval_taken,
-}

@@ -1,12 +1,16 @@
-"""What died with a learner: the checkpoint says what was under way, its journal what came later."""
+"""The journal of the ledger's events (`ledger.jsonl`), and what a restarted learner lost.
+
+The checkpoint says what was under way when it was written, the journal what happened after it.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from learner.ledger.events import AnyEvent, Consumed, Formed, Joined, Received
-from learner.ledger.types import LostReport
+from learner.ledger.events import AnyEvent, BatchConsumed, BatchFormed, GroupReceived, TaskJoined
+from learner.ledger.state import LedgerState
+from learner.ledger.types import ResumeReport
 from learner.records import mend
 from protocol.messages.parts import TaskId
 
@@ -18,15 +22,16 @@ class JournalLine(msgspec.Struct, frozen=True, kw_only=True):
     event: AnyEvent
 
 
-class Lost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a resume lost. The first half was under way at the checkpoint (see `LostReport`).
+class RestartLosses(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of lost.json: what was lost between a checkpoint and the learner's end.
 
-    The second half happened after it and is undone: `trained_since` are tasks of batches consumed
-    since (they will be trained again from the checkpoint's weights), `received_since` those whose
-    group had come but was not trained, `joined_since` all tasks that joined.
+    `checkpoint` is what was under way at the checkpoint of `version`. The other fields happened
+    after it, until `version_reached`, and are undone: `trained_since` are the tasks of batches that
+    were consumed, and will be trained again from the checkpoint's weights; `received_since` those
+    whose group had come but was not trained; `joined_since` all training tasks that joined.
     """
 
-    checkpoint: LostReport
+    checkpoint: ResumeReport
     version: int
     version_reached: int
     trained_since: list[TaskId]
@@ -40,52 +45,49 @@ def encode_line(incarnation: str, event: AnyEvent) -> bytes:
 
 
 def read_journal(path: Path, incarnation: str) -> list[AnyEvent]:
-    """Return the events of an incarnation; a last line that was cut off by its end is cut away."""
+    """Return the events of an incarnation, after cutting off a last line that is incomplete."""
     mend(path)
     if not path.is_file():
         return []
-    events: list[AnyEvent] = []
+
     decoder = msgspec.json.Decoder(JournalLine)
     with path.open("rb") as file:
-        for data in file:
-            line = decoder.decode(data)
-            if line.incarnation == incarnation:
-                events.append(line.event)
-    return events
+        lines = (decoder.decode(data) for data in file)
+        return [line.event for line in lines if line.incarnation == incarnation]
 
 
-def since(
-    report: LostReport, run: str, incarnation: str, version: int, events: Iterable[AnyEvent]
-) -> Lost:
-    """Say what was lost, from the events of `incarnation` after the checkpoint of `version`."""
-    forming: list[int] = []
+def losses_since_checkpoint(
+    report: ResumeReport, checkpointed: LedgerState, events: Iterable[AnyEvent]
+) -> RestartLosses:
+    """Return what was lost, given the events that the old incarnation journalled afterwards."""
+    in_training: list[int] = []
     trained: list[int] = []
     received: list[int] = []
     joined: list[int] = []
-    reached = version
+    reached = checkpointed.version
+
     for event in events:
         match event:
-            case Joined(number=number, kind="train"):
+            case TaskJoined(number=number, kind="train"):
                 joined.append(number)
-            case Received(number=number):
+            case GroupReceived(number=number):
                 received.append(number)
-            case Formed(numbers=numbers):
-                forming = numbers
-            case Consumed(version=new):
-                reached = new
-                trained += forming
+            case BatchFormed(numbers=numbers):
+                in_training = numbers
+            case BatchConsumed(version=version):
+                reached = version
+                trained += in_training
             case _:
                 pass
-    train = {*joined, *(old.old.number for old in report.rejoined)}
 
-    def ids(numbers: Iterable[int]) -> list[TaskId]:
-        return [TaskId(run=run, incarnation=incarnation, number=n) for n in numbers]
-
-    return Lost(
+    # Evaluation groups are received too, but are not lost work of the training.
+    training_tasks = {*joined, *(task.old.number for task in report.rejoined)}
+    untrained = [n for n in received if n in training_tasks and n not in set(trained)]
+    return RestartLosses(
         checkpoint=report,
-        version=version,
+        version=checkpointed.version,
         version_reached=reached,
-        trained_since=ids(trained),
-        received_since=ids(n for n in received if n in train and n not in set(trained)),
-        joined_since=ids(joined),
+        trained_since=[checkpointed.task_id(number) for number in trained],
+        received_since=[checkpointed.task_id(number) for number in untrained],
+        joined_since=[checkpointed.task_id(number) for number in joined],
     )

@@ -1,4 +1,4 @@
-"""What the ledger remembers: its tasks, their leases, and its totals."""
+"""What the ledger remembers: tasks, their leases, and totals."""
 
 import msgspec
 
@@ -10,7 +10,7 @@ RowKey = int | str
 
 
 class Lease(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The open attempt of a task: who works on it, and until when without progress."""
+    """The open attempt at a task: who works on it, and when it ends unless it is renewed."""
 
     attempt: int
     actor: str
@@ -18,11 +18,12 @@ class Lease(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class TaskRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A task that has not ended.
+    """A task that is queued, in training or part of an evaluation.
 
     `floors[attempt - 1]` is the `min_policy_version` of that attempt; attempts count from 1.
-    `failures` counts the attempts that are held against the task; `taken` is the attempt whose
-    group counts; `dropped` is set only in evaluation tasks that wait for their round to end.
+    `failures` counts the attempts that are held against the task. `taken` is the attempt whose
+    group was accepted. `dropped` is the reason an evaluation task was dropped; the task stays until
+    its round ends, whereas a dropped training task leaves at once.
     """
 
     number: int
@@ -38,12 +39,16 @@ class TaskRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def waiting(self) -> bool:
         """Whether the task can be leased."""
-        return self.lease is None and self.taken is None and self.dropped is None
+        return self.lease is None and not self.ended
 
     @property
     def ended(self) -> bool:
         """Whether nothing more is expected from actors."""
         return self.taken is not None or self.dropped is not None
+
+    def is_leased_as(self, attempt: int) -> bool:
+        """Whether an actor is working on exactly this attempt."""
+        return self.lease is not None and self.lease.attempt == attempt
 
 
 class Counters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -52,8 +57,8 @@ class Counters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     joined: int = 0
     leased: int = 0  # attempts
     retried: int = 0  # attempts after a task's first
-    received: int = 0  # groups that count
-    duplicates: int = 0  # groups of a task that already had one
+    received: int = 0  # accepted groups
+    duplicates: int = 0  # groups for a task that already had one
     expired: int = 0  # leases
     trained: int = 0  # tasks
     evaluated: int = 0  # tasks
@@ -62,10 +67,11 @@ class Counters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Everything that the ledger knows; a checkpoint holds it.
+    """Everything the ledger knows; checkpoints store it.
 
-    `queue`, `training` and `evals` are ordered by position. `dropped` keeps the reason of every
-    dropped task: any other number below `next_number` that is in no dictionary was trained.
+    `version` is the number of batches consumed, `published` the newest version that actors can
+    fetch. `queue`, `training` and `evals` are ordered by position. `dropped` keeps the reason for
+    every dropped task: any other number below `next_number` that is in no dictionary was trained.
     """
 
     run: str
@@ -82,19 +88,45 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     counters: Counters = msgspec.field(default_factory=Counters)
 
     def task_id(self, number: int) -> TaskId:
-        """Return the identity of a task of this incarnation."""
+        """Return the full ID of a task of this incarnation."""
         return TaskId(run=self.run, incarnation=self.incarnation, number=number)
 
     def find(self, number: int) -> TaskRecord | None:
-        """Return the record of a task that has not left the ledger."""
-        for table in (self.queue, self.evals, self.training):
-            if number in table:
-                return table[number]
+        """Return a task's record, or None once it was trained, dropped or evaluated."""
+        for tasks in (self.queue, self.evals, self.training):
+            if number in tasks:
+                return tasks[number]
         return None
+
+    def open_leases(self, actor: str | None = None) -> list[tuple[TaskRecord, Lease]]:
+        """Return the leased tasks with their leases: those of one actor, or of all."""
+        records = (*self.queue.values(), *self.evals.values())
+        leased = [(record, record.lease) for record in records if record.lease is not None]
+        return [(record, lease) for record, lease in leased if actor in (None, lease.actor)]
 
     def copy(self) -> "LedgerState":
         """Return a deep copy."""
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self), type=LedgerState)
+
+    def resumed(self, incarnation: str) -> "LedgerState":
+        """Return the state with which a new incarnation continues.
+
+        Training tasks that were not consumed join again, in order, as new tasks without leases or
+        groups. Evaluation tasks do not, because the version they are pinned to may be gone. Nothing
+        is published yet, so nothing can be leased.
+        """
+        require(incarnation != self.incarnation, "a resumed learner needs a new incarnation")
+        unfinished = [*self.training.values(), *self.queue.values()]
+
+        new = self.copy()
+        new.incarnation, new.published, new.digest = incarnation, None, ""
+        new.training, new.evals = {}, {}
+        new.queue = {
+            number: TaskRecord(number=number, row_key=old.row_key, kind="train")
+            for number, old in enumerate(unfinished, start=self.next_number)
+        }
+        new.next_number += len(unfinished)
+        return new
 
 
 def require(condition: bool, message: str) -> None:

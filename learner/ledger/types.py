@@ -1,4 +1,4 @@
-"""What goes into the ledger and what it answers."""
+"""The ledger's settings and the values its operations return."""
 
 from typing import Literal
 
@@ -8,11 +8,16 @@ from learner.ledger.state import RowKey, require
 from protocol.messages.messages import TaskKind
 from protocol.messages.parts import TaskId
 
-Outcome = Literal["accepted", "duplicate", "dropped", "stale", "unknown"]
+Rejection = Literal["duplicate", "dropped", "stale", "unknown"]
+Outcome = Literal["accepted"] | Rejection
 
 
 class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The ledger's limits. `total_batches` None: until `end_of_rows`. Rows are completions."""
+    """The ledger's limits.
+
+    `batch_size` is in groups, `max_staleness` in batches. `total_batches` None means that the run
+    lasts until `end_of_rows`. `max_attempts` failed attempts drop a task.
+    """
 
     batch_size: int
     max_staleness: int
@@ -29,9 +34,13 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
         require(self.max_staleness >= 0, "LedgerSettings.max_staleness must be at least 0")
         require(self.lease_s > 0, "LedgerSettings.lease_s must be above 0")
 
+    def completions(self, kind: TaskKind) -> int:
+        """Return how many completions a task asks for."""
+        return self.num_generations if kind == "train" else self.eval_generations
+
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease that was given: what a `Task` message needs of the ledger."""
+    """A lease given to an actor: the ledger's part of a `Task` message."""
 
     task: TaskId
     attempt: int
@@ -41,8 +50,8 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     pinned_version: int | None
 
 
-class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease that ended without a group of its own. `dropped`: the task was given up with it."""
+class EndedLease(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease that ended before its own group came. `dropped`: the task was given up as well."""
 
     task: TaskId
     attempt: int
@@ -52,11 +61,14 @@ class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What a group or a failure counted for. Only an "accepted" group is to be kept; everything
-    is to be acknowledged. `cancelled` is the attempt that became needless, if any."""
+    """What became of a group or of a reported failure.
+
+    Only an "accepted" group is kept, but every group is acknowledged. `cancelled` is the lease of
+    another attempt that is no longer needed. `dropped`: the task was given up.
+    """
 
     outcome: Outcome
-    cancelled: Cancelled | None = None
+    cancelled: EndedLease | None = None
     dropped: bool = False
 
 
@@ -68,25 +80,29 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvalRound(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished evaluation: tasks with groups, in order, and tasks dropped with their reason."""
+    """A finished evaluation: tasks with groups, in order, and dropped rows with their reason."""
 
     version: int
     tasks: list[TaskId]
     dropped: dict[RowKey, str]
 
 
-class Outstanding(msgspec.Struct, frozen=True, kw_only=True):
-    """A task that a resumed learner joined again, under its old and its new identity."""
+class RejoinedTask(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that a resumed learner queued again: its old ID and its new one."""
 
     old: TaskId
     new: TaskId
     row_key: RowKey
 
 
-class LostReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a resume lost: groups received but not trained, leases out, evaluation rows."""
+class ResumeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was under way at the checkpoint that a learner resumed from.
+
+    `groups` had been received but not consumed, `leases` were open, `eval_rows` were under
+    evaluation: all three are lost. `rejoined` are the training tasks that were queued again.
+    """
 
     groups: list[TaskId]
-    leases: list[Cancelled]
+    leases: list[EndedLease]
     eval_rows: list[RowKey]
-    rejoined: list[Outstanding]
+    rejoined: list[RejoinedTask]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.online.experience import TrainBatch, TrainedGroup
+from learner.online.experience import PromptGroup, TrainBatch
 from protocol.messages.arrays import floats_view, ids_view
 
 
@@ -20,7 +20,7 @@ class Rows:
     groups: np.ndarray  # (N,) int
 
 
-def gather_rows(groups: Sequence[TrainedGroup]) -> Rows:
+def gather_rows(groups: Sequence[PromptGroup]) -> Rows:
     """Return the rows of `groups`."""
     pairs = [(i, item, c) for i, item in enumerate(groups) for c in item.group.completions]
     return Rows(

@@ -22,8 +22,7 @@ from learner.model.logprobs import Head, TokenScores, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, group_batch
 from learner.objectives.advantages import advantages
 from learner.objectives.completions import Rows, batch_metrics, gather_rows
-from learner.online.evaluation import reward_matrix
-from learner.online.experience import TrainBatch, TrainedGroup
+from learner.online.experience import PromptGroup, TrainBatch, reward_matrix
 from protocol.config.settings import GrpoSettings, TrainSettings
 from protocol.errors import RewardError
 
@@ -47,7 +46,7 @@ class GrpoObjective:
     max_completion_length: int
     weights: Sequence[float] | None
     head: Head
-    describe: Callable[[TrainedGroup, int], dict[str, Any]]
+    describe: Callable[[PromptGroup, int], dict[str, Any]]
     reference: nn.Module | None = None
     max_none_batches: int = 3
     share_prompt: bool = False

@@ -1,4 +1,4 @@
-"""Experience from actors: the conversation with them, their groups, and the trainer's end of it.
+"""Experience from actors: leasing prompts, receiving groups, and handing batches to the trainer.
 
 Imported by the GRPO objective, which works on groups, and by `learner.build`.
 """

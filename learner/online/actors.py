@@ -1,22 +1,26 @@
-"""What the learner knows of its actors, what it asks of them, and whether to believe them."""
+"""The connected actors, what must be sent to them, and whether one can work for the run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from protocol.messages.arrays import floats_view, ids_view
-from protocol.messages.messages import PROTOCOL_VERSION, Group, Hello, Refuse, TaskKind, Welcome
-from protocol.messages.parts import Completion, Sampling
+from learner.ledger.types import EndedLease
+from protocol.messages.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Hello,
+    LearnerMessage,
+    Refuse,
+    Welcome,
+)
 
 
 @dataclass
-class Peer:
-    """An actor that said Hello. `credit` is in completions.
+class ConnectedActor:
+    """An actor that said Hello. `credit` is how many more completions it has room for.
 
-    `oldest_needed` is the oldest policy version whose snapshot it may still ask for. `stalled`: its
-    leases ran out, and it gets no others until its main thread is known to move.
+    `oldest_needed` is the oldest policy version whose snapshot it may still fetch. `stalled`: its
+    leases expired, and it gets no others until its main thread is known to make progress again.
     """
 
     actor_id: str
@@ -31,21 +35,48 @@ class Peer:
     tokens_sampled: int = 0
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a run asks of its tasks, and what it tells an actor that joins."""
+@dataclass
+class ConnectedActors:
+    """The actors by peer, which is the transport's name for a connection, and an outbox.
 
-    welcome: Welcome
-    train: Sampling
-    evaluate: Sampling
-    seed: int
-    lease_s: float
-    vocab_size: int
-    actor_timeout_s: float = 30.0
+    `counters` become the `wire/…` metrics.
+    """
 
-    def sampling(self, kind: TaskKind) -> Sampling:
-        """Return how completions of such a task are sampled."""
-        return self.train if kind == "train" else self.evaluate
+    by_peer: dict[bytes, ConnectedActor] = field(default_factory=dict[bytes, ConnectedActor])
+    counters: Counter[str] = field(default_factory=Counter[str])
+    _outbox: list[tuple[bytes, LearnerMessage]] = field(
+        default_factory=list[tuple[bytes, LearnerMessage]]
+    )
+
+    def send(self, peer: bytes, message: LearnerMessage) -> None:
+        """Queue a message to one actor."""
+        self._outbox.append((peer, message))
+
+    def send_all(self, message: LearnerMessage) -> None:
+        """Queue a message to every actor."""
+        for peer in self.by_peer:
+            self.send(peer, message)
+
+    def refuse(self, peer: bytes, refuse: Refuse) -> None:
+        """Queue a refusal and count it."""
+        self.counters[f"refused_{refuse.code}"] += 1
+        self.send(peer, refuse)
+
+    def cancel(self, lease: EndedLease) -> None:
+        """Tell the actor that held a lease, if it is connected, to stop working on it."""
+        for peer, actor in self.by_peer.items():
+            if actor.actor_id == lease.actor:
+                self.send(peer, Cancel(task=lease.task, attempt=lease.attempt))
+
+    def take_outgoing(self) -> list[tuple[bytes, LearnerMessage]]:
+        """Return and clear what must be sent, in order."""
+        outgoing, self._outbox = self._outbox, []
+        return outgoing
+
+
+def is_enquiry(hello: Hello) -> bool:
+    """Whether an actor only asks for the run's `Welcome`: it has not loaded its model yet."""
+    return not hello.model_digest and not hello.tokenizer_digest
 
 
 def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
@@ -58,8 +89,10 @@ def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
             "on both",
             fatal=True,
         )
+
     if is_enquiry(hello):
         return None
+
     digests: tuple[tuple[Literal["model", "tokenizer"], str, str], ...] = (
         ("model", welcome.model_digest, hello.model_digest),
         ("tokenizer", welcome.tokenizer_digest, hello.tokenizer_digest),
@@ -68,40 +101,9 @@ def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
         if ours != theirs:
             return Refuse(
                 code=code,
-                reason=f"the learner's {code} has digest {ours}, that of actor {hello.actor_id} on "
-                f"{hello.host or 'its host'} has {theirs}; give both the same folder",
+                reason=f"the learner's {code} has digest {ours}, but that of actor "
+                f"{hello.actor_id} on {hello.host or 'its host'} has {theirs}; give both the same "
+                "folder",
                 fatal=True,
             )
     return None
-
-
-def is_enquiry(hello: Hello) -> bool:
-    """Whether an actor only asks for the terms: it has not loaded its model yet."""
-    return not hello.model_digest and not hello.tokenizer_digest
-
-
-def fault_of(group: Group, sampling: Sampling, vocab_size: int, digests: Mapping[int, str]) -> str:
-    """Return why a group cannot be used, or ''. `digests` are those of the policies published."""
-    if len(group.completions) != sampling.num_generations:
-        return f"{sampling.num_generations} completions are required, got {len(group.completions)}"
-    if np.isinf(floats_view(group.reward.rewards)).any():
-        return "rewards must be finite, or NaN for None"
-    faults = (_fault(c, sampling, vocab_size, digests) for c in group.completions)
-    return next((fault for fault in faults if fault), "")
-
-
-def _fault(
-    completion: Completion, sampling: Sampling, vocab_size: int, digests: Mapping[int, str]
-) -> str:
-    ids = ids_view(completion.token_ids)
-    if ids.size > sampling.max_completion_length:
-        return f"at most {sampling.max_completion_length} tokens are allowed, got {ids.size}"
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        return f"token IDs must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
-    if not np.isfinite(floats_view(completion.sampling_logprobs)).all():
-        return "sampling_logprobs must be finite"
-    for span in completion.policy_spans:
-        ours = digests.get(span.version, span.digest)
-        if ours != span.digest:
-            return f"policy {span.version} has digest {ours}, tokens were sampled by {span.digest}"
-    return ""

@@ -1,64 +1,76 @@
-"""What the trainer's thread and the learner's I/O thread say to each other.
+"""What the trainer's thread and the learner's I/O thread send each other through the bridge.
 
-Commands come from the trainer; beside what is here, it is sent `TrainBatch` and `EvalResult`. They
-carry bytes, numbers and paths, never MLX arrays, which stay on the trainer's thread.
+    trainer's thread (source.py)               I/O thread (service.py)
+
+    RequestBatch        ──────────────────▶    waits until the next batch has all its groups
+                        ◀──────────────────    QueueMetrics and TrainBatch, or NoMoreBatches
+    PublishPolicy       ──────────────────▶    tells the actors to fetch the snapshot
+    StartEvaluation     ──────────────────▶    queues the held-out rows
+                        ◀──────────────────    EvalResult, when all are answered or dropped
+    RequestState        ──────────────────▶
+                        ◀──────────────────    EncodedState
+    EndRun              ──────────────────▶    tells the actors to stop, and ends
+
+They carry bytes, numbers and paths, never MLX arrays, which stay on the trainer's thread.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from learner.online.experience import EvalResult, TrainBatch
 from protocol.messages.messages import Policy
 
 
 @dataclass(frozen=True)
-class WantBatch:
-    """The trainer is free: hand over the next batch as soon as its groups are there."""
+class RequestBatch:
+    """The trainer is free: send the next batch as soon as it is complete."""
 
 
 @dataclass(frozen=True)
-class Publish:
-    """A policy can be fetched; one of a new version says that the batch in training is consumed."""
+class PublishPolicy:
+    """A snapshot can be fetched; a new version also says that the batch in training is consumed."""
 
     policy: Policy
     path: Path
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class StartEvaluation:
     """Evaluate the policy of this version on the held-out rows."""
 
     version: int
 
 
 @dataclass(frozen=True)
-class WantState:
-    """Hand over the state of ledger and prompts, for a checkpoint."""
+class RequestState:
+    """Send the state of ledger and prompts, for a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Finish:
+class EndRun:
     """The run is over: tell the actors, then end."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class SourceState:
-    """An encoded `CoordinatorState`."""
+class EncodedState:
+    """A `CoordinatorState` as msgpack."""
 
     data: bytes
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Figures of actors, queue and wire, sent with every batch."""
+class QueueMetrics:
+    """Metrics of actors, queue and wire, sent before every batch."""
 
-    figures: dict[str, float]
+    values: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Exhausted:
-    """No batch will come: the rows are used up."""
+class NoMoreBatches:
+    """No batch will come: the rows have ended."""
 
 
-Command = WantBatch | Publish | Evaluate | WantState | Finish
+Command = RequestBatch | PublishPolicy | StartEvaluation | RequestState | EndRun
+Reply = TrainBatch | EvalResult | EncodedState | QueueMetrics | NoMoreBatches

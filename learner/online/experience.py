@@ -1,17 +1,20 @@
 """What online training works on: groups with their prompts, batches of them, evaluations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from learner.data.prompts import Prompt, PromptState
 from learner.ledger.state import LedgerState
+from protocol.messages.arrays import floats_view
 from protocol.messages.messages import Group
 
 
 @dataclass(frozen=True)
-class TrainedGroup:
-    """A group with the prompt that it answers; `attempt` is the one that counted."""
+class PromptGroup:
+    """A prompt and the group of completions that an actor sampled and scored for it."""
 
     prompt: Prompt
     group: Group
@@ -21,7 +24,7 @@ class TrainedGroup:
 class TrainBatch:
     """B groups in queue order. `trained_at` is the policy version of the first update."""
 
-    groups: list[TrainedGroup]
+    groups: list[PromptGroup]
     trained_at: int
 
 
@@ -30,15 +33,16 @@ class EvalResult:
     """The evaluation of one policy version: its groups, and how many rows were dropped."""
 
     version: int
-    groups: list[TrainedGroup]
+    groups: list[PromptGroup]
     dropped: int
 
 
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint keeps of the coordinator.
+    """The coordinator's part of a checkpoint.
 
-    `outstanding`: the prompts of tasks in the queue and in training, by number. `events` of this
-    incarnation were journalled before.
+    `position` counts the rows that joined. `outstanding` are the prompts of tasks that are queued
+    or in training, by task number. `events` is how many events of this incarnation are in the
+    journal already.
     """
 
     ledger: LedgerState
@@ -46,3 +50,23 @@ class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     outstanding: dict[int, Prompt]
     events: int = 0
+
+
+def reward_matrix(groups: Sequence[PromptGroup]) -> tuple[list[str], np.ndarray]:
+    """Return the reward functions' names and the rewards (N, F) float32, NaN for None.
+
+    N counts completions in group order. A group without names (its reward server was never
+    reached) has NaN everywhere. If a server was restarted with other functions, those come after
+    the rest.
+    """
+    by_length = sorted((item.group.reward.names for item in groups), key=len, reverse=True)
+    names = list(dict.fromkeys(name for group_names in by_length for name in group_names))
+
+    parts: list[np.ndarray] = []
+    for item in groups:
+        result = item.group.reward
+        part = np.full((len(item.group.completions), len(names)), np.nan, np.float32)
+        columns = [names.index(name) for name in result.names]
+        part[:, columns] = floats_view(result.rewards).reshape(len(part), -1)
+        parts.append(part)
+    return names, np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)

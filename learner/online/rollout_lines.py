@@ -1,35 +1,38 @@
-"""A trained or evaluated group as a line of rollouts.jsonl."""
+"""The line of rollouts.jsonl that describes a trained or evaluated group."""
 
 import math
 from typing import Any, Protocol
 
 import msgspec
 
-from learner.online.experience import TrainedGroup
+from learner.online.experience import PromptGroup
 from protocol.messages.arrays import floats_view, ids_view
 
 
 class Decoder(Protocol):
-    """What a tokenizer is needed for here."""
+    """The part of a tokenizer that rollout lines need."""
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str:
         """Return the text of token IDs."""
         ...
 
 
-def describe(
-    item: TrainedGroup, trained_at: int, tokenizer: Decoder, with_text: int
+def rollout_line(
+    item: PromptGroup, trained_at: int, tokenizer: Decoder, with_text: int
 ) -> dict[str, Any]:
-    """Return a group's line: identity, spans and times of all completions, text of `with_text`.
+    """Return a group's line: its identity, and the policy spans and rewards of its completions.
 
-    `with_text` -1 means all. `trained_at` is the policy version of the batch's first update, or
-    the version that was evaluated. The text is what the reward functions were given.
+    The first `with_text` completions (-1: all) are included as text, as the reward functions saw
+    it. `trained_at` is the policy version of the batch's first update, or the evaluated version.
     """
-    group = item.group
+    group, reward = item.group, item.group.reward
     texts = group.completions if with_text < 0 else group.completions[:with_text]
-    names = group.reward.names
-    values = floats_view(group.reward.rewards).tolist()
-    table = [values[i : i + len(names)] for i in range(0, len(values), len(names))] if names else []
+
+    # The rewards travel as a flat array; the line has one list per completion.
+    values = floats_view(reward.rewards).tolist()
+    width = len(reward.names)
+    table = [values[i : i + width] for i in range(0, len(values), width)] if width else []
+
     return {
         "kind": "train",
         "task": group.task.number,
@@ -42,13 +45,13 @@ def describe(
         "policy_spans": [msgspec.to_builtins(c.policy_spans) for c in group.completions],
         "lengths": [ids_view(c.token_ids).size for c in group.completions],
         "finish_reasons": [c.finish_reason for c in group.completions],
-        "reward_names": names,
+        "reward_names": reward.names,
         "rewards": [[None if math.isnan(v) else v for v in row] for row in table],
         "prompt": item.prompt.row.get("prompt"),
         "completions": [
             tokenizer.decode(ids_view(c.token_ids).tolist(), skip_special_tokens=True)
             for c in texts
         ],
-        "log_extra": group.reward.log_extra,
-        "faults": [msgspec.to_builtins(f) for f in group.reward.faults],
+        "log_extra": reward.log_extra,
+        "faults": [msgspec.to_builtins(fault) for fault in reward.faults],
     }

@@ -1,7 +1,8 @@
-"""The learner's I/O thread: sockets on one side, the trainer's bridge on the other.
+"""The learner's I/O thread: sockets to the actors on one side, the trainer's bridge on the other.
 
-The trainer's commands come in through the bridge and what it waits for goes out through it; the
-coordinator, which owns the ledger, decides in between. Everything here handles bytes and numpy.
+The coordinator, which owns the ledger, decides; the service moves bytes. After every message,
+command and tick, `_flush` sends what the coordinator decided, writes its events to the journal and
+hands finished batches and evaluations to the trainer.
 """
 
 import logging
@@ -11,18 +12,20 @@ from pathlib import Path
 
 import anyio
 import msgspec
+from msgspec import structs
 
 from learner.ledger.journal import encode_line
 from learner.online.commands import (
     Command,
-    Evaluate,
-    Exhausted,
-    Finish,
-    Publish,
-    Rates,
-    SourceState,
-    WantBatch,
-    WantState,
+    EncodedState,
+    EndRun,
+    NoMoreBatches,
+    PublishPolicy,
+    QueueMetrics,
+    Reply,
+    RequestBatch,
+    RequestState,
+    StartEvaluation,
 )
 from learner.online.coordinator import Coordinator
 from protocol.messages.messages import Policy
@@ -35,21 +38,23 @@ TICK_S = 0.25
 
 
 @dataclass
-class Service:
-    """Run the coordinator over sockets until the trainer says Finish."""
+class LearnerService:
+    """Runs the coordinator over sockets until the trainer ends the run."""
 
     coordinator: Coordinator
     endpoints: list[str]
     snapshot_endpoint: str
-    bridge: Bridge
+    bridge: Bridge[Command, Reply]
     journal: Path
     keys: str = ""
     max_message_bytes: int = 64 << 20
-    wants_batch: bool = False
-    _policies: dict[tuple[int, str], Path] = field(default_factory=dict)
+    batch_requested: bool = False
+    _snapshot_files: dict[tuple[int, str], Path] = field(
+        default_factory=dict[tuple[int, str], Path]
+    )
 
     async def run(self) -> None:
-        """Serve until Finish; errors end the bridge and are raised at the trainer."""
+        """Serve until `EndRun`; errors end the bridge and are raised at the trainer."""
         async with (
             Server(
                 self.endpoints, keys=self.keys or None, max_message_bytes=self.max_message_bytes
@@ -73,82 +78,84 @@ class Service:
         while True:
             await anyio.sleep(TICK_S)
             for peer in self._server.take_gone():
-                self.coordinator.gone(peer, time.monotonic())
+                self.coordinator.actor_gone(peer, time.monotonic())
             self.coordinator.tick(time.monotonic())
-            self._retire_snapshots()
+            self._delete_old_snapshots()
             await self._flush()
 
     async def _commands(self) -> None:
         while True:
-            command: Command = await self.bridge.aget()
+            command = await self.bridge.aget()
             now = time.monotonic()
+
             match command:
-                case WantBatch():
-                    self.wants_batch = True
-                case Publish(policy, path):
-                    self._serve(policy, path)
-                    self.coordinator.advance(self._announced(policy), now)
-                case Evaluate(version):
+                case RequestBatch():
+                    self.batch_requested = True
+                case PublishPolicy(policy, path):
+                    self.coordinator.publish(self._serve_snapshot(policy, path), now)
+                case StartEvaluation(version):
                     self.coordinator.evaluate(version, now)
-                case WantState():
-                    await self.bridge.aput(self._state())
-                case Finish(reason):
+                case RequestState():
+                    self._write_journal()  # the state counts the events that are journalled
+                    data = msgspec.msgpack.encode(self.coordinator.state())
+                    await self.bridge.aput(EncodedState(data))
+                case EndRun(reason):
                     self.coordinator.stop(reason)
                     await self._flush()
                     return
+
             await self._flush()
 
     async def _flush(self) -> None:
         """Send what the coordinator decided, journal it, and hand over what is ready."""
-        for peer, message in self.coordinator.take_outgoing():
+        for peer, message in self.coordinator.connected.take_outgoing():
             self._server.send(peer, message)
         self._write_journal()
+
         result = self.coordinator.next_eval(time.monotonic())
         if result is not None:
             await self.bridge.aput(result)
-        if not self.wants_batch:
+
+        # A batch that is formed counts as in training, so the trainer must be free for it.
+        if not self.batch_requested:
             return
+
         batch = self.coordinator.next_batch(time.monotonic())
         if batch is not None:
-            self.wants_batch = False
-            await self.bridge.aput(self._rates())
+            self.batch_requested = False
+            await self.bridge.aput(self._metrics())
             await self.bridge.aput(batch)
-        elif self.coordinator.ledger.finished:
-            self.wants_batch = False
-            await self.bridge.aput(Exhausted())
+        elif self.coordinator.ledger.is_finished():
+            self.batch_requested = False
+            await self.bridge.aput(NoMoreBatches())
 
-    def _rates(self) -> Rates:
-        figures = self.coordinator.rates()
+    def _metrics(self) -> QueueMetrics:
+        metrics = self.coordinator.metrics()
         for kind, count in self._server.refusals.items():
-            figures[f"wire/refused_{kind}"] = float(count)
-        return Rates(figures)
+            metrics[f"wire/refused_{kind}"] = float(count)
+        return QueueMetrics(metrics)
 
-    def _state(self) -> SourceState:
-        self._write_journal()  # what the state counts as journalled must be there
-        return SourceState(msgspec.msgpack.encode(self.coordinator.state()))
-
-    def _serve(self, policy: Policy, path: Path) -> None:
-        self._policies[policy.version, policy.digest] = path
+    def _serve_snapshot(self, policy: Policy, path: Path) -> Policy:
+        """Serve a snapshot to remote actors; return the policy with the endpoint to fetch from."""
+        self._snapshot_files[policy.version, policy.digest] = path
         self._snapshots.register(policy.version, policy.digest, path)
+        return structs.replace(policy, endpoint=self._snapshots.endpoint)
 
-    def _announced(self, policy: Policy) -> Policy:
-        return msgspec.structs.replace(policy, endpoint=self._snapshots.endpoint)
-
-    def _retire_snapshots(self) -> None:
-        """Delete superseded files that no actor can still ask for."""
+    def _delete_old_snapshots(self) -> None:
+        """Delete superseded snapshots that no actor can still ask for."""
         current = self.coordinator.policy
         if current is None:
             return
         keep_from = min(current.version, self.coordinator.oldest_needed())
-        for key, path in list(self._policies.items()):
+        for key, path in list(self._snapshot_files.items()):
             if key[0] < keep_from:
-                del self._policies[key]
+                del self._snapshot_files[key]
                 self._snapshots.unregister(*key)
                 path.unlink(missing_ok=True)
 
     def _write_journal(self) -> None:
         events = self.coordinator.drain_journal()
         if events:
-            incarnation = self.coordinator.terms.welcome.incarnation
+            incarnation = self.coordinator.welcome.incarnation
             with self.journal.open("ab") as file:
                 file.writelines(encode_line(incarnation, event) for event in events)

@@ -1,22 +1,26 @@
 """Experience from actors: the trainer's end of the bridge to the I/O thread."""
 
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 
 from learner.online.commands import (
-    Evaluate,
-    Exhausted,
-    Finish,
-    Publish,
-    Rates,
-    SourceState,
-    WantBatch,
-    WantState,
+    Command,
+    EncodedState,
+    EndRun,
+    NoMoreBatches,
+    PublishPolicy,
+    QueueMetrics,
+    Reply,
+    RequestBatch,
+    RequestState,
+    StartEvaluation,
 )
 from learner.online.experience import EvalResult, TrainBatch
 from protocol.messages.messages import Policy
@@ -28,82 +32,86 @@ STATE_TIMEOUT_S = 60.0
 
 @dataclass
 class OnlineSource:
-    """Batches of groups in queue order, evaluations, and the actors' figures.
+    """Batches of groups in queue order, evaluations, and metrics of the actors and the queue.
 
     Snapshots of `model` are written to `folder`; the I/O thread deletes superseded ones.
     """
 
-    bridge: Bridge
+    bridge: Bridge[Command, Reply]
     model: nn.Module
     folder: Path
     exhausted: bool = False
-    _rates: dict[str, float] = field(default_factory=dict)
+    _metrics: dict[str, float] = field(default_factory=dict[str, float])
     _batch: TrainBatch | None = None
-    _evals: deque[EvalResult] = field(default_factory=deque)
-    _state: SourceState | None = None
-    _asked: bool = False
+    _evals: deque[EvalResult] = field(default_factory=deque[EvalResult])
+    _state: EncodedState | None = None
+    _requested: bool = False
 
     def poll(self, timeout_s: float = 0.0) -> TrainBatch | None:
-        """Return the next batch if it is there; waits `timeout_s` at most for anything."""
-        if not self._asked and not self.exhausted:
-            self.bridge.put(WantBatch())
-            self._asked = True
-        self._take(timeout_s)
+        """Return the next batch if it is there; wait at most `timeout_s` for any reply."""
+        if not self._requested and not self.exhausted:
+            self.bridge.put(RequestBatch())
+            self._requested = True
+
+        self._receive(timeout_s)
         batch, self._batch = self._batch, None
         if batch is not None:
-            self._asked = False
+            self._requested = False
         return batch
 
     def stepped(self, version: int) -> None:
-        """Write the policy's tensors and announce them as `version`."""
+        """Write a snapshot of the policy and announce it as `version`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"policy-{version:06d}.safetensors"
         written = write_snapshot(path, self.model, version)
+
         policy = Policy(
             version=version, digest=written.digest, size=written.size, path=str(path.resolve())
         )
-        self.bridge.put(Publish(policy, path))
+        self.bridge.put(PublishPolicy(policy, path))
 
     def figures(self) -> dict[str, float]:
-        """Return the actors' rates, the queue and the ledger's counters, as of the last batch."""
-        return dict(self._rates)
+        """Return the metrics of actors, queue and ledger as of the last batch."""
+        return dict(self._metrics)
 
     def evaluate(self, version: int) -> None:
         """Queue the held-out rows, pinned to `version`."""
-        self.bridge.put(Evaluate(version))
+        self.bridge.put(StartEvaluation(version))
 
     def next_eval(self) -> EvalResult | None:
-        """Return an evaluation that came since."""
-        self._take(0.0)
+        """Return a finished evaluation, if there is one."""
+        self._receive(0.0)
         return self._evals.popleft() if self._evals else None
 
     def state(self) -> bytes:
-        """Return ledger and prompts, encoded; waits for the I/O thread."""
-        self.bridge.put(WantState())
+        """Return the encoded state of ledger and prompts; waits for the I/O thread."""
+        self.bridge.put(RequestState())
         deadline = time.monotonic() + STATE_TIMEOUT_S
         while self._state is None:
-            self._take(1.0)
+            self._receive(1.0)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no state from the I/O thread within {STATE_TIMEOUT_S:g} s")
+
         state, self._state = self._state, None
         return state.data
 
     def finish(self, reason: str) -> None:
-        """End the I/O thread: actors are told to stop."""
-        self.bridge.put(Finish(reason))
+        """End the I/O thread; actors are told to stop."""
+        self.bridge.put(EndRun(reason))
 
-    def _take(self, timeout_s: float) -> None:
-        item: Any = self.bridge.get(timeout_s)
-        while item is not None:
-            match item:
+    def _receive(self, timeout_s: float) -> None:
+        """Store every reply that is there, waiting at most `timeout_s` for the first."""
+        reply = self.bridge.get(timeout_s)
+        while reply is not None:
+            match reply:
                 case TrainBatch():
-                    self._batch = item
+                    self._batch = reply
                 case EvalResult():
-                    self._evals.append(item)
-                case Rates(figures):
-                    self._rates = figures
-                case SourceState():
-                    self._state = item
-                case Exhausted():
+                    self._evals.append(reply)
+                case QueueMetrics(values):
+                    self._metrics = values
+                case EncodedState():
+                    self._state = reply
+                case NoMoreBatches():
                     self.exhausted = True
-            item = self.bridge.get(0.0)
+            reply = self.bridge.get(0.0)

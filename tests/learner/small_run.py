@@ -1,5 +1,6 @@
 """A coordinator of a run of three batches of two groups, and actors that a test plays by hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from learner.data.epochs import ListFeed
@@ -7,10 +8,9 @@ from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
-from learner.online.actors import Terms
 from learner.online.coordinator import Coordinator
 from protocol.config.settings import DataSettings
-from protocol.messages.messages import Group, Hello, Request, Task
+from protocol.messages.messages import Group, Hello, Request, Task, TaskKind
 from protocol.messages.parts import Sampling
 from tests.protocol.builders import a_completion, a_group, a_policy, a_welcome
 
@@ -31,28 +31,26 @@ def prompts(count: int = 8) -> PromptSource:
     return PromptSource(feed, Report("rows"), None)
 
 
-def terms(incarnation: str = "L1") -> Terms:
-    """Make the terms of the run."""
-    return Terms(
-        welcome=a_welcome(incarnation),
-        train=Sampling(num_generations=G, max_completion_length=4),
-        evaluate=Sampling(num_generations=1, max_completion_length=4, temperature=0.0),
-        seed=7,
-        lease_s=60.0,
-        vocab_size=64,
-    )
-
-
 LIMITS = LedgerSettings(
     batch_size=2, max_staleness=1, num_generations=G, total_batches=3, lease_s=60.0
 )
+SAMPLING: dict[TaskKind, Sampling] = {
+    "train": Sampling(num_generations=G, max_completion_length=4),
+    "eval": Sampling(num_generations=1, max_completion_length=4, temperature=0.0),
+}
+
+
+def coordinator_of(ledger: Ledger, held_out: Sequence[Prompt] = ()) -> Coordinator:
+    """Make the coordinator of a ledger."""
+    welcome = a_welcome(ledger.state.incarnation)
+    return Coordinator(ledger, prompts(), list(held_out), welcome, SAMPLING, vocab_size=64)
 
 
 def coordinator(*, eval_rows: int = 0) -> Coordinator:
     """Make a coordinator that has announced version 0."""
     held_out = [prompt(40 + number) for number in range(eval_rows)]
-    made = Coordinator(Ledger(LIMITS, "r", "L1"), prompts(), held_out, terms())
-    made.advance(a_policy(0), 0.0)
+    made = coordinator_of(Ledger(LIMITS, "r", "L1"), held_out)
+    made.publish(a_policy(0), 0.0)
     return made
 
 
@@ -71,7 +69,7 @@ def group(task: Task, name: str = "a", **changes: Any) -> Group:
 
 def said(made: Coordinator, peer: bytes) -> list[object]:
     """Take what was sent, and return what this peer got."""
-    return [message for to, message in made.take_outgoing() if to == peer]
+    return [message for to, message in made.connected.take_outgoing() if to == peer]
 
 
 def tasks(made: Coordinator, peer: bytes) -> list[Task]:

@@ -20,7 +20,7 @@ from launch.processes.lifeline import Lifeline
 from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
 from learner.data.prompts import Prompt
-from learner.online.experience import TrainedGroup
+from learner.online.experience import PromptGroup
 from protocol.config.field_types import Section
 from protocol.config.fields import leaf_fields
 from protocol.config.settings import ModelSettings, PairsRun, PreferenceRun, SftRun, builtins
@@ -129,7 +129,7 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
     lifeline = Lifeline(child=False)
     lifeline.request_stop()
     group = a_group([a_completion([5, 1]), a_completion([6, 1])])
-    item = TrainedGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
+    item = PromptGroup(Prompt(0, [5], {"prompt": "w5", "answer": "w7"}), group)
     functions = "--rewards.functions=a.py:f"
     for number, flags in enumerate((["--mode=given"], [*STREAM[:2], functions])):
         run, folder = read([*common, f"--run.name=p{number}", *flags])

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 
 from learner.ledger.events import AnyEvent
 from learner.ledger.ledger import Ledger
-from learner.ledger.types import Batch, Cancelled, Grant, LedgerSettings
+from learner.ledger.types import Batch, EndedLease, Grant, LedgerSettings
 from protocol.messages.parts import TaskId
 
 B, G, EVAL_G, LEASE_S, ATTEMPTS = 2, 3, 2, 10.0, 3
@@ -58,7 +58,7 @@ class Simulation(RuleBasedStateMachine):
             max_attempts=ATTEMPTS,
         )
         self.ledger = Ledger(self.limits, "run", "0")
-        self.base, self.journal = self.ledger.state(), list[AnyEvent]()
+        self.base, self.journal = self.ledger.state.copy(), list[AnyEvent]()
         self.now, self.incarnations, self.next_row, self.rows = 0.0, 1, 0, rows
         self.actors = {name: FakeActor() for name in "abc"}
         self.network: list[Parcel] = []
@@ -105,10 +105,10 @@ class Simulation(RuleBasedStateMachine):
 
     @rule()
     def publish(self) -> None:
-        self.published = self.ledger.version
+        self.published = self.ledger.state.version
         self.ledger.published(self.published, f"d{self.published}")
 
-    @precondition(lambda self: not self.ledger.eval_open())
+    @precondition(lambda self: not self.ledger.state.evals)
     @rule(rows=st.integers(1, 3))
     def evaluate(self, rows: int) -> None:
         self.ledger.join_eval([f"eval-{i}" for i in range(rows)], self.published, self.now)
@@ -129,13 +129,13 @@ class Simulation(RuleBasedStateMachine):
         """Kill the learner, now and then, and resume it from the newest state."""
         if not kill:
             return
-        saved = msgspec.json.decode(msgspec.json.encode(self.ledger.state()), type=type(self.base))
+        saved = msgspec.json.decode(msgspec.json.encode(self.ledger.state), type=type(self.base))
         old = [*saved.training.values(), *saved.queue.values()]
         self.check_replay()
         self.ledger, lost = Ledger.restore(self.limits, saved, str(self.incarnations))
-        self.base, self.journal = self.ledger.state(), []
+        self.base, self.journal = self.ledger.state.copy(), []
         self.incarnations += 1
-        self.batch, self.published = None, self.ledger.version
+        self.batch, self.published = None, self.ledger.state.version
         assert [r.row_key for r in lost.rejoined] == [r.row_key for r in old]
         assert {t.number for t in lost.groups} == {r.number for r in old if r.taken is not None}
         assert len(lost.eval_rows) == len(saved.evals)
@@ -199,7 +199,7 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(name=ACTORS)
     def progress(self, name: str) -> None:
-        self.ledger.progressed(name, self.now)
+        self.ledger.renew_leases(name, self.now)
 
     @rule(name=ACTORS, noticed=st.booleans(), blamed=st.booleans())
     def crash(self, name: str, noticed: bool, blamed: bool) -> None:
@@ -229,7 +229,7 @@ class Simulation(RuleBasedStateMachine):
             self.cancel([receipt.cancelled])
 
     def give(self, name: str, free_completions: int) -> list[Grant]:
-        idle = not self.ledger.leases_held(name)
+        idle = not self.ledger.leases_of(name)
         grants = self.ledger.lease(name, free_completions, self.now)
         rows = sum(G if g.kind == "train" else EVAL_G for g in grants)
         assert rows <= free_completions or (idle and free_completions > 0 and len(grants) == 1)
@@ -239,26 +239,29 @@ class Simulation(RuleBasedStateMachine):
         self.actors[name].work += grants
         return grants
 
-    def cancel(self, ended: list[Cancelled]) -> None:
+    def cancel(self, ended: list[EndedLease]) -> None:
         for lease in ended:
             if lease.dropped and lease.task in self.row_of:
                 self.dropped.append(self.row_of[lease.task])
 
     def check_replay(self) -> None:
         self.journal += self.ledger.drain_events()
-        assert Ledger.replay(self.limits, self.base, self.journal).state() == self.ledger.state()
+        state = self.base.copy()
+        for event in self.journal:
+            event.apply_to(state)
+        assert state == self.ledger.state
 
     @invariant()
     def bounded(self) -> None:
-        assert self.ledger.queued + self.ledger.in_training <= (self.eta + 1) * B
-        assert self.ledger.version <= (self.limits.total_batches or 0)
+        assert len(self.ledger.state.queue) + len(self.ledger.state.training) <= (self.eta + 1) * B
+        assert self.ledger.state.version <= (self.limits.total_batches or 0)
 
     def teardown(self) -> None:
         """With one actor that delivers, the run ends, and every row ended exactly once."""
         if not hasattr(self, "ledger"):
             return
         for _ in range(4 * (self.rows + B)):
-            if self.ledger.finished:
+            if self.ledger.is_finished():
                 break
             self.wait(LEASE_S + 1)
             self.publish()
@@ -272,14 +275,14 @@ class Simulation(RuleBasedStateMachine):
                 self.form()
             if self.batch is not None:
                 self.consume(True)
-        assert self.ledger.finished
+        assert self.ledger.is_finished()
         ended = sorted(self.trained + self.dropped)
         assert ended == list(range(self.next_row))
         assert self.leased_rows == set(ended)
-        counters = self.ledger.counters
+        counters = self.ledger.state.counters
         assert counters.trained == len(self.trained)
         assert set(counters.discarded) <= {"dropped", "unknown"}
-        assert self.ledger.version == self.limits.total_batches or self.next_row == self.rows
+        assert self.ledger.state.version == self.limits.total_batches or self.next_row == self.rows
         self.check_replay()
 
 

@@ -17,7 +17,7 @@ from learner.model.logprobs import Head, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, after_prompt, group_batch, shared_prompt
 from learner.model.trials import choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
-from learner.online.experience import TrainBatch, TrainedGroup
+from learner.online.experience import PromptGroup, TrainBatch
 from learner.optim.step import Step
 from protocol.config.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.errors import ModelError
@@ -171,7 +171,7 @@ def trained_group(number, rewards, lengths, prompt, cut=()):
         for index, length in enumerate(lengths)
     ]
     made = a_group(completions, task_id(number), reward=a_reward(rewards))
-    return TrainedGroup(Prompt(row_key=number, prompt_ids=prompt, row={"prompt": "p"}), made)
+    return PromptGroup(Prompt(row_key=number, prompt_ids=prompt, row={"prompt": "p"}), made)
 
 
 BATCH = TrainBatch(

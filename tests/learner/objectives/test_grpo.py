@@ -6,9 +6,9 @@ import pytest
 
 from learner.data.prompts import Prompt
 from learner.objectives.grpo import GrpoObjective
-from learner.online.evaluation import eval_metrics, reward_matrix
-from learner.online.experience import EvalResult, TrainBatch, TrainedGroup
-from learner.online.rollout_lines import describe
+from learner.online.evaluation import eval_metrics
+from learner.online.experience import EvalResult, PromptGroup, TrainBatch, reward_matrix
+from learner.online.rollout_lines import rollout_line
 from protocol.config.settings import GrpoSettings, TrainSettings
 from protocol.errors import RewardError
 from protocol.messages.arrays import floats_bytes
@@ -22,7 +22,7 @@ NONE = float("nan")
 def group(
     number: int, rewards: list[list[float]], lengths: list[int], *, version: int = 3,
     cut: tuple[int, ...] = (), names: tuple[str, ...] = ("f",), faults: tuple[RewardFault, ...] = ()
-) -> TrainedGroup:  # fmt: skip
+) -> PromptGroup:  # fmt: skip
     completions = [
         a_completion(
             [5] * length,
@@ -35,7 +35,7 @@ def group(
     flat = [value for row in rewards for value in row]
     reward = a_reward(flat, names, faults=list(faults))
     made = a_group(completions, task_id(number), reward=reward)
-    return TrainedGroup(Prompt(row_key=number, prompt_ids=[2, 3, 4], row={"prompt": "p"}), made)
+    return PromptGroup(Prompt(row_key=number, prompt_ids=[2, 3, 4], row={"prompt": "p"}), made)
 
 
 def objective(weights: list[float] | None = None, **settings: object) -> GrpoObjective:
@@ -237,7 +237,7 @@ class Words:
 
 
 def test_a_rollout_line_has_identity_spans_times_and_the_asked_texts():
-    line = describe(group(4, [[1.0], [NONE]], [1, 2], cut=(1,)), 6, Words(), 1)
+    line = rollout_line(group(4, [[1.0], [NONE]], [1, 2], cut=(1,)), 6, Words(), 1)
     assert (line["task"], line["trained_at"], line["incarnation"]) == (4, 6, "L1")
     assert line["policy_spans"] == [[{"start": 0, "version": 3, "digest": "d3"}]] * 2
     assert line["rewards"] == [[1.0], [None]]

@@ -63,7 +63,7 @@ def test_another_version_model_or_tokenizer_is_refused_naming_both_sides(changes
     assert isinstance(refused, Refuse)
     assert (refused.code, refused.fatal) == (code, True)
     assert all(word in refused.reason for word in words)
-    assert made.counters[f"refused_{code}"] == 1
+    assert made.connected.counters[f"refused_{code}"] == 1
 
 
 def test_a_reconnected_actor_keeps_its_leases_and_is_told_them_again():
@@ -72,7 +72,7 @@ def test_a_reconnected_actor_keeps_its_leases_and_is_told_them_again():
     assert len(before) == 4
     made.receive(B, hello(), 1.0)
     assert tasks(made, B) == before  # the same attempts: they may have been lost on the way
-    assert list(made.peers) == [B]
+    assert list(made.connected.by_peer) == [B]
     made.receive(B, group(before[0]), 2.0)
     assert said(made, B) == [Ack(task=before[0].task, attempt=1)]
 
@@ -98,7 +98,7 @@ def test_a_second_group_is_acknowledged_and_dropped():
     batch = made.next_batch(1.0)
     assert batch is not None
     assert [item.prompt.row_key for item in batch.groups] == [0, 1]
-    assert made.rates()["ledger/duplicates"] == 1
+    assert made.metrics()["ledger/duplicates"] == 1
 
 
 def test_the_slower_attempt_is_cancelled():
@@ -188,7 +188,7 @@ def test_a_group_of_another_learner_is_stale_and_acknowledged():
     assert isinstance(refused, Refuse)
     assert (refused.code, refused.fatal) == ("stale", False)
     assert ack == Ack(task=other.task, attempt=1)
-    assert made.rates()["ledger/discarded"] == 1
+    assert made.metrics()["ledger/discarded"] == 1
 
 
 def test_failures_drop_a_task_after_three_attempts_and_the_next_row_takes_its_place():
@@ -200,7 +200,7 @@ def test_failures_drop_a_task_after_three_attempts_and_the_next_row_takes_its_pl
         made.receive(A, Request(free_completions=2), 1.0)
         (task,) = tasks(made, A)
     assert task.task.number == 1
-    assert made.rates()["ledger/dropped"] == 1
+    assert made.metrics()["ledger/dropped"] == 1
 
 
 def test_an_orderly_leave_is_not_held_against_the_tasks():
@@ -209,7 +209,7 @@ def test_an_orderly_leave_is_not_held_against_the_tasks():
         (task,) = join(made, free_completions=2)
         assert (task.task.number, task.attempt) == (0, attempt)
         made.receive(A, Release(reason="asked"), 1.0)
-    assert made.rates()["ledger/dropped"] == 0
+    assert made.metrics()["ledger/dropped"] == 0
 
 
 def test_the_policy_waits_for_an_open_evaluation_whose_actor_died():
@@ -223,10 +223,10 @@ def test_the_policy_waits_for_an_open_evaluation_whose_actor_died():
         if task.kind == "train":
             made.receive(A, group(task), 1.0)
     assert made.next_batch(1.0) is not None
-    made.advance(a_policy(1), 2.0)
+    made.publish(a_policy(1), 2.0)
     assert made.policy == a_policy(0)
-    made.gone(A, 3.0)
-    made.take_outgoing()
+    made.actor_gone(A, 3.0)
+    made.connected.take_outgoing()
     made.receive(B, hello("b"), 3.0)
     made.receive(B, Request(free_completions=1), 3.0)
     (again,) = tasks(made, B)
@@ -247,7 +247,7 @@ def test_snapshots_are_needed_until_every_actor_applied_a_newer_one():
     assert made.oldest_needed() == 0
     made.receive(A, Applied(version=3, digest="d3"), 1.0)
     assert made.oldest_needed() == 0
-    made.gone(B, 1.0)
+    made.actor_gone(B, 1.0)
     assert made.oldest_needed() == 3
-    made.gone(A, 1.0)
+    made.actor_gone(A, 1.0)
     assert made.oldest_needed() == 0  # no actor: the policy that is announced to the next

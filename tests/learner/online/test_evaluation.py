@@ -7,8 +7,8 @@ import pytest
 
 from learner.data.prompts import Prompt
 from learner.objectives.advantages import advantages
-from learner.online.evaluation import OnlineEvaluator, reward_matrix
-from learner.online.experience import EvalResult, TrainedGroup
+from learner.online.evaluation import OnlineEvaluator
+from learner.online.experience import EvalResult, PromptGroup, reward_matrix
 from learner.online.source import OnlineSource
 from tests.protocol.builders import a_completion, a_group, a_reward
 
@@ -17,7 +17,7 @@ def trained(names, rewards):
     """Make a group of two completions with these rewards (2, F)."""
     flat = [value for row in rewards for value in row]
     group = a_group([a_completion([1])] * 2, reward=a_reward(flat, names))
-    return TrainedGroup(Prompt(0, [1], {"prompt": "1+2=", "answer": 3}), group)
+    return PromptGroup(Prompt(0, [1], {"prompt": "1+2=", "answer": 3}), group)
 
 
 def groups(*given):
@@ -59,7 +59,7 @@ class Finished:
 
 def test_lines_hold_the_rest_of_the_row_so_that_answers_can_be_scored_again():
     source = cast(OnlineSource, Finished())
-    evaluator = OnlineEvaluator(source, None, lambda _, version: {"trained_at": version}, 1)
+    evaluator = OnlineEvaluator(source, None, lambda _, version: {"trained_at": version})
     evaluator.start(4)
     found = evaluator.poll()
     assert found is not None

@@ -22,9 +22,8 @@ from learner.ledger.types import LedgerSettings
 from learner.losses.metrics import number
 from learner.objectives.completions import gather_rows
 from learner.objectives.grpo import GrpoObjective
-from learner.online.actors import Terms
 from learner.online.coordinator import Coordinator
-from learner.online.experience import CoordinatorState, TrainBatch, TrainedGroup
+from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
 from learner.optim.step import Step
 from learner.records import Records
 from learner.trainer import Schedule, Trainer
@@ -37,7 +36,7 @@ from protocol.config.settings import (
     TrainSettings,
 )
 from protocol.messages.arrays import floats_bytes
-from protocol.messages.messages import ActorMessage, Policy
+from protocol.messages.messages import ActorMessage, Policy, TaskKind
 from protocol.messages.parts import RewardResult, Sampling
 from protocol.model.policy import LoadedPolicy, load_policy
 from protocol.model.snapshots import (
@@ -96,7 +95,7 @@ class Loop:
         inbox, self.inbox = self.inbox, []
         for message in inbox:
             self.made.receive(ACTOR, message, self.now)
-        for _, message in self.made.take_outgoing():
+        for _, message in self.made.connected.take_outgoing():
             self.events.append(actor_port.Received(message))
         batch = self.made.next_batch(self.now)
         if batch is not None:
@@ -108,10 +107,10 @@ class Loop:
         written = write_snapshot(path, self.learner.model, version)
         self.paths[version] = path
         announced = Policy(version=version, digest=written.digest, size=written.size)
-        self.made.advance(announced, self.now)
+        self.made.publish(announced, self.now)
 
     def figures(self) -> dict[str, float]:
-        return self.made.rates()
+        return self.made.metrics()
 
     def state(self) -> bytes:
         return msgspec.msgpack.encode(self.made.state())
@@ -153,7 +152,7 @@ def build(
     incarnation = "L2" if resume else "L1"
     sampling = Sampling(num_generations=G, max_completion_length=length, temperature=temperature)
     limits = LedgerSettings(
-        batch_size=batch, max_staleness=eta, num_generations=G, total_batches=None
+        batch_size=batch, max_staleness=eta, num_generations=G, total_batches=None, lease_s=1e6
     )
     welcome = a_welcome(
         incarnation,
@@ -161,18 +160,19 @@ def build(
         tokenizer_digest=learner.tokenizer_digest,
         seed=5,
     )
-    terms = Terms(
-        welcome=welcome, train=sampling, evaluate=sampling, seed=5, lease_s=1e6, vocab_size=VOCAB,
-        actor_timeout_s=1e6,
-    )  # fmt: skip
     checkpoint = load_checkpoint(folder / "run/checkpoints") if resume else None
+
+    def coordinator_of(ledger: Ledger) -> Coordinator:
+        kinds: dict[TaskKind, Sampling] = {"train": sampling, "eval": sampling}
+        return Coordinator(ledger, prompts(), [], welcome, kinds, VOCAB, actor_timeout_s=1e6)
+
     if checkpoint is None:
-        made = Coordinator(Ledger(limits, "r", incarnation), prompts(), [], terms)
+        made = coordinator_of(Ledger(limits, "r", incarnation))
     else:
         state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-        ledger, lost = Ledger.restore(limits, state.ledger, incarnation)
-        made = Coordinator(ledger, prompts(), [], terms)
-        made.adopt(state, lost)
+        ledger, report = Ledger.restore(limits, state.ledger, incarnation)
+        made = coordinator_of(ledger)
+        made.restore(state, report)
         load_trainable(learner.model, checkpoint.weights, "checkpoint")
     loop = Loop(made, learner, folder)
     engine = MlxEngine(
@@ -189,7 +189,7 @@ def build(
     )  # fmt: skip
     loop.worker.start()
 
-    def describe(item: TrainedGroup, trained_at: int) -> dict[str, Any]:
+    def describe(item: PromptGroup, trained_at: int) -> dict[str, Any]:
         return {"kind": "train", "trained_at": trained_at, "task": item.group.task.number}
 
     train = TrainSettings(batch_size=batch, micro_batch_size=2, length_bucket=8)
@@ -235,7 +235,7 @@ def test_batches_train_in_queue_order_within_the_bound(tmp_path, eta):
     after = trainable(trainer.model)
     moved = max(number(mx.abs(after[name] - value).max()) for name, value in before.items())
     assert 0.01 < moved < 0.06  # four steps of Adam at a learning rate of at most 0.01
-    assert loop.made.rates()["ledger/trained"] == 8
+    assert loop.made.metrics()["ledger/trained"] == 8
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
