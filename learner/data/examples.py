@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from learner.data.filter import Report
 from learner.data.prompts import json_row
-from learner.data.rows import RawRow
-from learner.data.sequences import (
+from learner.data.row_tokens import (
     SideTokens,
     tokenise_answer,
     tokenise_pair,
     tokenise_sequence,
     with_explicit_prompt,
 )
+from learner.data.rows import RawRow
 from learner.data.tokens import RowError, Tokenizer
 from protocol.config.settings import DataSettings
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset
 
-from learner.data.sequences import SequenceTokens, tokenise_sequence
+from learner.data.row_tokens import SequenceTokens, tokenise_sequence
 from learner.data.tokens import RowError
 from tests.parity import tiny_tokenizer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.data.sequences import (
+from learner.data.row_tokens import (
     SideTokens,
     extract_prompt,
     tokenise_answer,
