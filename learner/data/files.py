@@ -1,22 +1,22 @@
-"""Which files a local folder or pattern stands for, split by split, as `datasets` would have it."""
+"""The data files of a local folder or pattern, by split, as `datasets` finds them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from learner.data import json_rows
 
-_BESIDE = ("", ".md", ".txt", ".py")  # what lies beside data
+_NOT_DATA = ("", ".md", ".txt", ".py")  # files that often lie beside data
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path may stand for several files of this machine."""
+    """Whether a path may stand for several files on this machine."""
     return "://" not in path and any(letter in path for letter in "*[")
 
 
 def split_files(path: str) -> dict[str, list[Path]]:
     """Return the data files of a local folder or pattern by split, in `datasets`' order.
 
-    Empty where a card (README.md) says which they are, which `datasets` reads. Raises OSError
+    Empty where a dataset card (README.md) lists them: `datasets` reads the card. Raises OSError
     where there are none.
     """
     from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
@@ -29,16 +29,17 @@ def split_files(path: str) -> dict[str, list[Path]]:
         found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     else:
         found = DataFilesDict.from_patterns(sanitize_patterns(str(folder.absolute())))
+
     return {
-        str(split): [Path(name) for name in names if Path(name).suffix.lower() not in _BESIDE]
+        str(split): [Path(name) for name in names if Path(name).suffix.lower() not in _NOT_DATA]
         for split, names in found.items()
     }
 
 
 def suffixes(files: Sequence[Path]) -> set[str]:
-    """Return the endings of files; those of JSON count as one."""
-    endings = {file.suffix.lower() for file in files}
-    return {".json" if ending in json_rows.SUFFIXES else ending for ending in endings}
+    """Return the suffixes of files; all JSON ones count as ".json"."""
+    found = {file.suffix.lower() for file in files}
+    return {".json" if suffix in json_rows.SUFFIXES else suffix for suffix in found}
 
 
 def _has_card(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Preference and fine-tuning rows to token IDs, equal to TRL 1.16.0's DPO, KTO and SFT trainers.
 
-Every method uses DPO's tokenisation: prompt and answer are encoded together, and the completion
+Every method uses DPO's tokenization: prompt and answer are encoded together, and the completion
 begins where that encoding leaves the prompt's own, so a token that straddles the boundary belongs
 to the completion. TRL's experimental ORPO and CPO step one token back there, append a further EOS
 after a chat template's end of turn, and cut the answer before the prompt.
@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from learner.data.rows import Json, Row, RowError, check_text
 from learner.data.tokens import (
-    Json,
-    Row,
-    RowError,
+    Messages,
     Tokenizer,
     check_messages,
-    check_text,
     encode,
     plain_tokenizer,
     render_chat,
@@ -27,7 +25,7 @@ from learner.data.tokens import (
 from protocol.errors import DataError
 
 TruncationMode = Literal["keep_start", "keep_end"]
-Content = str | list[dict[str, Any]]
+Content = str | Messages
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def tokenise_pair(
+def tokenize_pair(
     tokenizer: Tokenizer, row: Row, *, max_length: int | None, truncation_mode: TruncationMode
 ) -> tuple[SideTokens, SideTokens]:
     """Return chosen and rejected of a preference row; the prompt may be implicit.
@@ -87,7 +85,7 @@ def tokenise_pair(
     return sides[0], sides[1]
 
 
-def tokenise_answer(
+def tokenize_answer(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -123,7 +121,7 @@ def with_explicit_prompt(row: Row) -> Row:
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenise_sequence(
+def tokenize_sequence(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -139,7 +137,7 @@ def tokenise_sequence(
     if completion_only and row.get("prompt") is None:
         row = _with_last_answer(row)
     if row.get("prompt") is not None:
-        side = tokenise_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
+        side = tokenize_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
         before = 1 if completion_only is False else 0
         ids = side.prompt_ids + side.completion_ids
         mask = [before] * len(side.prompt_ids) + [1] * len(side.completion_ids)
@@ -203,7 +201,7 @@ def _encoded(
         return encode(tokenizer, prompt), [encode(tokenizer, text) for text in texts]
     options = template_options(row)
     alone = render_chat(tokenizer, prompt, options, add_generation_prompt=True)
-    talks = [prompt + cast("list[dict[str, Any]]", answer) for answer in answers]
+    talks = [prompt + cast("Messages", answer) for answer in answers]
     return alone, [render_chat(tokenizer, talk, options) for talk in talks]
 
 

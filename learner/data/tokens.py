@@ -12,24 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+from learner.data.rows import Json, Row, RowError, check_text
 from protocol.errors import DataError
 
 Tokenizer: TypeAlias = Any  # transformers' or mlx-lm's; neither is typed
-Json: TypeAlias = Any  # what JSON can hold
-Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text",)
-
-
-class RowError(DataError):
-    """One row that cannot be used; `kind` groups the reasons of a report."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-        self.reason = reason
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
@@ -48,19 +38,6 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token IDs of plain text, with the special tokens that the tokenizer adds by itself."""
     return list(plain_tokenizer(tokenizer).encode(text))
-
-
-def check_text(text: str, where: str) -> str:
-    """Return `text`; raise RowError for lone surrogates, which no tokenizer can encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "invalid_text",
-            f"{where} holds the lone surrogate {text[error.start]!r} at character {error.start}; "
-            "text must be valid Unicode",
-        ) from None
-    return text
 
 
 def check_messages(messages: Json, where: str) -> Messages:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from learner.data.prompts import Prompt, PromptState
+from learner.data.prompts import Prompt
 from learner.ledger.state import LedgerState
 from protocol.messages.messages import Group
 
@@ -42,7 +42,7 @@ class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     ledger: LedgerState
-    prompts: PromptState
+    prompts: bytes
     position: int
     outstanding: dict[int, Prompt]
     events: int = 0

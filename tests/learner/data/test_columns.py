@@ -10,12 +10,12 @@ import pytest
 
 from learner.build.offline import open_examples
 from learner.data.examples import pairs, sequences
-from learner.offline.batches import open_offline
+from learner.offline.source import open_offline
 from protocol.config.settings import DataSettings, PreferenceRun, PreferenceSettings, SftRun
 from protocol.errors import DataError
 from tests.parity import tiny_tokenizer
 
-SET = "data.columns renames them, data.prepare makes rows of them"
+SET = "rename them with data.columns, or make rows of them in data.prepare"
 
 
 def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **data: Any) -> None:
@@ -54,7 +54,7 @@ def test_a_missing_column_says_what_may_have_been_meant(
     assert lines[3].endswith(hint)
 
 
-def test_answers_that_are_alike_are_kept_as_in_trl_and_told(
+def test_identical_answers_are_kept_as_in_trl_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "pippin.data")
@@ -67,7 +67,7 @@ def test_answers_that_are_alike_are_kept_as_in_trl_and_told(
     assert caplog.messages == [
         f"{tmp_path / 'rows.jsonl'}: 3 rows kept, 0 dropped, 1 truncated",
         "  truncated: rows 2",
-        "  nothing to prefer, chosen and rejected are alike: rows 0, 2",
+        "  chosen and rejected are identical: rows 0, 2",
     ]
 
 
@@ -80,14 +80,14 @@ def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
     name = tmp_path / "rows.jsonl"
     assert caplog.messages[:2] == [
         f"{name}: nothing reads the columns ['id', 'instruction']; {SET}",
-        f"{name}: no column prompt: it is what chosen and rejected begin with alike; if it stands "
-        'in instruction, set data.columns = {prompt = "instruction"}; if in several columns, join '
-        "them in data.prepare",
+        f"{name}: no column prompt, so it is what chosen and rejected both begin with; if it is "
+        'in instruction, set data.columns = {prompt = "instruction"}; if it is in several columns, '
+        "join them in data.prepare",
     ]
     caplog.clear()
     opened(tmp_path, [{"chosen": "a b", "rejected": "a c"}])
     assert caplog.messages == [
-        f"{name}: no column prompt: it is what chosen and rejected begin with alike",
+        f"{name}: no column prompt, so it is what chosen and rejected both begin with",
         f"{name}: 1 rows kept, 0 dropped, 0 truncated",
     ]
     caplog.clear()

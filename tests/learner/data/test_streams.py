@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from learner.data.examples import sequences
-from learner.offline.batches import open_offline
-from learner.offline.source import StoredSource
+from learner.offline.source import open_offline
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 from tests.rows import ByteTokenizer
@@ -19,7 +18,7 @@ def _source(tmp_path, text, *, max_steps):
     path = f"{tmp_path}/made.py:rows"
     settings = DataSettings(path=path, streaming=True, shuffle_buffer=8)
     build = sequences(settings, ByteTokenizer())
-    sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps, reads=["text"])
+    sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps)
     return sets.train
 
 
@@ -40,7 +39,7 @@ def test_a_streamed_function_is_asked_for_the_rows_that_are_trained_on(tmp_path)
     assert taken == list(range(8 + 5 * 4))  # the buffer and five batches
 
 
-def test_every_pass_over_a_streamed_function_calls_it_anew(tmp_path):
+def test_every_pass_over_a_streamed_function_calls_it_again(tmp_path):
     text = "def rows():\n    return [{'text': f'row {i}'} for i in range(6)]\n"
     source = _source(tmp_path, text, max_steps=4)
     rows = [[example.row for example in batch] for batch in iter(source.next_batch, None)]
@@ -66,7 +65,7 @@ def test_a_row_that_is_no_mapping_is_named(tmp_path):
 def test_rows_that_a_stream_drops_are_said_once_as_they_come_and_summed_up(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pippin.data")
     text = "def rows():\n    return [{'text': 't' if i != 3 else 5} for i in range(6)]\n"
-    source = StoredSource(_source(tmp_path, text, max_steps=4))
+    source = _source(tmp_path, text, max_steps=4)
     said = (
         "    row 3: text must be a string or a list of messages, not int; dropped from the stream"
     )

@@ -13,7 +13,7 @@ from learner.data.examples import PreferenceExample, SftExample, sequences, with
 from learner.data.filter import Report
 from learner.interfaces import Arrays, Prepared
 from learner.offline.generated import Answers, prompt_of
-from learner.offline.source import StoredEvaluator
+from learner.offline.held_out import HeldOutEvaluator
 from protocol.config.settings import DataSettings
 from protocol.errors import ConfigError
 from tests.parity import tiny_tokenizer
@@ -58,7 +58,7 @@ def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
         for i, p in enumerate(prompts)
     ]
     answers = Answers(model, tokenizer, batch_size=2, max_tokens=5)
-    evaluator = StoredEvaluator(model, Rows(), examples, 2, answers)
+    evaluator = HeldOutEvaluator(model, Rows(), examples, 2, answers)
     evaluator.start(3)
     result = evaluator.poll()
     assert result is not None
@@ -85,7 +85,13 @@ def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
 
 def sequence(tokenizer, row, **settings):
     build = sequences(DataSettings(**settings), tokenizer)
-    return with_rows(build)(0, row, Report("rows"))
+    return built(build, row)
+
+
+def built(builder, row):
+    (example,) = with_rows(builder).build(0, row, Report("rows"))
+    assert example is not None
+    return example
 
 
 def test_the_prompt_of_a_sequence_ends_where_tokens_count():
@@ -108,7 +114,7 @@ def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
         assert prompt_of(sequence(tokenizer, silent), tokenizer) == []
     whole = sequences(DataSettings(), tokenizer, completion_only_loss=False)
     row = {"prompt": "the is", "completion": " blue"}
-    example = with_rows(whole)(0, row, Report("rows"))
+    example = built(whole, row)
     assert tokenizer.decode(prompt_of(example, tokenizer)) == "the is"
 
 
