@@ -3,6 +3,7 @@
 `datasets` takes seconds to import, so it is loaded on use.
 """
 
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterator

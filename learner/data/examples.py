@@ -92,6 +92,7 @@ class SftExample:
         return len(self.input_ids)
 
 
+Example = PreferenceExample | UnpairedExample | SftExample
 E = TypeVar("E", PreferenceExample, UnpairedExample, SftExample)
 
 _ALWAYS = ("prompt", "tools", "chat_template_kwargs")

@@ -1,5 +1,7 @@
 """The data files of a local folder or pattern, by split, as `datasets` finds them."""
 
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -142,5 +142,5 @@ def _capped(numbers: Sequence[int], settings: DataSettings, seed: int) -> Sequen
     if settings.max_rows is None or settings.max_rows >= len(numbers):
         return numbers
     kind = "sequential" if settings.order == "sequential" else "shuffled"
-    order = epoch_order(kind, len(numbers), seed=seed, epoch=-1)[: settings.max_rows]
-    return [numbers[index] for index in sorted(order.tolist())]
+    order: list[int] = epoch_order(kind, len(numbers), seed=seed, epoch=-1).tolist()
+    return [numbers[index] for index in sorted(order[: settings.max_rows])]

@@ -1,5 +1,7 @@
 """The evaluation of held-out examples during offline training."""
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

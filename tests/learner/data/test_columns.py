@@ -1,4 +1,4 @@
-"""What offline runs say of columns: misspelt, of another method, read by nothing."""
+"""What offline runs report about columns: misspelt, of another method, read by nothing."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **dat
          'no chosen; the row has [\'chosn\', \'prompt\', \'rejected\']; data.columns = '
          '{chosen = "chosn"} would read that column'),
         ({"prompt": "a", "completion": "b", "label": True}, pairs,
-         '; judged answers are trained with objective.method = "kto"'),
+         '; for judged answers set objective.method = "kto"'),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, sequences,
-         "no completion; the row has ['chosen', 'prompt', 'rejected']; pairs are trained by "
-         "launch/preference.py"),
+         "no completion; the row has ['chosen', 'prompt', 'rejected']; launch/preference.py "
+         "trains on pairs"),
         ({"message": [{"role": "user", "content": "a"}]}, sequences,
          'data.columns = {messages = "message"} would read that column'),
         ({"prompt": "a", "good": "b", "bad": "c"}, pairs,
@@ -71,7 +71,21 @@ def test_identical_answers_are_kept_as_in_trl_and_reported(
     ]
 
 
-def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
+def test_lines_about_single_rows_have_a_logger_of_their_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "pippin.data")
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    opened(tmp_path, [{**good, "chosen": ""}, good, {**good, "rejected": ""}])
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("pippin.data", f"{tmp_path / 'rows.jsonl'}: 1 rows kept, 2 dropped, 0 truncated"),
+        ("pippin.data", "  dropped for empty_answer: 2"),
+        ("pippin.data.rows", "    row 0: chosen is empty"),
+        ("pippin.data.rows", "    row 2: rejected is empty"),
+    ]
+
+
+def test_columns_that_nothing_reads_and_implicit_prompts_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "pippin.data")

@@ -61,7 +61,7 @@ def test_masked_chats_by_hand():
     ("row", "kind", "reason"),
     [
         ({"messages": [USER, ANSWER, USER]}, "invalid_role", "messages ends with a 'user' message"),
-        ({"messages": [ANSWER]}, "empty", "an answer alone"),
+        ({"messages": [ANSWER]}, "empty", "only an answer"),
         ({"messages": [USER, {**ANSWER, "content": ""}]}, "empty_answer", "completion is empty"),
         ({"messages": []}, "empty", "messages holds no message"),
         ({"text": "the"}, "missing_column", r"text has no prompt.*leave that key out, or make"),

@@ -22,7 +22,7 @@ def _source(tmp_path, text, *, max_steps):
     return sets.train
 
 
-def test_a_streamed_function_is_asked_for_the_rows_that_are_trained_on(tmp_path):
+def test_a_streamed_function_is_asked_only_for_the_rows_that_are_trained_on(tmp_path):
     source = _source(
         tmp_path,
         "taken = []\n"
@@ -62,7 +62,7 @@ def test_a_row_that_is_no_mapping_is_named(tmp_path):
         _source(tmp_path, "def rows():\n    return [{'text': 'a'}, 'b']\n", max_steps=1)
 
 
-def test_rows_that_a_stream_drops_are_said_once_as_they_come_and_summed_up(tmp_path, caplog):
+def test_rows_that_a_stream_drops_are_logged_once_as_they_come_and_summed_up(tmp_path, caplog):
     caplog.set_level(logging.INFO, "pippin.data")
     text = "def rows():\n    return [{'text': 't' if i != 3 else 5} for i in range(6)]\n"
     source = _source(tmp_path, text, max_steps=4)
@@ -74,7 +74,9 @@ def test_rows_that_a_stream_drops_are_said_once_as_they_come_and_summed_up(tmp_p
         source.stepped(step)
         if step == 3:
             assert caplog.messages == [said]  # in the first pass, not in the second
+            assert caplog.records[0].name == "pippin.data.rows"
     assert caplog.messages[1:] == [
         f"{tmp_path}/made.py:rows: 10 rows kept, 2 dropped, 0 truncated",
         "  dropped for mixed_types: 2",
     ]
+    assert {record.name for record in caplog.records[1:]} == {"pippin.data"}

@@ -77,7 +77,7 @@ def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
     assert metrics["eval/completions/mean_length"] == mean
 
 
-def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
+def test_examples_without_their_rows_are_refused(tmp_path):
     model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
     with pytest.raises(TypeError, match="row 7 was not built by `with_rows`"):
         Answers(model, tokenizer, 1, 1)([PreferenceExample(7, [5], [4, 1], [5], [6, 1])], 0)
@@ -99,7 +99,7 @@ def test_the_prompt_of_a_sequence_ends_where_tokens_count():
     assert prompt_of(example, tiny_tokenizer.build()) == [5, 6]
 
 
-def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
+def test_the_prompt_of_a_sequence_whose_tokens_all_count_is_its_rows():
     tokenizer = tiny_tokenizer.build()
     user, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
     messages = [user, said, user, said, user]  # the last turn has no answer: the one before it has
@@ -118,7 +118,7 @@ def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
     assert tokenizer.decode(prompt_of(example, tokenizer)) == "the is"
 
 
-def test_rows_that_ask_nothing_are_told_and_refused_where_all_do(caplog):
+def test_rows_without_a_prompt_are_reported_and_refused_where_none_has_one(caplog):
     caplog.set_level(logging.INFO, "pippin.data")
     tokenizer = tiny_tokenizer.build()
     answers = Answers(nn.Module(), tokenizer, 1, 1)
@@ -127,7 +127,7 @@ def test_rows_that_ask_nothing_are_told_and_refused_where_all_do(caplog):
         answers.check([text, text])
     assert not caplog.records
     answers.check([text, sequence(tokenizer, {"prompt": "the", "completion": " is"})])
-    assert caplog.messages == ["1 of 2 held-out rows have nothing to answer"]
+    assert caplog.messages == ["1 of 2 held-out rows have no prompt to answer"]
 
 
 def test_chats_are_answered_from_before_their_last_answer(tmp_path):
