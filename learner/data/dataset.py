@@ -6,11 +6,10 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from learner.data.files import is_pattern, split_files, suffixes
 from learner.data.functions import load_function
 from learner.data.json_rows import SUFFIXES as _JSON
 from learner.data.json_rows import open_json
@@ -21,6 +20,7 @@ from protocol.errors import DataError
 Loaded: TypeAlias = Any  # a Dataset or a dict of them, streamed or not
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_NOT_DATA = ("", ".md", ".txt", ".py")  # files that often lie beside data
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Always read as text: CSV readers turn 15 into a number, and NA into null.
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text")
@@ -47,7 +47,7 @@ def open_rows(settings: DataSettings, *, path: str = "", split: str = "") -> Row
 
     if local.suffix.lower() in _PACKED and local.is_file():
         raise DataError(f"{path}: a compressed file; unpack it, and name the file that was in it")
-    if _looks_local(path) and not local.exists() and not is_pattern(path):
+    if _looks_local(path) and not local.exists() and not _is_pattern(path):
         raise DataError(f"data.path {path}: no such file or folder (looked at {local.absolute()})")
 
     return _open_datasets(settings, path, split)
@@ -91,6 +91,51 @@ def _from_function(path: str, *, streaming: bool) -> Rows:
     )
 
 
+# ---- the files of a folder or pattern -------------------------------------------------------
+
+
+def _is_pattern(path: str) -> bool:
+    """Whether a path may stand for several files on this machine."""
+    return "://" not in path and any(letter in path for letter in "*[")
+
+
+def _split_files(path: str) -> dict[str, list[Path]]:
+    """Return the data files of a local folder or pattern by split, in `datasets`' order.
+
+    Empty where a dataset card (README.md) lists them: `datasets` reads the card. Raises OSError
+    where there are none.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if _has_card(folder):
+            return {}
+        base = str(folder.absolute())
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    else:
+        found = DataFilesDict.from_patterns(sanitize_patterns(str(folder.absolute())))
+
+    return {
+        str(split): [Path(name) for name in names if Path(name).suffix.lower() not in _NOT_DATA]
+        for split, names in found.items()
+    }
+
+
+def _suffixes(files: Sequence[Path]) -> set[str]:
+    """Return the suffixes of files; all JSON ones count as ".json"."""
+    found = {file.suffix.lower() for file in files}
+    return {".json" if suffix in _JSON else suffix for suffix in found}
+
+
+def _has_card(folder: Path) -> bool:
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return text.startswith("---") and "data_files" in text
+
+
 # ---- through `datasets` ----------------------------------------------------------------------
 
 
@@ -131,10 +176,10 @@ def _load(settings: DataSettings, path: str, split: str) -> Loaded:
     if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(local))
 
-    if (local.is_dir() or is_pattern(path)) and settings.name is None:
-        found = split_files(path)
+    if (local.is_dir() or _is_pattern(path)) and settings.name is None:
+        found = _split_files(path)
         files = found.get(split, [])
-        endings = suffixes(files)
+        endings = _suffixes(files)
         if endings == {".json"}:
             parts = [open_json(file, streaming=settings.streaming) for file in files]
             return joined(f"{path} ({split})", parts)

@@ -48,10 +48,8 @@ class SequenceTokens:
 
 def common_prefix_length(ids: Sequence[Any], others: Sequence[Any]) -> int:
     """Return the number of leading elements that are equal."""
-    for index, (one, other) in enumerate(zip(ids, others, strict=False)):
-        if one != other:
-            return index
-    return min(len(ids), len(others))
+    shorter = min(len(ids), len(others))
+    return next((at for at in range(shorter) if ids[at] != others[at]), shorter)
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
@@ -168,6 +166,7 @@ def _with_last_answer(row: Row) -> Row:
             "text has no prompt, which objective.completion_only_loss = true leaves out of the "
             "loss; leave that key out, or make prompt and completion of the text in data.prepare",
         )
+
     if row.get("messages") is None:
         raise _missing(row, "text", "no text, messages, or prompt and completion")
 

@@ -114,6 +114,8 @@ def _json_value(value: Json, where: str) -> Json:
         case list() | tuple():
             items = enumerate(cast("Sequence[Any]", value))
             return [_json_value(item, f"{where}[{index}]") for index, item in items]
+
+        # What Arrow and the user's function give beyond JSON's own types.
         case np.ndarray() | np.generic():
             return _json_value(cast("np.generic", value).tolist(), where)
         case datetime.datetime() | datetime.date() | datetime.time():

@@ -10,11 +10,12 @@ from itertools import islice
 from typing import Generic
 
 from learner.data.dataset import open_rows
-from learner.data.epochs import EpochIterator, ListEpochs, StreamEpochs, T
+from learner.data.epochs import EpochIterator, ListEpochs, T
 from learner.data.filter import Builder, Report, RowFilter, log, require_some
 from learner.data.order import Places, epoch_order, in_blocks
 from learner.data.prepare import column_notes, preparation
 from learner.data.rows import ReadRow, Rows
+from learner.data.streams import StreamEpochs
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
@@ -60,7 +61,7 @@ def open_sets(
     count = settings.eval_rows if held_out is None else 0
     if rows.length is None:
         taken, skip = _first(keep, enumerate(rows.scan(0)), count)
-        train = StreamEpochs(rows, row_filter, settings, seed=seed, skip=skip)
+        train = StreamEpochs(rows, row_filter, seed=seed, skip=skip)
         row_filter.report.kept = 0  # count training rows only
     else:
         taken, numbers = _hold_out(keep, rows, count)

@@ -158,6 +158,7 @@ def _compute(
     """Return the log-probs (total,) of all token batches, each at its start; None: stopped."""
     flat = np.empty(total, np.float32)
     reported = time.monotonic()
+
     for index, tokens in enumerate(scorer.inputs(batches)):
         if stopped():
             log.info(

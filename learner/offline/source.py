@@ -5,42 +5,18 @@ from dataclasses import dataclass
 from typing import Generic
 
 from learner.data.batches import Batches
-from learner.data.epochs import EpochIterator, ListEpochs
+from learner.data.epochs import ListEpochs
 from learner.data.examples import E, with_rows
-from learner.data.filter import Builder, Report
+from learner.data.filter import Builder
 from learner.data.sets import open_sets
 from protocol.config.settings import DataSettings
 from protocol.errors import ConfigError
 
 
 class OfflineSource(Batches[E]):
-    """Batches for the trainer (its `Source`): nothing is waited for, nothing is published.
+    """Batches for the trainer (its `Source`): nothing is waited for, nothing is published."""
 
-    Ends after `max_steps` batches if positive, else after `num_epochs`.
-    """
-
-    def __init__(
-        self,
-        epochs: EpochIterator[E],
-        report: Report,
-        *,
-        batch_size: int,
-        num_epochs: float,
-        max_steps: int,
-    ) -> None:
-        if epochs.size is None and max_steps <= 0 and num_epochs != int(num_epochs):
-            raise ConfigError(
-                f"train.num_train_epochs = {num_epochs} of a streamed dataset, whose length is "
-                "unknown; give a whole number, or train.max_steps"
-            )
-        super().__init__(
-            epochs,
-            report,
-            batch_size=batch_size,
-            num_epochs=num_epochs,
-            max_batches=max_steps if max_steps > 0 else None,
-        )
-        self.exhausted = False
+    exhausted = False
 
     def poll(self, timeout_s: float = 0.0) -> list[E] | None:
         """Return the next batch at once; None after the last."""
@@ -104,20 +80,23 @@ def open_offline(
 ) -> OfflineSets[E]:
     """Open the examples that `settings` name; `builder` is one of `learner/data/examples.py`.
 
-    Held-out examples hold their rows. Raises DataError: see `open_sets`.
+    Batches end after `max_steps` if positive, else after `epochs`. Held-out examples hold their
+    rows. Raises DataError, as `open_sets`, and ConfigError for a part of a stream's epoch.
     """
     sets = open_sets(
-        settings,
-        builder,
-        seed=seed,
-        batch_size=batch_size,
-        held_out_builder=with_rows(builder),
+        settings, builder, seed=seed, batch_size=batch_size, held_out_builder=with_rows(builder)
     )
+    if sets.train.size is None and max_steps <= 0 and epochs != int(epochs):
+        raise ConfigError(
+            f"train.num_train_epochs = {epochs} of a streamed dataset, whose length is unknown; "
+            "give a whole number, or train.max_steps"
+        )
+
     source = OfflineSource(
         sets.train,
         sets.report,
         batch_size=batch_size,
         num_epochs=epochs,
-        max_steps=max_steps,
+        max_batches=max_steps if max_steps > 0 else None,
     )
     return OfflineSets(source, sets.held_out)

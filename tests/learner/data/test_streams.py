@@ -66,14 +66,14 @@ def test_rows_that_a_stream_drops_are_logged_once_as_they_come_and_summed_up(tmp
     caplog.set_level(logging.INFO, "pippin.data")
     text = "def rows():\n    return [{'text': 't' if i != 3 else 5} for i in range(6)]\n"
     source = _source(tmp_path, text, max_steps=4)
-    said = (
+    line = (
         "    row 3: text must be a string or a list of messages, not int; dropped from the stream"
     )
     for step in range(1, 5):
         assert source.poll() is not None
         source.stepped(step)
         if step == 3:
-            assert caplog.messages == [said]  # in the first pass, not in the second
+            assert caplog.messages == [line]  # in the first pass, not in the second
             assert caplog.records[0].name == "pippin.data.rows"
     assert caplog.messages[1:] == [
         f"{tmp_path}/made.py:rows: 10 rows kept, 2 dropped, 0 truncated",

@@ -90,10 +90,10 @@ def test_rows_of_both_kinds_and_their_faults(tmp_path, tokenizer):
     assert source.report.truncated_rows == [0, 2]
 
 
-@pytest.mark.parametrize(("bad", "said"), [(2, "fill data.max_length"), (3, "rejected is empty")])
-def test_on_bad_row_error_stops_at_a_pair_with_one_bad_answer(tmp_path, tokenizer, bad, said):
+@pytest.mark.parametrize(("bad", "words"), [(2, "fill data.max_length"), (3, "rejected is empty")])
+def test_on_bad_row_error_stops_at_a_pair_with_one_bad_answer(tmp_path, tokenizer, bad, words):
     rows = [ROWS[0], ROWS[1], ROWS[bad]]
-    with pytest.raises(DataError, match=rf"row 2 \(counted from 0\): .*{said}.*data\.on_bad_row"):
+    with pytest.raises(DataError, match=rf"row 2 \(counted from 0\): .*{words}.*data\.on_bad_row"):
         opened(tmp_path, tokenizer, rows, max_length=3, on_bad_row="error")
 
 

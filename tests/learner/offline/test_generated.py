@@ -101,8 +101,14 @@ def test_the_prompt_of_a_sequence_ends_where_tokens_count():
 
 def test_the_prompt_of_a_sequence_whose_tokens_all_count_is_its_rows():
     tokenizer = tiny_tokenizer.build()
-    user, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
-    messages = [user, said, user, said, user]  # the last turn has no answer: the one before it has
+    user, reply = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
+    messages = [
+        user,
+        reply,
+        user,
+        reply,
+        user,
+    ]  # the last turn has no answer: the one before it has
     asked = prompt_of(sequence(tokenizer, {"messages": messages}), tokenizer)
     turn = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(asked) == f"{turn}is<|im_end|>\n{turn}"
@@ -110,7 +116,7 @@ def test_the_prompt_of_a_sequence_whose_tokens_all_count_is_its_rows():
     assert prompt_of(cut, tokenizer) == asked
     cut = sequence(tokenizer, {"messages": messages}, max_length=len(asked) - 1)
     assert prompt_of(cut, tokenizer) == []
-    for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [said]}):
+    for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [reply]}):
         assert prompt_of(sequence(tokenizer, silent), tokenizer) == []
     whole = sequences(DataSettings(), tokenizer, completion_only_loss=False)
     row = {"prompt": "the is", "completion": " blue"}
@@ -133,8 +139,8 @@ def test_rows_without_a_prompt_are_reported_and_refused_where_none_has_one(caplo
 def test_chats_are_answered_from_before_their_last_answer(tmp_path):
     model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    user, said = {"role": "user", "content": "w5 w9"}, {"role": "assistant", "content": "w4"}
-    example = sequence(tokenizer, {"messages": [user, said], "answer": "w4"})
+    user, reply = {"role": "user", "content": "w5 w9"}, {"role": "assistant", "content": "w4"}
+    example = sequence(tokenizer, {"messages": [user, reply], "answer": "w4"})
     prompt = prompt_of(example, tokenizer)
     assert prompt == tokenizer.encode("w5 w9")
     metrics, (line,) = Answers(model, tokenizer, 1, 5)([example], 2)

@@ -245,7 +245,7 @@ def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
 ASKED = [{"role": "user", "content": "Hi"}]
 
 
-def _said(text):
+def _assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
@@ -264,12 +264,13 @@ class Chat(ByteTokenizer):
     [
         (pairs, {"prompt": "a", "chosen": "b", "rejected": "c", "answer": 7},
          {"prompt": "a", "chosen": "b", "rejected": "c", "answer": 7}),
-        (pairs, {"chosen": ASKED + _said("b"), "rejected": ASKED + _said("c"), "raw": "\ud800"},
-         {"prompt": ASKED, "chosen": _said("b"), "rejected": _said("c")}),
+        (pairs,
+         {"chosen": ASKED + _assistant("b"), "rejected": ASKED + _assistant("c"), "raw": "\ud800"},
+         {"prompt": ASKED, "chosen": _assistant("b"), "rejected": _assistant("c")}),
         (answers, {"chosen": "ab", "rejected": "ac"},
          {"prompt": "a", "chosen": "b", "rejected": "c"}),
-        (answers, {"prompt": ASKED, "completion": _said("b"), "label": True},
-         {"prompt": ASKED, "completion": _said("b"), "label": True}),
+        (answers, {"prompt": ASKED, "completion": _assistant("b"), "label": True},
+         {"prompt": ASKED, "completion": _assistant("b"), "label": True}),
         (sequences, {"prompt": "a", "completion": "b", "data": {"k": [1.5]}},
          {"prompt": "a", "completion": "b", "data": {"k": [1.5]}}),
         (sequences, {"text": "ab", "chosen": "b", "rejected": "c"},
