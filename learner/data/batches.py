@@ -57,7 +57,7 @@ class Batches(Generic[T]):
     def next_batch(self) -> list[T] | None:
         """Return the next batch, or None after the last."""
         while not self._over():
-            batch = self._collect()
+            batch = self._collect()  # empty at the end of an epoch
             if batch:
                 self._given += 1
                 return batch

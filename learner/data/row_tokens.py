@@ -79,6 +79,7 @@ def tokenize_pair(
     _require_same_kind(prompt=prompt, chosen=chosen, rejected=rejected)
 
     prompt_ids, sequences = _encoded(tokenizer, row, prompt, [chosen, rejected])
+    # One boundary for both, so that they have the same context.
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
     sides = [_truncated(ids, start, max_length, truncation_mode) for ids in sequences]
     return sides[0], sides[1]
@@ -104,7 +105,7 @@ def tokenize_answer(
 def with_explicit_prompt(row: Row) -> Row:
     """Return a pair's row with a prompt, split off chosen and rejected where it is implicit.
 
-    Raises RowError where an answer is missing, empty, or not of the other's kind.
+    Raises RowError where an answer is missing, empty, or of another kind than the other.
     """
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
     _require_answer(chosen, "chosen")
@@ -166,7 +167,6 @@ def _with_last_answer(row: Row) -> Row:
             "text has no prompt, which objective.completion_only_loss = true leaves out of the "
             "loss; leave that key out, or make prompt and completion of the text in data.prepare",
         )
-
     if row.get("messages") is None:
         raise _missing(row, "text", "no text, messages, or prompt and completion")
 
@@ -240,9 +240,8 @@ def _truncated(
         raise RowError("empty_answer", "the answer adds no token to the prompt")
 
     removed = max(len(ids) - max_length, 0) if max_length is not None else 0
-    from_start = removed if mode == "keep_end" else 0
     kept = ids[_kept(max_length, mode)]
-    boundary = max(start - from_start, 0)
+    boundary = start if mode == "keep_start" else max(start - removed, 0)
     return SideTokens(kept[:boundary], kept[boundary:], truncated=removed > 0)
 
 

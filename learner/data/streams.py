@@ -72,6 +72,7 @@ class StreamEpochs(Generic[T]):
         size = self._rows_per_block
         self._block_start, self._given = self._read, 0
         kept: list[Places[T]] = []
+        # Blocks begin at multiples of their size, also after rows were dropped.
         for number, read in islice(self._numbered, size - self._read % size):
             self._read += 1
             examples = self._examples(number, read)

@@ -102,13 +102,7 @@ def test_the_prompt_of_a_sequence_ends_where_tokens_count():
 def test_the_prompt_of_a_sequence_whose_tokens_all_count_is_its_rows():
     tokenizer = tiny_tokenizer.build()
     user, reply = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
-    messages = [
-        user,
-        reply,
-        user,
-        reply,
-        user,
-    ]  # the last turn has no answer: the one before it has
+    messages = [user, reply, user, reply, user]  # the last turn has no answer, an earlier one has
     asked = prompt_of(sequence(tokenizer, {"messages": messages}), tokenizer)
     turn = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(asked) == f"{turn}is<|im_end|>\n{turn}"
