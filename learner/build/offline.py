@@ -18,17 +18,16 @@ from learner.build.common import (
     started_at,
 )
 from learner.data.examples import answers, pairs, sequences
-from learner.data.prepare import ANSWER_COLUMNS, PAIR_COLUMNS, SEQUENCE_COLUMNS
 from learner.interfaces import Objective
 from learner.losses.preference import kto_weight_advice, needs_whole_batch
 from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
 from learner.model.trials import choose_head
 from learner.objectives.sft import SftObjective
-from learner.offline.batches import OfflineSets, open_offline
 from learner.offline.generated import DEFAULT_LENGTH, Answers
+from learner.offline.held_out import HeldOutEvaluator
 from learner.offline.reference_logprobs import Scorer, cache_folder, precompute
-from learner.offline.source import StoredEvaluator, StoredSource
+from learner.offline.source import OfflineSets, open_offline
 from learner.records import Records
 from learner.trainer import Trainer
 from protocol.config.idle import idle
@@ -55,7 +54,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = _reference(settings, policy)
     sets = open_examples(settings, policy)
-    total = sets.train.total_steps
+    total = sets.train.total
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     _advise(settings, sets)
@@ -67,15 +66,14 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     if reference is not None and _precompute(settings, reference, head, sets, stopped):
         reference = None  # and with it the weights that only it holds
     objective = _objective(settings, policy, reference, head)
-    source: StoredSource[Any] = StoredSource(sets.train)
     trainer: Trainer[Any] = Trainer(
         policy.model,
-        source,
+        sets.train,
         objective,
         new_step(settings, policy, reference, total),
         Records(folder, started_at(folder)),
         schedule_of(settings, total),
-        StoredEvaluator(
+        HeldOutEvaluator(
             policy.model,
             objective,
             sets.evaluation,
@@ -88,7 +86,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     )
     trainer.stopping = stopped()
     if checkpoint is not None:
-        source.restore(checkpoint.source)
+        sets.train.restore(checkpoint.source)
         trainer.restore(checkpoint)
     return Run(trainer, policy, folder, settings.model.path)
 
@@ -177,16 +175,14 @@ def _answers(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]
 def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
     """Open the examples that the run trains on and holds out."""
     build: Any
-    reads = PAIR_COLUMNS
     if isinstance(settings, SftRun):
-        reads = SEQUENCE_COLUMNS
         build = sequences(
             settings.data,
             policy.tokenizer,
             completion_only_loss=settings.objective.completion_only_loss,
         )
     elif settings.objective.method == "kto":
-        build, reads = answers(settings.data, policy.tokenizer), ANSWER_COLUMNS
+        build = answers(settings.data, policy.tokenizer)
     else:
         build = pairs(settings.data, policy.tokenizer)
     return open_offline(
@@ -196,7 +192,6 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
         batch_size=settings.train.batch_size,
         epochs=settings.train.num_train_epochs,
         max_steps=settings.train.max_steps,
-        reads=reads,
     )
 
 

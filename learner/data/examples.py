@@ -1,26 +1,24 @@
-"""Examples of offline training and how they are built from rows."""
+"""Examples for offline training, and how each kind is built from dataset rows."""
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from learner.data.filter import Report
-from learner.data.prompts import json_row
-from learner.data.rows import RawRow
-from learner.data.sequences import (
+from learner.data.filter import Builder, Report
+from learner.data.row_tokens import (
     SideTokens,
-    tokenise_answer,
-    tokenise_pair,
-    tokenise_sequence,
+    tokenize_answer,
+    tokenize_pair,
+    tokenize_sequence,
     with_explicit_prompt,
 )
-from learner.data.tokens import RowError, Tokenizer
+from learner.data.rows import Json, Row, RowError, json_row
+from learner.data.tokens import Tokenizer
 from protocol.config.settings import ExampleData
 
 Logprobs = npt.NDArray[np.float32]  # (tokens of a completion,) nats
@@ -31,9 +29,9 @@ class PreferenceExample:
     """A pair: chosen follows `prompt_ids`, rejected follows `rejected_prompt_ids`.
 
     The two contexts are equal unless truncation from the start cut them differently, or the pair
-    shares nothing. Each holds at least one token, as does each answer. `score` is the row's
-    `preference_score`. `ref_logprobs`: the reference's of chosen and rejected, if precomputed.
-    `row_json`: see `with_rows`.
+    shares nothing. Each context and each answer holds at least one token. `score` is the row's
+    `preference_score`. `ref_logprobs`: of chosen and rejected, if precomputed. `row_json`: see
+    `with_rows`.
     """
 
     row: int
@@ -56,10 +54,10 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class UnpairedExample:
-    """An answer judged good (`label`) or bad; context and answer hold at least one token.
+    """An answer judged good (`label`) or bad; prompt and answer hold at least one token each.
 
-    `ref_logprobs`: the reference's of the answer, if precomputed, and `kl_ref_logprobs` those of
-    the answer before it in its batch, to this prompt. `row_json`: see `with_rows`.
+    If precomputed, `ref_logprobs` are those of the answer, and `kl_ref_logprobs` those of the
+    answer before it in its batch, given this prompt. `row_json`: see `with_rows`.
     """
 
     row: int
@@ -78,8 +76,10 @@ class UnpairedExample:
 
 @dataclass(frozen=True)
 class SftExample:
-    """A sequence (T,), T >= 2; `completion_mask` (T,) is 1 where a token counts, at least once
-    after token 0. `row_json`: see `with_rows`."""
+    """A sequence (T,), T >= 2; `completion_mask` (T,) is 1 where a token counts in the loss.
+
+    At least one token after token 0 counts. `row_json`: see `with_rows`.
+    """
 
     row: int
     input_ids: list[int]
@@ -94,14 +94,19 @@ class SftExample:
 
 Example = PreferenceExample | UnpairedExample | SftExample
 E = TypeVar("E", PreferenceExample, UnpairedExample, SftExample)
-Build = Callable[[int, RawRow, Report], E]
+
+_ALWAYS = ("prompt", "tools", "chat_template_kwargs")
+PAIR_COLUMNS = (*_ALWAYS, "chosen", "rejected", "preference_score")
+ANSWER_COLUMNS = (*_ALWAYS, "completion", "label", "chosen", "rejected")
+SEQUENCE_COLUMNS = (*_ALWAYS, "completion", "messages", "text")
+ANSWER_BLOCK = 1000  # rows whose answers TRL orders together: the default batch of `Dataset.map`
 
 
-def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Build[PreferenceExample]:
+def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExample]:
     """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
 
-    def build(number: int, row: RawRow, report: Report) -> PreferenceExample:
-        chosen, rejected = tokenise_pair(
+    def build(number: int, row: Row, report: Report) -> tuple[PreferenceExample]:
+        chosen, rejected = tokenize_pair(
             tokenizer,
             row,
             max_length=settings.max_length,
@@ -109,92 +114,87 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Build[PreferenceExampl
         )
         score = _score(row.get("preference_score"))
         if chosen.truncated or rejected.truncated:
-            report.truncate(number)
+            report.note_truncated(number)
+
         chosen_prompt, chosen_ids = _with_context(chosen)
         rejected_prompt, rejected_ids = _with_context(rejected)
         if (chosen_prompt, chosen_ids) == (rejected_prompt, rejected_ids):
-            report.same(number)
-        return PreferenceExample(
-            number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
+            report.note_identical(number)
+        return (
+            PreferenceExample(
+                number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
+            ),
         )
 
-    return build
+    return Builder(build, PAIR_COLUMNS)
 
 
-@dataclass(frozen=True)
-class AnswerBuild:
-    """Builds judged answers from rows with prompt, completion and label, or from pairs.
+def answers(settings: ExampleData, tokenizer: Tokenizer) -> Builder[UnpairedExample]:
+    """Build judged answers from rows with prompt, completion and label, or from pairs.
 
-    As in TRL, a pair is a good answer and a bad one, each tokenised on its own. The result has a
-    place for each answer: None where its prompt leaves it no room.
+    As in TRL, a pair is a good answer and a bad one, each tokenized on its own. One of them may be
+    dropped alone, where its prompt leaves it no room.
     """
 
-    settings: ExampleData
-    tokenizer: Tokenizer
-
-    def __call__(
-        self, number: int, row: RawRow, report: Report
-    ) -> tuple[UnpairedExample | None, ...]:
-        columns: dict[str, Any] = {"completion": row.get("label")}
+    def build(number: int, row: Row, report: Report) -> tuple[UnpairedExample | None, ...]:
+        labels: dict[str, Json] = {"completion": row.get("label")}
         if row.get("completion") is None and {"chosen", "rejected"} & row.keys():
-            row = dict(with_explicit_prompt(row))
-            columns = {"chosen": True, "rejected": False}
+            row = with_explicit_prompt(row)
+            labels = {"chosen": True, "rejected": False}
+
         truncated = False
-        faults: list[RowError] = []
+        errors: list[RowError] = []
         found: list[UnpairedExample | None] = []
-        for column, label in columns.items():
+        for column, label in labels.items():
             try:
-                example, cut = self._answer(number, row, column, label)
+                side = _judged_side(settings, tokenizer, row, column, label)
+                example = UnpairedExample(number, *_with_context(side), bool(label))
             except RowError as error:
                 if error.kind != "prompt_too_long":
                     raise
-                faults.append(error)
+                errors.append(error)
                 found.append(None)
-                continue
-            found.append(example)
-            truncated |= cut
-        if faults and (len(faults) == len(found) or self.settings.on_bad_row == "error"):
-            raise faults[0]
-        for fault in faults:
-            reason = f"{fault.reason}; the pair's other answer is kept"
-            report.drop(number, RowError(fault.kind, reason))
+            else:
+                truncated |= side.truncated
+                found.append(example)
+
+        if errors and (len(errors) == len(found) or settings.on_bad_row == "error"):
+            raise errors[0]
+        for error in errors:
+            reason = f"{error.reason}; the pair's other answer is kept"
+            report.note_dropped(number, RowError(error.kind, reason))
         if truncated:
-            report.truncate(number)
+            report.note_truncated(number)
         return tuple(found)
 
-    def _answer(
-        self,
-        number: int,
-        row: RawRow,
-        column: str,
-        label: Any,  # noqa: ANN401 - a cell
-    ) -> tuple[UnpairedExample, bool]:
-        side = tokenise_answer(
-            self.tokenizer,
-            row,
-            max_length=self.settings.max_length,
-            truncation_mode=self.settings.truncation_mode,
-            column=column,
-        )
-        if label is None:
-            raise RowError("missing_column", f"no label; the row has {sorted(row)}")
-        if label not in (0, 1, False, True):
-            raise RowError("mixed_types", f"label must be true or false, not {label!r}")
-        return UnpairedExample(number, *_with_context(side), bool(label)), side.truncated
+    return Builder(build, ANSWER_COLUMNS, ANSWER_BLOCK)
 
 
-def answers(settings: ExampleData, tokenizer: Tokenizer) -> AnswerBuild:
-    """Build judged answers from rows with prompt, completion and label, or from pairs."""
-    return AnswerBuild(settings, tokenizer)
+def _judged_side(
+    settings: ExampleData, tokenizer: Tokenizer, row: Row, column: str, label: Json
+) -> SideTokens:
+    """Return the tokens of the answer in `column`, which must have a label."""
+    side = tokenize_answer(
+        tokenizer,
+        row,
+        max_length=settings.max_length,
+        truncation_mode=settings.truncation_mode,
+        column=column,
+    )
+    if label is None:
+        raise RowError("missing_column", f"no label; the row has {sorted(row)}")
+    if label not in (0, 1, False, True):
+        raise RowError("mixed_types", f"label must be true or false, not {label!r}")
+    return side
 
 
 def sequences(
     settings: ExampleData, tokenizer: Tokenizer, *, completion_only_loss: bool | None = None
-) -> Build[SftExample]:
+) -> Builder[SftExample]:
     """Build sequences from rows with messages, text, or prompt and completion."""
 
-    def build(number: int, row: RawRow, report: Report) -> SftExample:
-        tokens = tokenise_sequence(
+    def build(number: int, row: Row, report: Report) -> tuple[SftExample]:
+        tokens = tokenize_sequence(
             tokenizer,
             row,
             max_length=settings.max_length,
@@ -202,44 +202,45 @@ def sequences(
             completion_only=completion_only_loss,
         )
         if tokens.truncated:
-            report.truncate(number)
-        return SftExample(number, tokens.input_ids, tokens.completion_mask)
+            report.note_truncated(number)
+        return (SftExample(number, tokens.input_ids, tokens.completion_mask),)
 
-    return build
+    return Builder(build, SEQUENCE_COLUMNS)
 
 
-def with_rows(build: Build[Any] | AnswerBuild) -> Build[Any]:
-    """Make `build` put each row into its examples: the columns that a reward function is given.
+def with_rows(builder: Builder[E]) -> Builder[E]:
+    """Make `builder` put each row into its examples: the columns that reward functions get.
 
     For held-out rows only: the rows of a large training set would fill the memory. A pair's
     implicit prompt is made explicit; columns that JSON cannot hold are left out.
     """
+    of_pairs = "chosen" in (builder.columns or ())
 
-    def built(number: int, row: RawRow, report: Report) -> Any:  # noqa: ANN401 - as `build`
-        made = build(number, row, report)
-        sequence = isinstance(made, SftExample)
-        if not sequence and row.get("prompt") is None:
-            row = dict(with_explicit_prompt(row))
-        data = msgspec.json.encode(_json_columns(row))
-        if isinstance(made, tuple):
-            return tuple(example and replace(example, row_json=data) for example in made)
-        return replace(made, row_json=data)
+    def build(number: int, row: Row, report: Report) -> tuple[E | None, ...]:
+        examples = builder.build(number, row, report)
+        if of_pairs and row.get("prompt") is None:
+            row = with_explicit_prompt(row)
+        row_json = msgspec.json.encode(_json_columns(row))
+        return tuple(example and replace(example, row_json=row_json) for example in examples)
 
-    return built
+    return replace(builder, build=build)
 
 
-def _json_columns(row: RawRow) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _json_columns(row: Row) -> Row:
+    found: Row = {}
     for column, value in row.items():
         try:
             found |= json_row({column: value})
-        except RowError:  # an image, say: no reward function of GRPO would be given it either
+        except RowError:  # an image, say; GRPO would not send it to a reward function either
             continue
     return found
 
 
 def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
-    """Move the first token to an empty prompt: nothing predicts it (TRL's shift leaves it out)."""
+    """Return prompt and completion; an empty prompt gets the first token, which nothing predicts.
+
+    TRL leaves that token out of the loss by its shift.
+    """
     prompt, completion = side.prompt_ids, side.completion_ids
     if not prompt:
         prompt, completion = completion[:1], completion[1:]
@@ -248,17 +249,17 @@ def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
     return prompt, completion
 
 
-def _score(value: Any) -> float | None:  # noqa: ANN401 - a cell of a dataset
+def _score(value: Json) -> float | None:
     if value is None:
         return None
+
+    score = math.nan
     if not isinstance(value, bool) and isinstance(value, int | float):
-        with suppress(OverflowError):  # JSON's integers have no bound
-            if math.isfinite(value):
-                return _not_negative(float(value))
-    raise RowError("mixed_types", f"preference_score must be a finite number, not {value!s:.40}")
-
-
-def _not_negative(score: float) -> float:
+        with suppress(OverflowError):  # integers in JSON may be too large for a float
+            score = float(value)
+    if not math.isfinite(score):
+        reason = f"preference_score must be a finite number, not {value!s:.40}"
+        raise RowError("mixed_types", reason)
     if score < 0:
         reason = f"preference_score must be at least 0, not {score:g}: it is the weight of the pair"
         raise RowError("invalid_score", reason)

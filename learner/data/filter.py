@@ -1,27 +1,29 @@
-"""Rows to examples: what cannot be used is left out, and reported by row number and reason."""
+"""Rows to examples: rows that cannot be used are left out, and reported by number and reason."""
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-from learner.data.order import buffered_shuffle, epoch_order
+from learner.data.order import Places
 from learner.data.prepare import Preparation
-from learner.data.rows import Raw, RawRow, Rows
-from learner.data.tokens import RowError
+from learner.data.rows import ReadRow, Row, RowError
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
+log = logging.getLogger("pippin.data")
+row_log = logging.getLogger("pippin.data.rows")  # single rows: a display may show only a few
+
 T = TypeVar("T")
 
-_LISTED = 1000  # rows named in a report; beyond, they are counted only
-_LISTED_IN_ERROR = 5  # of each reason, where no row is left
-_HELD_OUT_SEED = 0  # fixed, so that runs with different seeds are evaluated on the same rows
+_LISTED = 1000  # rows named in a report; beyond that they are only counted
+_LISTED_IN_ERROR = 5  # per reason, where no row is left
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row, counted from 0, that was dropped or truncated, and why."""
+    """A row, counted from 0, that was dropped, and why."""
 
     row: int
     kind: str
@@ -35,194 +37,125 @@ class Report:
     name: str
     kept: int = 0
     left_out: int = 0  # by the user's prepare function
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_rows: list[BadRow] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter[str])
+    dropped_rows: list[BadRow] = field(default_factory=list[BadRow])
     truncated: int = 0
-    truncated_rows: list[int] = field(default_factory=list)
-    alike: int = 0
-    alike_rows: list[int] = field(default_factory=list)
+    truncated_rows: list[int] = field(default_factory=list[int])
+    identical: int = 0  # kept pairs whose two answers have the same tokens
+    identical_rows: list[int] = field(default_factory=list[int])
 
-    def drop(self, row: int, error: RowError) -> None:
-        """Note a row that cannot be used."""
+    def note_dropped(self, row: int, error: RowError) -> None:
+        """Count a row that cannot be used."""
         self.dropped[error.kind] += 1
         if len(self.dropped_rows) < _LISTED:
             self.dropped_rows.append(BadRow(row, error.kind, error.reason))
 
-    def truncate(self, row: int) -> None:
-        """Note a row that was cut to the limit."""
+    def note_truncated(self, row: int) -> None:
+        """Count a row that was cut to data.max_length."""
         self.truncated += 1
         if len(self.truncated_rows) < _LISTED:
             self.truncated_rows.append(row)
 
-    def same(self, row: int) -> None:
-        """Note a kept pair whose answers have the same tokens."""
-        self.alike += 1
-        if len(self.alike_rows) < _LISTED:
-            self.alike_rows.append(row)
+    def note_identical(self, row: int) -> None:
+        """Count a kept pair whose two answers have the same tokens."""
+        self.identical += 1
+        if len(self.identical_rows) < _LISTED:
+            self.identical_rows.append(row)
 
-    def lines(self, listed: int = _LISTED) -> list[str]:
-        """Describe the rows for a log: a summary, then lines for `listed` rows of each reason."""
-        total = sum(self.dropped.values())
-        lines = [f"{self.name}: {self.kept} rows kept, {total} dropped, {self.truncated} truncated"]
+    def log(self, *, listed: int = _LISTED) -> None:
+        """Log the summary, and a line for `listed` of the rows dropped for each reason."""
+        for logger, line in self._lines(listed):
+            logger.info(line)
+
+    def lines(self, *, listed: int = _LISTED) -> list[str]:
+        """Return the lines that `log` writes."""
+        return [line for _, line in self._lines(listed)]
+
+    def _lines(self, listed: int) -> Iterator[tuple[logging.Logger, str]]:
+        counts = f"{self.kept} rows kept, {sum(self.dropped.values())} dropped"
+        yield log, f"{self.name}: {counts}, {self.truncated} truncated"
         if self.left_out:
-            lines.append(f"  {self.left_out} left out by data.prepare")
+            yield log, f"  {self.left_out} left out by data.prepare"
+
         for kind, count in sorted(self.dropped.items()):
-            lines.append(f"  dropped for {kind}: {count}")
-            rows = [b for b in self.dropped_rows if b.kind == kind][:listed]
-            lines += [f"    row {b.row}: {b.reason}" for b in rows]
+            yield log, f"  dropped for {kind}: {count}"
+            for bad in [bad for bad in self.dropped_rows if bad.kind == kind][:listed]:
+                yield row_log, f"    row {bad.row}: {bad.reason}"
+
         for words, count, numbers in (
             ("truncated", self.truncated, self.truncated_rows),
-            ("nothing to prefer, chosen and rejected are alike", self.alike, self.alike_rows),
+            ("chosen and rejected are identical", self.identical, self.identical_rows),
         ):
             if count:
                 more = " …" if count > _LISTED else ""
-                lines.append(f"  {words}: rows {', '.join(map(str, numbers))}{more}")
-        return lines
+                yield log, f"  {words}: rows {', '.join(map(str, numbers))}{more}"
+
+
+@dataclass(frozen=True)
+class Builder(Generic[T]):
+    """How the examples of one row are built, and what sets one kind of example apart.
+
+    `build(number, row, report)` returns the row's examples, with None in the place of one that
+    cannot be used, and raises RowError where none can. `columns` are those that it reads; None:
+    any. `rows_per_block`: see `in_blocks`. `bad_row_keys` maps a kind of RowError to the key of
+    `[data]` that says what to do about it, where that is not `on_bad_row`.
+    """
+
+    build: Callable[[int, Row, Report], Places[T]]
+    columns: tuple[str, ...] | None = None
+    rows_per_block: int = 1
+    bad_row_keys: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass
-class Sieve(Generic[T]):
-    """Builds the example of one row, or notes in `report` why there is none.
+class RowFilter(Generic[T]):
+    """Prepares rows and builds their examples; notes in `report` what is left out."""
 
-    `policies` says, for a kind of RowError, whether the row is dropped or ends the run; other kinds
-    follow `on_bad_row`.
-    """
-
+    settings: DataSettings
     prepare: Preparation
-    build: Callable[[int, RawRow, Report], T]
+    builder: Builder[T]
     report: Report
-    on_bad_row: Literal["drop", "error"]
-    policies: dict[str, Literal["drop", "error"]] = field(default_factory=dict)
 
-    def __call__(self, number: int, raw: Raw) -> T | None:
+    def __call__(self, number: int, read: ReadRow) -> Places[T] | None:
+        """Return a row's examples, or None for a row that is left out or dropped.
+
+        Raises DataError for a bad row where the settings say "error".
+        """
         try:
-            if isinstance(raw, RowError):
-                raise raw
-            row = self.prepare(raw)
+            if isinstance(read, RowError):
+                raise read
+            row = self.prepare(read)
             if row is None:
                 self.report.left_out += 1
                 return None
-            example = self.build(number, row, self.report)
+            examples = self.builder.build(number, row, self.report)
         except RowError as error:
-            if self.policies.get(error.kind, self.on_bad_row) == "error":
-                setting = "overlong_prompts" if error.kind in self.policies else "on_bad_row"
+            key = self.builder.bad_row_keys.get(error.kind, "on_bad_row")
+            if getattr(self.settings, key) == "error":
                 raise DataError(
-                    f"{self.report.name}: row {number} (counted from 0): {error.reason}; mend it, "
-                    f'or set data.{setting} = "drop"'
+                    f"{self.report.name}: row {number} (counted from 0): {error.reason}; fix it, "
+                    f'or set data.{key} = "drop"'
                 ) from error
-            self.report.drop(number, error)
+            self.report.note_dropped(number, error)
             return None
+
         self.report.kept += 1
-        return example
+        return examples
+
+    def keep(self, numbered: Iterable[tuple[int, ReadRow]]) -> Iterator[tuple[int, Places[T]]]:
+        """Yield the numbers and the examples of the rows that can be used."""
+        for number, read in numbered:
+            examples = self(number, read)
+            if examples is not None:
+                yield number, examples
 
 
 def require_some(report: Report) -> None:
     """Refuse a dataset of which no row is left."""
     if report.kept:
         return
+
     seen = sum(report.dropped.values()) + report.left_out
     found = "it has no rows" if not seen else f"none of {seen} rows can be used"
     lines = report.lines(listed=_LISTED_IN_ERROR)
     raise DataError("\n".join([f"{report.name}: {found}; nothing to train on", *lines]))
-
-
-@dataclass(frozen=True)
-class Split(Generic[T]):
-    """Training examples in the file's order, and held-out ones. `skip`: rows of a stream that the
-    held-out examples came from."""
-
-    train: list[T]
-    held_out: list[T]
-    skip: int = 0
-
-
-def read_split(
-    rows: Rows,
-    sieve: Sieve[T],
-    settings: DataSettings,
-    *,
-    seed: int,
-    keeping: Sieve[T] | None = None,
-) -> Split[T]:
-    """Read all rows of a set that has a length: held-out rows first, then the capped rest.
-
-    Held-out rows do not depend on `seed`; `keeping`, if given, builds their examples in place of
-    `sieve`, whose report it shares. A cap under a shuffled order takes random rows.
-    """
-    keeping = keeping or sieve
-    if rows.length is None:
-        held_out, skip = _first(keeping, enumerate(rows.scan(0)), settings.eval_rows)
-        sieve.report.kept = 0  # of the training rows
-        return Split([], held_out, skip)
-    rest = range(rows.length)
-    held_out: list[T] = []
-    if settings.eval_rows:
-        order = epoch_order("shuffled", rows.length, seed=_HELD_OUT_SEED, epoch=0).tolist()
-        held_out, used = _first(keeping, picked(rows, order), settings.eval_rows)
-        rest = sorted(order[used:])
-        if not rest:
-            raise DataError(
-                f"{rows.name}: data.eval_rows = {settings.eval_rows} takes all {used} rows, and "
-                "leaves none to train on; hold fewer out"
-            )
-    if settings.max_rows is not None and settings.max_rows < len(rest):
-        kind = "sequential" if settings.order == "sequential" else "shuffled"
-        order = epoch_order(kind, len(rest), seed=seed, epoch=-1)[: settings.max_rows]
-        rest = [rest[index] for index in sorted(order.tolist())]
-    sieve.report.kept = 0  # of the training rows
-    return Split(list(kept(sieve, picked(rows, rest))), held_out)
-
-
-def _first(sieve: Sieve[T], numbered: Iterable[tuple[int, Raw]], count: int) -> tuple[list[T], int]:
-    """Return the first `count` usable examples, and how many rows they took."""
-    examples: list[T] = []
-    used = 0
-    if count == 0:
-        return examples, used
-    for number, raw in numbered:
-        used += 1
-        example = sieve(number, raw)
-        if example is not None:
-            examples.append(example)
-        if len(examples) == count:
-            return examples, used
-    raise DataError(
-        f"{sieve.report.name}: data.eval_rows = {count}, but only {len(examples)} rows can be used"
-    )
-
-
-def picked(rows: Rows, numbers: Iterable[int]) -> Iterator[tuple[int, Raw]]:
-    """Rows by number, with their numbers."""
-    get = rows.get
-    if get is None:
-        raise TypeError(f"{rows.name} is a stream: its rows cannot be picked by number")
-    return ((number, get(number)) for number in numbers)
-
-
-def kept(sieve: Sieve[T], numbered: Iterable[tuple[int, Raw]]) -> Iterator[T]:
-    """Yield the examples of the rows that can be used."""
-    for number, raw in numbered:
-        example = sieve(number, raw)
-        if example is not None:
-            yield example
-
-
-def stream_epoch(
-    rows: Rows, settings: DataSettings, *, skip: int, seed: int, epoch: int
-) -> Iterator[tuple[int, Raw]]:
-    """One pass over a stream after its held-out rows: capped, then shuffled in a finite buffer."""
-
-    def numbered() -> Iterator[tuple[int, Any]]:
-        for taken, raw in enumerate(rows.scan(skip)):
-            if settings.max_rows is not None and taken >= settings.max_rows:
-                return
-            yield skip + taken, raw
-
-    if settings.order == "sequential":
-        return numbered()
-    if settings.order != "shuffled":
-        raise DataError(
-            f'data.order = "{settings.order}" needs the whole dataset; for a streamed one use '
-            '"shuffled" (in a buffer of data.shuffle_buffer rows) or "sequential"'
-        )
-    return buffered_shuffle(numbered(), settings.shuffle_buffer, seed=seed, epoch=epoch)

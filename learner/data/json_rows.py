@@ -1,8 +1,8 @@
-"""Local JSON and JSONL files as rows, one by one, read without Arrow.
+"""Local JSON and JSONL files as rows, read one by one without Arrow.
 
-Arrow fills missing columns, unifies types and drops lone surrogates: a bad row would be repaired
-in silence instead of being reported. A line of a JSONL file that is no JSON object is a bad row
-like any other; a .json file is one document, which is whole or is refused.
+Arrow fills in missing columns, unifies types and drops lone surrogates: a bad row would be repaired
+silently instead of being reported. A line of a JSONL file that is not a JSON object is a bad row
+like any other; a .json file is one document, and is refused as a whole.
 """
 
 import json
@@ -10,10 +10,9 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from learner.data.rows import Raw, Rows, columns_of
-from learner.data.tokens import RowError
+from learner.data.rows import Json, ReadRow, Row, RowError, Rows, columns_of
 from protocol.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -21,24 +20,27 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def open_json(path: Path, *, streaming: bool) -> Rows:
-    """Open a file: an array of objects, or one object a line.
+    """Open a file that holds an array of objects, or one object per line.
 
-    Raises DataError for one that is no text, is empty, or is a .json file and not JSON.
+    Raises DataError for a file that is not text or is empty, and for a .json file that is not JSON.
     """
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
     if b"\0" in head:
         raise DataError(f"{path}: holds NUL bytes, as UTF-16 does; save it as UTF-8 text")
     head = head.lstrip(_BOM + b" \t\r\n")
     if not head:
         raise DataError(f"{path}: the file is empty; it must hold rows")
+
     document = path.suffix.lower() == ".json"
     rows = _document(path, required=document) if head.startswith(b"[") else None
     if rows is None:
         return _lines(path, streaming=streaming, strict=document)
+
     items = [_row(row, f"row {number}") for number, row in enumerate(rows)]
     return Rows(
         str(path),
@@ -49,26 +51,29 @@ def open_json(path: Path, *, streaming: bool) -> Rows:
     )
 
 
-def _document(path: Path, *, required: bool) -> list[Any] | None:
+def _document(path: Path, *, required: bool) -> list[Json] | None:
     """Return the array that the whole file is; None if it is something else, unless `required`."""
     try:
         found = json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         if required:
-            raise DataError(f"{path}: malformed JSON: {error}; mend the file") from error
+            raise DataError(f"{path}: malformed JSON: {error}; fix the file") from error
         return None
-    lone = not required and not all(isinstance(item, dict) for item in found)
-    return None if lone else found  # of a JSONL file it is a line, and a bad one
+
+    # In a JSONL file, an array of anything but objects is one line, and so a bad row.
+    if not required and not all(isinstance(item, dict) for item in found):
+        return None
+    return found
 
 
-def _copied(row: Raw) -> Raw:
+def _copied(row: ReadRow) -> ReadRow:
     return dict(row) if isinstance(row, dict) else row
 
 
 def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
-    """Open one object a line; `strict` refuses the file at a line that is none."""
+    """Open a file of one object per line; `strict` refuses the file at a line that is not one."""
 
-    def parsed(number: int, line: bytes) -> Raw:
+    def parsed(number: int, line: bytes) -> ReadRow:
         row = _line(f"{path.name}, line {number}", line)
         if strict and isinstance(row, RowError):
             raise DataError(
@@ -76,7 +81,7 @@ def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
             )
         return row
 
-    def scan(start: int) -> Iterator[Raw]:
+    def scan(start: int) -> Iterator[ReadRow]:
         with path.open("rb") as file:
             filled = ((number, line) for number, line in enumerate(file, 1) if _filled(line))
             for number, line in islice(filled, start, None):
@@ -85,9 +90,10 @@ def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
     columns = columns_of(scan(0))
     if streaming:
         return Rows(str(path), columns, scan)
+
     offsets, numbers = _line_index(path)
 
-    def get(index: int) -> Raw:
+    def get(index: int) -> ReadRow:
         with path.open("rb") as file:
             file.seek(offsets[index])
             return parsed(numbers[index], file.readline())
@@ -96,15 +102,15 @@ def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
 
 
 def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
-    """Byte offsets and line numbers (from 1) of the lines that hold something."""
+    """Return byte offsets and line numbers (from 1) of the lines that are not empty."""
     offsets, numbers = array("Q"), array("Q")
-    at = 0
+    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if _filled(line):
-                offsets.append(at)
+                offsets.append(offset)
                 numbers.append(number)
-            at += len(line)
+            offset += len(line)
     return offsets, numbers
 
 
@@ -112,7 +118,7 @@ def _filled(line: bytes) -> bool:
     return bool(line.removeprefix(_BOM).strip())
 
 
-def _line(where: str, line: bytes) -> Raw:
+def _line(where: str, line: bytes) -> ReadRow:
     try:
         text = line.removeprefix(_BOM).decode("utf-8", "surrogatepass")
         return _row(json.loads(text.rstrip("\r\n")), where)
@@ -123,7 +129,7 @@ def _line(where: str, line: bytes) -> Raw:
     return RowError("malformed", reason)
 
 
-def _row(value: Any, where: str) -> Raw:  # noqa: ANN401 - what JSON can hold
+def _row(value: Json, where: str) -> ReadRow:
     if isinstance(value, dict):
-        return value
+        return cast("Row", value)
     return RowError("malformed", f"{where} is {type(value).__name__}; it must be an object")

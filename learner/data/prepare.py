@@ -1,4 +1,4 @@
-"""What is done to a row before it is tokenised: renaming, the user's function, system prompt."""
+"""What is done to a row before it is tokenized: renaming, the user's function, system prompt."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,24 +6,19 @@ from dataclasses import dataclass
 from typing import cast
 
 from learner.data.functions import load_function
-from learner.data.rows import RawRow, Rows
-from learner.data.tokens import Json, RowError
+from learner.data.rows import Json, Row, RowError, Rows
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError, did_you_mean
 
-PrepareFunction = Callable[[RawRow], RawRow | None]
-_ALWAYS = ("prompt", "tools", "chat_template_kwargs")
-PAIR_COLUMNS = (*_ALWAYS, "chosen", "rejected", "preference_score")
-ANSWER_COLUMNS = (*_ALWAYS, "completion", "label", "chosen", "rejected")
-SEQUENCE_COLUMNS = (*_ALWAYS, "completion", "messages", "text")
-_PROMPTS = ("instruction", "question", "query", "input")  # what datasets call a prompt
+PrepareFunction = Callable[[Row], Row | None]
+_PROMPT_NAMES = ("instruction", "question", "query", "input")  # what datasets call a prompt
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turns raw rows into the rows that we know.
+    """Turns a row as the dataset has it into one with the columns that training reads.
 
-    `columns` maps our names to the dataset's. Calling returns None for a row to leave out, and
+    `columns` maps our names to the dataset's. Calling it returns None for a row to leave out, and
     raises RowError for one that cannot be used.
     """
 
@@ -31,8 +26,8 @@ class Preparation:
     function: PrepareFunction | None
     system_prompt: str
 
-    def __call__(self, raw: RawRow) -> RawRow | None:
-        row = self._renamed(raw)
+    def __call__(self, row: Row) -> Row | None:
+        row = self._renamed(row)
         if self.function is not None:
             prepared = _call(self.function, row)
             if prepared is None:
@@ -40,105 +35,113 @@ class Preparation:
             row = prepared
         return with_system_prompt(row, self.system_prompt) if self.system_prompt else row
 
-    def _renamed(self, raw: RawRow) -> RawRow:
-        row = {key: value for key, value in raw.items() if key not in self.columns.values()}
+    def _renamed(self, row: Row) -> Row:
+        renamed = {key: value for key, value in row.items() if key not in self.columns.values()}
         for ours, theirs in self.columns.items():
-            if theirs not in raw:
-                raise RowError("missing_column", f"no {theirs}; the row has {sorted(raw)}")
-            row[ours] = raw[theirs]
-        return row
+            if theirs not in row:
+                raise RowError("missing_column", f"no {theirs}; the row has {sorted(row)}")
+            renamed[ours] = row[theirs]
+        return renamed
 
 
 def preparation(settings: DataSettings, rows: Rows) -> Preparation:
-    """Build the preparation that `settings` ask for, checked against the columns of `rows`."""
+    """Return the preparation that `settings` ask for, checked against the columns of `rows`."""
     for ours, theirs in settings.columns.items():
         if theirs not in rows.columns:
             raise DataError(
                 f"data.columns.{ours}: {rows.name} has no column {theirs!r}; it has "
                 f"{sorted(rows.columns)}{did_you_mean(theirs, rows.columns)}"
             )
-    function = (
-        cast("PrepareFunction", load_function(settings.prepare, "data.prepare"))
-        if settings.prepare
-        else None
-    )
+
+    function: PrepareFunction | None = None
+    if settings.prepare:
+        function = load_function(settings.prepare, "data.prepare")
     return Preparation(dict(settings.columns), function, settings.system_prompt)
 
 
-def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str]) -> list[str]:
-    """Say which columns nothing reads where training reads `reads`, and that a prompt is implicit.
+def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str] | None) -> list[str]:
+    """Return notes for the user: columns that nothing reads, and a prompt that is implicit.
 
-    A function of the user's may read any column; nothing is said then. Raises DataError where
-    data.columns gives a name that is nearly one of `reads`.
+    `reads` are the columns that training reads; None: any, as where data.prepare may read them
+    all, so there is nothing to note. Raises DataError where data.columns gives a name that is
+    nearly one of `reads`.
     """
-    if settings.prepare:
+    if settings.prepare or reads is None:
         return []
+
     for ours in settings.columns:
         hint = did_you_mean(ours, reads, cutoff=0.8)
         if hint and ours not in reads:
             raise DataError(f"data.columns.{ours}: nothing reads a column {ours!r}{hint}")
+
     renamed = set(settings.columns.values())
     columns = (set(rows.columns) - renamed) | set(settings.columns)
     notes: list[str] = []
     unread = sorted(columns - set(reads))
     if unread:
         notes.append(
-            f"{rows.name}: nothing reads the columns {unread}; data.columns renames them, "
-            "data.prepare makes rows of them"
+            f"{rows.name}: nothing reads the columns {unread}; rename them with data.columns, or "
+            "make rows of them in data.prepare"
         )
+
     if {"chosen", "rejected"} <= columns & set(reads) and "prompt" not in columns:
-        note = f"{rows.name}: no column prompt: it is what chosen and rejected begin with alike"
+        note = f"{rows.name}: no column prompt, so it is what chosen and rejected both begin with"
         if unread:
-            likely = next((name for name in _PROMPTS if name in unread), unread[0])
+            likely = next((name for name in _PROMPT_NAMES if name in unread), unread[0])
             note += (
-                f"; if it stands in {likely}, set data.columns = {{prompt = {json.dumps(likely)}}}"
-                "; if in several columns, join them in data.prepare"
+                f"; if it is in {likely}, set data.columns = {{prompt = {json.dumps(likely)}}}"
+                "; if it is in several columns, join them in data.prepare"
             )
         notes.append(note)
     return notes
 
 
-def _call(function: PrepareFunction, row: RawRow) -> RawRow | None:
+def _call(function: PrepareFunction, row: Row) -> Row | None:
     try:
-        prepared = function(row)
+        prepared = cast("object", function(row))  # the user's: it may return anything
     except Exception as error:
         raise RowError("prepare", f"data.prepare raised {type(error).__name__}: {error}") from error
+
     if prepared is not None and not isinstance(prepared, dict):
         raise DataError(
-            f"data.prepare must return a dict or None, not {type(prepared).__name__}; mend "
+            f"data.prepare must return a dict or None, not {type(prepared).__name__}; fix "
             f"{getattr(function, '__name__', function)}"
         )
-    return prepared
+    return cast("Row | None", prepared)
 
 
-def with_system_prompt(row: RawRow, system_prompt: str) -> RawRow:
+def with_system_prompt(row: Row, system_prompt: str) -> Row:
     """Put a system message before the row's conversation, unless it has one.
 
-    A string prompt becomes a user message, and string answers assistant messages.
+    A string prompt becomes a user message, and string answers become assistant messages.
     """
     system = {"role": "system", "content": system_prompt}
     if "prompt" in row:
-        changed = {"prompt": _opened(row["prompt"], system)}
+        changed: Row = {"prompt": _with_first(system, row["prompt"])}
         for column in ("chosen", "rejected", "completion"):
             if isinstance(row.get(column), str):
                 changed[column] = [{"role": "assistant", "content": row[column]}]
         return {**row, **changed}
-    opened = {
-        column: _opened(row[column], system)
+
+    # Without a prompt column, every conversation holds the prompt itself.
+    changed = {
+        column: _with_first(system, row[column])
         for column in ("messages", "chosen", "rejected")
         if isinstance(row.get(column), list)
     }
-    if not opened:
+    if not changed:
         raise RowError("mixed_types", "data.system_prompt needs a prompt or a conversation")
-    return {**row, **opened}
+    return {**row, **changed}
 
 
-def _opened(prompt: Json, system: dict[str, str]) -> Json:
+def _with_first(system: dict[str, str], prompt: Json) -> Json:
     if isinstance(prompt, str):
         return [system, {"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        return prompt  # refused, with its reason, when it is tokenised
-    first = prompt[0] if prompt else None
-    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
-        return prompt
-    return [system, *prompt]
+        return prompt  # refused, with its reason, when it is tokenized
+
+    messages = cast("list[Json]", prompt)
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and cast("Row", first).get("role") in ("system", "developer"):
+        return messages
+    return [system, *messages]

@@ -1,8 +1,8 @@
-"""Chat templates and prompts to token IDs: one implementation for both sides of the wire.
+"""Text and conversations to token IDs, as TRL 1.16.0 does (`trl/data_utils.py`, `_tokenize`).
 
-Semantics are TRL 1.16.0's (`trl/data_utils.py`, `_tokenize`): plain strings are encoded with the
-tokenizer's own special tokens, conversations by its chat template with nothing added.
-Tokenizers are transformers' or mlx-lm's TokenizerWrapper around one.
+Plain strings are encoded with the special tokens that the tokenizer adds by itself, conversations
+by its chat template with nothing added. A tokenizer is transformers' or mlx-lm's TokenizerWrapper
+around one.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -12,83 +12,65 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+from learner.data.rows import Json, Row, RowError, check_text
 from protocol.errors import DataError
 
 Tokenizer: TypeAlias = Any  # transformers' or mlx-lm's; neither is typed
-Json: TypeAlias = Any  # what JSON can hold
-Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text",)
 
 
-class RowError(DataError):
-    """One row that cannot be used; `kind` groups the reasons of a report."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-        self.reason = reason
-
-
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Return transformers' tokenizer out of mlx-lm's wrapper.
+    """Return transformers' tokenizer, unwrapped from mlx-lm's wrapper.
 
-    The wrapper adds `enable_thinking` to every template call, which TRL does not. Wrappers with a
-    template function of their own (no Jinja) stay as they are.
+    The wrapper adds `enable_thinking` to every template call, which TRL does not. A wrapper whose
+    template is a Python function instead of Jinja stays as it is.
     """
     wrappers = sys.modules.get("mlx_lm.tokenizer_utils")
     if wrappers is None or not isinstance(tokenizer, wrappers.TokenizerWrapper):
         return tokenizer
-    own = getattr(tokenizer, "_chat_template", None) is not None
-    return tokenizer if own else tokenizer._tokenizer
+    return tokenizer if _has_template_function(tokenizer) else tokenizer._tokenizer
+
+
+def _has_template_function(tokenizer: Tokenizer) -> bool:
+    return getattr(tokenizer, "_chat_template", None) is not None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token IDs of plain text, with the special tokens that the tokenizer adds by itself."""
+    """Return the token IDs of plain text, with the special tokens that the tokenizer adds."""
     return list(plain_tokenizer(tokenizer).encode(text))
 
 
-def check_text(text: str, where: str) -> str:
-    """Return `text`; raise RowError for lone surrogates, which no tokenizer can encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "invalid_text",
-            f"{where} holds the lone surrogate {text[error.start]!r} at character {error.start}; "
-            "text must be valid Unicode",
-        ) from None
-    return text
-
-
 def check_messages(messages: Json, where: str) -> Messages:
-    """Return messages without their null fields; raise RowError for what no template takes.
+    """Return messages without null fields; raise RowError for those that no template accepts.
 
-    Arrow fills fields that other messages have with nulls; templates would read them as set.
+    Arrow adds fields that other messages have, as nulls; templates would take them for set.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RowError("mixed_types", f"{where} must be a list of messages, not {_type(messages)}")
     if not messages:
         raise RowError("empty", f"{where} holds no message")
+
     checked: Messages = []
     for index, message in enumerate(cast("Sequence[Any]", messages)):
         at = f"{where}[{index}]"
         if not isinstance(message, Mapping):
             raise RowError("mixed_types", f"{at} must be a message, not {_type(message)}")
+
         fields = cast("Mapping[str, Any]", message)
-        _check_role(fields, at)
-        content = fields.get("content")
-        _check_calls(fields.get("tool_calls"), at)
-        _check_content(content, at, required=not fields.get("tool_calls"))
+        content, calls = fields.get("content"), fields.get("tool_calls")
+        _check_role(fields.get("role"), at)
+        _check_calls(calls, at)
+        _check_content(content, at, required=not calls)
+
         checked.append({k: without_nulls(v) for k, v in fields.items() if v is not None})
-        checked[-1].setdefault("content", content)
+        checked[-1].setdefault("content", content)  # templates read it, even beside tool calls
     return checked
 
 
-def _check_role(message: Mapping[str, Any], at: str) -> None:
-    role = message.get("role")
+def _check_role(role: Json, at: str) -> None:
     if role not in ROLES:
         raise RowError("invalid_role", f"{at}.role is {role!r}; it must be one of {list(ROLES)}")
 
@@ -96,7 +78,8 @@ def _check_role(message: Mapping[str, Any], at: str) -> None:
 def _check_calls(calls: Json, at: str) -> None:
     if calls is None:
         return
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+    listed = cast("list[Any]", calls) if isinstance(calls, list) else [None]
+    if not all(isinstance(call, Mapping) for call in listed):
         raise RowError("mixed_types", f"{at}.tool_calls must be a list of calls, each a mapping")
 
 
@@ -108,15 +91,18 @@ def _check_content(content: Json, at: str, *, required: bool) -> None:
         return
     if not isinstance(content, list):
         raise RowError("mixed_types", f"{at}.content must be text, not {_type(content)}")
+
     for part in cast("list[Any]", content):
         kind = cast("Any", part).get("type") if isinstance(part, Mapping) else _type(part)
         if kind not in _TEXT_PARTS:
-            raise RowError("unsupported", f"{at}.content has a {kind!r} part; only text is trained")
+            raise RowError(
+                "unsupported", f"{at}.content has a {kind!r} part; only text can be trained"
+            )
         check_text(str(cast("Any", part).get("text") or ""), f"{at}.content")
 
 
 def without_nulls(value: Json) -> Json:
-    """Return a copy of nested mappings and lists in which no mapping has a null."""
+    """Return a copy of nested mappings and lists, without the nulls of mappings."""
     if isinstance(value, Mapping):
         items = cast("Mapping[str, Any]", value).items()
         return {key: without_nulls(item) for key, item in items if item is not None}
@@ -126,12 +112,12 @@ def without_nulls(value: Json) -> Json:
 
 
 def template_options(row: Row) -> dict[str, Any]:
-    """Keyword arguments of the chat template that a row carries: `tools`, `chat_template_kwargs`.
+    """Return a row's keyword arguments for the chat template: `tools`, `chat_template_kwargs`.
 
-    Either may be a JSON string, as Arrow cannot hold rows of different structure.
+    Either column may be a JSON string, because Arrow cannot hold rows of different structure.
     """
     kwargs = _loaded(row, "chat_template_kwargs", Mapping) or {}
-    tools = _loaded(row, "tools", list) or None  # some templates announce tools for an empty list
+    tools = _loaded(row, "tools", list) or None  # some templates announce even an empty list
     return {**without_nulls(kwargs), "tools": without_nulls(tools)}
 
 
@@ -142,6 +128,7 @@ def _loaded(row: Row, column: str, kind: type) -> Json:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise RowError("mixed_types", f"{column} is not valid JSON: {error}") from None
+
     if value is not None and not isinstance(value, kind):
         raise RowError(
             "mixed_types", f"{column} must be a {kind.__name__.lower()}, not {_type(value)}"
@@ -157,20 +144,21 @@ def render_chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Token IDs of a conversation under the tokenizer's chat template.
+    """Return the token IDs of a conversation under the tokenizer's chat template.
 
     Raises DataError without a template, and RowError where the template refuses the messages.
     """
     from jinja2.exceptions import TemplateError
 
     plain = plain_tokenizer(tokenizer)
-    own = getattr(plain, "_chat_template", None) is not None
-    if not own and not plain.chat_template:
+    by_function = _has_template_function(plain)
+    if not by_function and not plain.chat_template:
         raise DataError(
             "the dataset holds chat messages, but the tokenizer has no chat template; set "
             "model.chat_template to a Jinja file, or use plain strings as prompts"
         )
-    extra = {} if own else {"return_dict": True}
+
+    extra = {} if by_function else {"return_dict": True}
     try:
         rendered = plain.apply_chat_template(
             messages,
@@ -182,19 +170,20 @@ def render_chat(
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise RowError("template", f"the chat template refuses the messages: {error}") from error
-    return list(rendered if own else rendered["input_ids"])
+    return list(rendered if by_function else rendered["input_ids"])
 
 
 def render_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
-    """Token IDs of `row["prompt"]`, a string or messages.
+    """Return the token IDs of `row["prompt"]`, a string or messages.
 
-    After a user or tool turn the generation prompt follows; an assistant turn is continued. Columns
-    `tools` and `chat_template_kwargs` are honoured. Raises RowError, or DataError if no row of the
+    A user or tool turn is followed by the generation prompt; an assistant turn is continued. The
+    columns `tools` and `chat_template_kwargs` apply. Raises RowError, or DataError if no row of the
     dataset can be rendered.
     """
     prompt = row.get("prompt")
     if prompt is None:
         raise RowError("missing_column", f"no prompt; the row has {sorted(row)}")
+
     if isinstance(prompt, str):
         ids = encode(tokenizer, check_text(prompt, "prompt"))
     else:
@@ -213,6 +202,7 @@ def render_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
             add_generation_prompt=last != "assistant",
             continue_final_message=last == "assistant",
         )
+
     if not ids:
         raise RowError("empty", "the prompt has no tokens")
     return ids

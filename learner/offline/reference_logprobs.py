@@ -1,15 +1,17 @@
-"""Reference log-probs of offline preference training, computed before the first step and kept.
+"""Reference log-probs for preference training, computed before the first step and stored.
 
 TRL's `precompute_ref_log_probs`: one pass of the reference over all examples, after which steps
-need no reference. Results are kept where `datasets` keeps its own ($HF_DATASETS_CACHE, by default
-~/.cache/huggingface/datasets), in the folder `pippin`, under a digest of the token batches that the
-reference saw and of all else that its numbers depend on. So another order or seed finds them again
-where micro-batches stay the same, and nothing stale is ever found.
+need no reference. Results are stored beside the caches of `datasets` ($HF_DATASETS_CACHE, by
+default ~/.cache/huggingface/datasets), in the folder `pippin`. Their name is a digest of the token
+batches that the reference saw and of everything else that decides the numbers: runs with another
+order or seed find them where the micro-batches are the same, and stale ones are never found.
 
-A row is computed in the micro-batch that the first epoch puts it in. With micro-batches of one pair
-or row, or in sequential order, every epoch has the same ones, and the numbers are bit for bit those
-that the step would compute; elsewhere later epochs pad rows otherwise and differ by rounding.
+An example is computed in its micro-batch of the first epoch. With micro-batches of one example, or
+in sequential order, every epoch has the same ones, and the numbers are bit for bit those that the
+step would compute; otherwise later epochs pad examples differently, and numbers differ by rounding.
 """
+
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 
 import hashlib
 import logging
@@ -20,10 +22,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
@@ -37,15 +40,16 @@ from protocol.model.snapshots import read_tensors, write_tensors
 
 log = logging.getLogger("pippin.learner")
 
-LAYOUT = 1  # of the file; changes with anything that makes older ones unusable
+LAYOUT = 1  # of the file; increase it with any change that makes older files unusable
 _REPORT_S = 10.0
 
-Batch = Sequence[PreferenceExample] | Sequence[UnpairedExample]
+Batch: TypeAlias = Sequence[PreferenceExample] | Sequence[UnpairedExample]
+Sizes: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """The reference with what else decides its numbers."""
+    """Computes reference log-probs: the reference, and the settings that decide its numbers."""
 
     reference: Reference
     head: Head
@@ -58,7 +62,7 @@ class Scorer:
             yield from reference_inputs(batch, self.settings, self.train)
 
     def score(self, tokens: TokenBatch) -> Logprobs:
-        """Return the log-probs (tokens,) of the rows one after the other, without padding."""
+        """Return the completions' log-probs (tokens,) float32, one after the other, no padding."""
         arrays = to_device(tokens)
         logprobs, *_ = completion_logprobs(
             self.reference.model,
@@ -68,14 +72,15 @@ class Scorer:
             head=self.head,
             gradient=False,
         )
-        return np.array(logprobs)[tokens.mask > 0]
+        return cast("Logprobs", np.array(logprobs)[tokens.mask > 0])
 
-    def identity(self) -> str:
-        """Describe all but the tokens that the numbers depend on, to the last bit."""
+    def fingerprint(self) -> str:
+        """Describe everything but the tokens that can change a bit of the numbers."""
         flat = cast("list[tuple[str, mx.array]]", tree_flatten(self.reference.model.parameters()))
         types = sorted({str(array.dtype) for _, array in flat})
         device = f"{mx.default_device()} {platform.machine()}"
         packages = [f"{name} {version(name)}" for name in ("mlx", "mlx-lm")]
+
         return "\n".join(
             [f"layout {LAYOUT}", self.reference.digest, self.head, device, *types, *packages]
         )
@@ -83,7 +88,7 @@ class Scorer:
 
 def cache_folder() -> Path:
     """Return the folder of precomputed log-probs, beside what `datasets` caches."""
-    from datasets import config  # takes seconds, and only these runs need it here
+    from datasets import config  # takes seconds to import
 
     return Path(config.HF_DATASETS_CACHE) / "pippin"
 
@@ -96,44 +101,49 @@ def precompute(
 ) -> list[list[Any]] | None:
     """Return the batches with reference log-probs in their examples; None if it was `stopped`.
 
-    They come from `folder` where it has them; else they are computed and, if the disk takes them,
-    stored there. A file that is damaged counts as absent. `stopped` is asked before every
-    micro-batch; nothing is stored then.
+    They are read from `folder` if it has them. Otherwise they are computed and, if there is room on
+    the disk, stored there. A damaged file counts as absent. `stopped` is asked before every
+    micro-batch; if it says so, nothing is stored.
     """
     began = time.monotonic()
-    digests, sizes = _survey(scorer.inputs(batches))
+    digests, sizes = _digests_and_sizes(scorer.inputs(batches))
+
+    # The file holds the token batches in the order of their digests, whatever this run's order is.
     order = sorted(range(len(digests)), key=digests.__getitem__)
     starts = np.zeros(len(sizes), np.int64)
     starts[order] = np.cumsum([0, *(sizes[index].sum() for index in order)])[:-1]
     total = int(sum(size.sum() for size in sizes))
-    digest = hashlib.sha256(scorer.identity().encode())
+    digest = hashlib.sha256(scorer.fingerprint().encode())
     for index in order:
         digest.update(digests[index])
     path = folder / f"ref-logps-{digest.hexdigest()[:32]}.safetensors"
+
     flat = _read(path, total)
-    rows = sum(len(size) for size in sizes)
+    count = sum(len(size) for size in sizes)
     if flat is not None:
-        log.info("reference log-probs of %d rows: read from %s", rows, path)
+        log.info("reference log-probs of %d completions: read from %s", count, path)
     else:
         flat = _compute(batches, scorer, starts, total, stopped)
         if flat is None:
             return None
         took = time.monotonic() - began
-        log.info("reference log-probs of %d rows: computed in %.1f s", rows, took)
+        log.info("reference log-probs of %d completions: computed in %.1f s", count, took)
         _write(path, flat)
-    parts = _rows(flat, starts, sizes)
+
+    parts = _split(flat, starts, sizes)
     return [list(with_reference(batch, parts, scorer.settings, scorer.train)) for batch in batches]
 
 
-def _survey(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[np.ndarray]]:
-    """Return the digest of each token batch and the tokens (rows,) of its completions."""
+def _digests_and_sizes(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[Sizes]]:
+    """Return the digest of each token batch, and its completions' lengths (B,) in tokens."""
     digests: list[bytes] = []
-    sizes: list[np.ndarray] = []
+    sizes: list[Sizes] = []
     for tokens in inputs:
         digest = hashlib.sha256(repr((tokens.input_ids.shape, tokens.targets.shape)).encode())
         for array in (tokens.input_ids, tokens.positions, tokens.targets, tokens.mask):
             digest.update(array.tobytes())
         digests.append(digest.digest())
+
         sizes.append(tokens.mask.sum(axis=1).astype(np.int64))
     return digests, sizes
 
@@ -141,22 +151,24 @@ def _survey(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[np.ndarray]
 def _compute(
     batches: Sequence[Batch],
     scorer: Scorer,
-    starts: np.ndarray,
+    starts: Sizes,
     total: int,
     stopped: Callable[[], bool],
 ) -> Logprobs | None:
-    """Return the log-probs (total,) of all token batches, each from its start on; None: stopped."""
+    """Return the log-probs (total,) of all token batches, each at its start; None: stopped."""
     flat = np.empty(total, np.float32)
     reported = time.monotonic()
+
     for index, tokens in enumerate(scorer.inputs(batches)):
         if stopped():
             log.info(
                 "reference log-probs: stopped after %d of %d micro-batches, as asked; they are not "
-                "kept, so a resumed run computes them anew",
+                "stored, so a resumed run computes them again",
                 index,
                 len(starts),
             )
             return None
+
         logprobs = scorer.score(tokens)
         flat[starts[index] : starts[index] + len(logprobs)] = logprobs
         if time.monotonic() - reported > _REPORT_S:
@@ -165,8 +177,8 @@ def _compute(
     return flat
 
 
-def _rows(flat: Logprobs, starts: np.ndarray, sizes: list[np.ndarray]) -> Iterator[list[Logprobs]]:
-    """Yield each token batch's rows, as views of `flat`."""
+def _split(flat: Logprobs, starts: Sizes, sizes: list[Sizes]) -> Iterator[list[Logprobs]]:
+    """Yield the log-probs of each token batch, per completion, as views of `flat`."""
     for start, size in zip(starts, sizes, strict=True):
         ends = start + np.concatenate([[0], np.cumsum(size)])
         yield [flat[a:b] for a, b in pairwise(ends)]
@@ -179,17 +191,18 @@ def _read(path: Path, total: int) -> Logprobs | None:
     except FileNotFoundError:
         return None
     except (OSError, SnapshotError) as error:
-        log.warning("%s cannot be used, so it is made anew: %s", path, error)
+        log.warning("%s cannot be used, so it is computed again: %s", path, error)
         return None
+
     flat = arrays.get("logps")
     if flat is None or flat.dtype != mx.float32 or flat.shape != (total,):
-        log.warning("%s does not hold %d log-probs, so it is made anew", path, total)
+        log.warning("%s does not hold %d log-probs, so it is computed again", path, total)
         return None
-    return np.array(flat)
+    return cast("Logprobs", np.array(flat))
 
 
 def _write(path: Path, flat: Logprobs) -> None:
-    """Store the log-probs by one rename; without room for them, training goes on all the same."""
+    """Store the log-probs by one rename; if that fails, training continues without."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"logps": mx.array(flat)}, {"format": "mlx"})

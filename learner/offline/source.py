@@ -1,127 +1,102 @@
-"""The trainer's view of offline batches, and the evaluation of held-out examples."""
+"""Offline experience: batches of dataset examples, as the trainer's source."""
 
-import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
 
-import mlx.core as mx
-import mlx.nn as nn
-import msgspec
-
-from learner.data.examples import E
-from learner.interfaces import Objective, Prepared
-from learner.losses.metrics import number
-from learner.offline.batches import OfflineSource, OfflineState
-
-log = logging.getLogger("pippin.data")
+from learner.data.batches import Batches
+from learner.data.epochs import ListEpochs
+from learner.data.examples import E, with_rows
+from learner.data.filter import Builder
+from learner.data.sets import open_sets
+from protocol.config.settings import DataSettings
+from protocol.errors import ConfigError
 
 
-@dataclass
-class StoredSource(Generic[E]):
-    """Adapts `OfflineSource` to the trainer: nothing is waited for, nothing is published."""
+class OfflineSource(Batches[E]):
+    """Batches for the trainer (its `Source`): nothing is waited for, nothing is published."""
 
-    batches: OfflineSource[E]
-    exhausted: bool = False
+    exhausted = False
 
     def poll(self, timeout_s: float = 0.0) -> list[E] | None:
-        """Return the next batch; None after the last."""
-        batch = None if self.exhausted else self.batches.next_batch()
+        """Return the next batch at once; None after the last."""
+        batch = self.next_batch()
         self.exhausted = batch is None
         return batch
 
     def stepped(self, version: int) -> None:
-        """Nothing to publish; after the last batch of a stream, say what became of its rows."""
-        if version == self.batches.total_steps and self.batches.streamed:
-            for line in self.batches.report.lines(listed=0):
-                log.info(line)
+        """Log what became of a stream's rows after its last batch."""
+        if version == self.total and self.streamed:
+            self.report.log(listed=0)  # each was logged when it was read
 
     def figures(self) -> dict[str, float]:
-        """Return the epochs that the batches have come to; of a stream, the whole ones."""
-        feed = self.batches.state().feed
-        return {"epoch": feed.epoch + (feed.taken / feed.size if feed.size > 0 else 0.0)}
+        """Return the epochs done so far; of a stream, the whole ones."""
+        state = self.epochs.state()
+        return {"epoch": state.epoch + (state.taken / state.size if state.size else 0.0)}
 
-    def state(self) -> bytes:
-        """Return the position in the dataset."""
-        return msgspec.msgpack.encode(self.batches.state())
+    def first_batches(self) -> list[list[E]]:
+        """Return the batches of the first epoch, as far as the run goes.
 
-    def restore(self, data: bytes) -> None:
-        """Go on from a checkpoint's position."""
-        self.batches.restore(msgspec.msgpack.decode(data, type=OfflineState))
+        Raises ConfigError for a stream, whose batches are not known before they are read.
+        """
+        epochs, places = self._first_places()
+        examples = [epochs.examples[place] for place in places]
+        size = self.batch_size
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def replace_first(self, batches: Sequence[Sequence[E]]) -> None:
+        """Replace the examples of `first_batches`, one by one, in all epochs."""
+        epochs, places = self._first_places()
+        examples = [example for batch in batches for example in batch]
+        for place, example in zip(places, examples, strict=True):
+            epochs.examples[place] = example
+
+    def _first_places(self) -> tuple[ListEpochs[E], list[int]]:
+        if not isinstance(self.epochs, ListEpochs):
+            raise ConfigError(
+                "data.streaming: the rows of a stream are not known before they are read; load the "
+                "dataset whole, or leave objective.precompute_ref_log_probs out"
+            )
+        count = (self.total or 0) * self.batch_size
+        return self.epochs, self.epochs.order(0)[:count].tolist()
 
 
-@dataclass
-class StoredEvaluator(Generic[E]):
-    """Runs the objective over held-out examples, without a gradient, as training would.
+@dataclass(frozen=True)
+class OfflineSets(Generic[E]):
+    """Batches to train on, and held-out examples, which are never trained on."""
 
-    Metrics are means over all that was counted, as one batch of all examples would have them; the
-    loss is the mean of the batches', weighted by rows, as TRL's.
+    train: OfflineSource[E]
+    evaluation: list[E]
 
-    `answers`, if given, also answers their prompts: metrics and lines for rollouts.jsonl.
+
+def open_offline(
+    settings: DataSettings,
+    builder: Builder[E],
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: float = 1.0,
+    max_steps: int = -1,
+) -> OfflineSets[E]:
+    """Open the examples that `settings` name; `builder` is one of `learner/data/examples.py`.
+
+    Batches end after `max_steps` if positive, else after `epochs`. Held-out examples hold their
+    rows. Raises DataError, as `open_sets`, and ConfigError for a part of a stream's epoch.
     """
-
-    model: nn.Module
-    objective: Objective[list[E]]
-    examples: Sequence[E]
-    batch_size: int
-    answers: Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]] | None = (
-        None
+    sets = open_sets(
+        settings, builder, seed=seed, batch_size=batch_size, held_out_builder=with_rows(builder)
     )
-    pending: bool = False
-    _result: tuple[int, dict[str, float], list[dict[str, Any]]] | None = field(default=None)
+    if sets.train.size is None and max_steps <= 0 and epochs != int(epochs):
+        raise ConfigError(
+            f"train.num_train_epochs = {epochs} of a streamed dataset, whose length is unknown; "
+            "give a whole number, or train.max_steps"
+        )
 
-    def start(self, version: int) -> None:
-        """Evaluate at once."""
-        parts: dict[str, float] = {}
-        total = 0.0
-        for start in range(0, len(self.examples), self.batch_size):
-            batch = list(self.examples[start : start + self.batch_size])
-            loss, found = self._batch(batch)
-            total += loss * len(batch)
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + value
-        figures = self.objective.finish({name: mx.array(value) for name, value in parts.items()})
-        metrics = {f"eval/{name}": value for name, value in figures.items()}
-        metrics["eval/loss"] = total / max(len(self.examples), 1)
-        metrics["eval/rows"] = float(len(self.examples))
-        lines: list[dict[str, Any]] = []
-        if self.answers is not None:
-            lengths, lines = self.answers(self.examples, version)
-            metrics |= lengths
-        self._result = (version, metrics, lines)
-
-    def _batch(self, batch: list[E]) -> tuple[float, dict[str, float]]:
-        """Return a batch's loss, and its metrics as sums and counts."""
-        prepared: Prepared = self.objective.prepare(batch)
-        loss = 0.0
-        merged: dict[str, mx.array] = {}
-        for arrays in prepared.micro:
-            value, metrics = self.objective.loss(self.model, arrays)
-            loss += number(value)
-            merged = self.objective.merge(merged, metrics)
-        values = {name: number(value) for name, value in merged.items()}
-        return loss, _means(values, float(len(batch)))
-
-    def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
-        """Return what `start` found."""
-        result, self._result = self._result, None
-        return result
-
-
-def _means(parts: Mapping[str, float], rows: float) -> dict[str, float]:
-    """Return parts (see `learner/losses/metrics.py`) of which all are sums and counts, so that
-    those of batches add up to means over all that was counted.
-
-    What a batch gives as one value (a share of its loss, an extreme) counts once a row. What has
-    no value in this batch counts nothing.
-    """
-    found: dict[str, float] = {}
-    for key, value in parts.items():
-        kind, name = key.split(":", 1)
-        counted = kind == "count" or f"count:{name}" in parts
-        if counted:
-            found[key] = value
-        elif not math.isinf(value):
-            found |= {f"sum:{name}": value * rows, f"count:{name}": rows}
-    return found
+    source = OfflineSource(
+        sets.train,
+        sets.report,
+        batch_size=batch_size,
+        num_epochs=epochs,
+        max_batches=max_steps if max_steps > 0 else None,
+    )
+    return OfflineSets(source, sets.held_out)

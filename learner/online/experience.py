@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from learner.data.prompts import Prompt, PromptState
+from learner.data.prompts import Prompt
 from learner.ledger.state import LedgerState
 from protocol.messages.arrays import floats_view
 from protocol.messages.messages import Group
@@ -46,7 +46,7 @@ class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     ledger: LedgerState
-    prompts: PromptState
+    prompts: bytes
     position: int
     outstanding: dict[int, Prompt]
     events: int = 0

@@ -20,7 +20,7 @@ from learner.data.examples import SftExample, sequences
 from learner.interfaces import Arrays
 from learner.losses.metrics import number
 from learner.objectives.sft import SftObjective
-from learner.offline.batches import open_offline
+from learner.offline.source import open_offline
 from learner.optim.step import Step, should_compile
 from protocol.config.settings import ExampleData, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.model.policy import load_policy

@@ -9,7 +9,7 @@ import pytest
 from launch.pairs import body, read
 from launch.processes.pairing import best_and_worst, given_and_own, totals
 from learner.data.examples import pairs
-from learner.offline.batches import open_offline
+from learner.offline.source import open_offline
 from protocol.config.settings import ExampleData, ModelSettings, PairsRun
 from protocol.errors import ConfigError
 from protocol.model.adapters import save_adapters

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from learner.data.epochs import ListFeed
+from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
 from learner.ledger.ledger import Ledger
@@ -27,8 +27,8 @@ def prompts(count: int = 8) -> PromptSource:
     """Make the training rows, in order."""
     settings = DataSettings(order="sequential")
     rows = [prompt(number) for number in range(count)]
-    feed = ListFeed(rows, settings, seed=0, batch_size=1, length=lambda p: len(p.prompt_ids))
-    return PromptSource(feed, Report("rows"), None)
+    epochs = ListEpochs(rows, settings, seed=0, batch_size=1)
+    return PromptSource(epochs, Report("rows"), None)
 
 
 LIMITS = LedgerSettings(

@@ -112,8 +112,8 @@ def test_metrics_and_tensors_are_bit_for_bit_those_of_the_step_without(bench, fl
     assert len(bench.stored()) == 2  # training and held-out rows
     read = bench.finished(*flags, PRECOMPUTE)
     assert len(bench.stored()) == 2
-    assert caplog.text.count("reference log-probs of 22 rows: computed in") == 1
-    assert caplog.text.count("reference log-probs of 22 rows: read from") == 1
+    assert caplog.text.count("reference log-probs of 22 completions: computed in") == 1
+    assert caplog.text.count("reference log-probs of 22 completions: read from") == 1
     assert len(metrics(plain)) > 3
     assert metrics(plain) == metrics(computed) == metrics(read)
     assert same_tensors(plain, computed)
@@ -244,7 +244,7 @@ def test_a_changed_reference_dataset_or_file_is_computed_again(bench, caplog):
     for file in files:
         file.write_bytes(file.read_bytes()[:-4])
     bench.run(PRECOMPUTE)
-    assert caplog.text.count("made anew") == 2
+    assert caplog.text.count("computed again") == 2
     assert [file.read_bytes() for file in files] == whole
     assert "read from" not in caplog.text
 

@@ -1,4 +1,4 @@
-"""What offline runs say of columns: misspelt, of another method, read by nothing."""
+"""What offline runs report about columns: misspelt, of another method, read by nothing."""
 
 import json
 import logging
@@ -10,12 +10,12 @@ import pytest
 
 from learner.build.offline import open_examples
 from learner.data.examples import pairs, sequences
-from learner.offline.batches import open_offline
+from learner.offline.source import open_offline
 from protocol.config.settings import ExampleData, PreferenceRun, PreferenceSettings, SftRun
 from protocol.errors import DataError
 from tests.parity import tiny_tokenizer
 
-SET = "data.columns renames them, data.prepare makes rows of them"
+SET = "rename them with data.columns, or make rows of them in data.prepare"
 
 
 def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **data: Any) -> None:
@@ -32,10 +32,10 @@ def opened(tmp_path: Path, rows: list[dict[str, Any]], build: Any = pairs, **dat
          'no chosen; the row has [\'chosn\', \'prompt\', \'rejected\']; data.columns = '
          '{chosen = "chosn"} would read that column'),
         ({"prompt": "a", "completion": "b", "label": True}, pairs,
-         '; judged answers are trained with objective.method = "kto"'),
+         '; for judged answers set objective.method = "kto"'),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, sequences,
-         "no completion; the row has ['chosen', 'prompt', 'rejected']; pairs are trained by "
-         "launch/preference.py"),
+         "no completion; the row has ['chosen', 'prompt', 'rejected']; launch/preference.py "
+         "trains on pairs"),
         ({"message": [{"role": "user", "content": "a"}]}, sequences,
          'data.columns = {messages = "message"} would read that column'),
         ({"prompt": "a", "good": "b", "bad": "c"}, pairs,
@@ -54,7 +54,7 @@ def test_a_missing_column_says_what_may_have_been_meant(
     assert lines[3].endswith(hint)
 
 
-def test_answers_that_are_alike_are_kept_as_in_trl_and_told(
+def test_identical_answers_are_kept_as_in_trl_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "pippin.data")
@@ -67,11 +67,25 @@ def test_answers_that_are_alike_are_kept_as_in_trl_and_told(
     assert caplog.messages == [
         f"{tmp_path / 'rows.jsonl'}: 3 rows kept, 0 dropped, 1 truncated",
         "  truncated: rows 2",
-        "  nothing to prefer, chosen and rejected are alike: rows 0, 2",
+        "  chosen and rejected are identical: rows 0, 2",
     ]
 
 
-def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
+def test_lines_about_single_rows_have_a_logger_of_their_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "pippin.data")
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    opened(tmp_path, [{**good, "chosen": ""}, good, {**good, "rejected": ""}])
+    assert [(record.name, record.message) for record in caplog.records] == [
+        ("pippin.data", f"{tmp_path / 'rows.jsonl'}: 1 rows kept, 2 dropped, 0 truncated"),
+        ("pippin.data", "  dropped for empty_answer: 2"),
+        ("pippin.data.rows", "    row 0: chosen is empty"),
+        ("pippin.data.rows", "    row 2: rejected is empty"),
+    ]
+
+
+def test_columns_that_nothing_reads_and_implicit_prompts_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO, "pippin.data")
@@ -80,14 +94,14 @@ def test_columns_that_nothing_reads_and_implicit_prompts_are_told(
     name = tmp_path / "rows.jsonl"
     assert caplog.messages[:2] == [
         f"{name}: nothing reads the columns ['id', 'instruction']; {SET}",
-        f"{name}: no column prompt: it is what chosen and rejected begin with alike; if it stands "
-        'in instruction, set data.columns = {prompt = "instruction"}; if in several columns, join '
-        "them in data.prepare",
+        f"{name}: no column prompt, so it is what chosen and rejected both begin with; if it is "
+        'in instruction, set data.columns = {prompt = "instruction"}; if it is in several columns, '
+        "join them in data.prepare",
     ]
     caplog.clear()
     opened(tmp_path, [{"chosen": "a b", "rejected": "a c"}])
     assert caplog.messages == [
-        f"{name}: no column prompt: it is what chosen and rejected begin with alike",
+        f"{name}: no column prompt, so it is what chosen and rejected both begin with",
         f"{name}: 1 rows kept, 0 dropped, 0 truncated",
     ]
     caplog.clear()

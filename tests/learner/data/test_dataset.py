@@ -1,4 +1,4 @@
-"""Datasets as rows: local formats, and the errors of those that cannot be had."""
+"""Datasets as rows: local formats, and the errors of those that cannot be loaded."""
 
 import gc
 import json
@@ -7,8 +7,7 @@ import pytest
 
 from learner.data.dataset import open_rows
 from learner.data.prepare import preparation, with_system_prompt
-from learner.data.rows import Raw, RawRow
-from learner.data.tokens import RowError
+from learner.data.rows import ReadRow, Row, RowError
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
@@ -23,7 +22,7 @@ def _offline(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def good(row: Raw) -> RawRow:
+def good(row: ReadRow) -> Row:
     assert not isinstance(row, RowError)
     return row
 
@@ -143,7 +142,8 @@ def test_malformed_files_name_the_path(tmp_path, name, text, words):
 @pytest.mark.parametrize("text", ["a,b\n1,2\n1,2,3\n", 'a,b\n"1,2\n', ""])
 def test_a_malformed_stream_names_the_path(tmp_path, text):
     path = _write_text(tmp_path / "a.csv", text)
-    with pytest.raises(DataError, match=r"a\.csv: cannot be read: .*check that the file is whole"):
+    words = r"a\.csv: cannot be read: .*check that the file is complete"
+    with pytest.raises(DataError, match=words):
         list(open_rows(DataSettings(path=path, streaming=True)).scan(0))
     gc.collect()  # `datasets` leaves the file open: let its warning fall in here
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_reached_says_what_to_do(tmp_path):
     for path, words in [
         ("", r"data\.path is empty"),
         (str(tmp_path / "none.jsonl"), "no such file or folder"),
-        ("nobody/nothing", "'nobody/nothing' cannot be had.*network connection"),
+        ("nobody/nothing", "'nobody/nothing' cannot be loaded.*network connection"),
     ]:
         with pytest.raises(DataError, match=words):
             open_rows(DataSettings(path=path))

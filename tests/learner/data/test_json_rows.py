@@ -6,8 +6,8 @@ import pytest
 
 from learner.data.dataset import open_rows
 from learner.data.examples import pairs
-from learner.data.tokens import RowError
-from learner.offline.batches import open_offline
+from learner.data.rows import RowError
+from learner.offline.source import open_offline
 from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 from tests.rows import ByteTokenizer

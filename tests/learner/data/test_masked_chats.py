@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset
 
-from learner.data.sequences import SequenceTokens, tokenise_sequence
-from learner.data.tokens import RowError
+from learner.data.row_tokens import SequenceTokens, tokenize_sequence
+from learner.data.rows import RowError
 from tests.parity import tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "the"}
@@ -17,7 +17,7 @@ TOOLS = [{"type": "function", "function": {"name": "sky"}}]
 
 def tokens(row: dict[str, Any], only: bool | None = True, **options: Any) -> SequenceTokens:
     settings = {"max_length": None, "truncation_mode": "keep_start", **options}
-    return tokenise_sequence(tiny_tokenizer.build(), row, completion_only=only, **settings)
+    return tokenize_sequence(tiny_tokenizer.build(), row, completion_only=only, **settings)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_masked_chats_by_hand():
     ("row", "kind", "reason"),
     [
         ({"messages": [USER, ANSWER, USER]}, "invalid_role", "messages ends with a 'user' message"),
-        ({"messages": [ANSWER]}, "empty", "an answer alone"),
+        ({"messages": [ANSWER]}, "empty", "only an answer"),
         ({"messages": [USER, {**ANSWER, "content": ""}]}, "empty_answer", "completion is empty"),
         ({"messages": []}, "empty", "messages holds no message"),
         ({"text": "the"}, "missing_column", r"text has no prompt.*leave that key out, or make"),

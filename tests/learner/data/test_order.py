@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.data.epochs import ListFeed
-from learner.data.order import buffered_shuffle, epoch_order, torch_randperm
+from learner.data.epochs import ListEpochs
+from learner.data.order import buffered_shuffle, epoch_order
+from learner.data.prompts import Prompt
+from learner.data.torch_order import torch_randperm
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
@@ -30,32 +32,34 @@ def test_torch_order_of_an_epoch_is_seeded_by_seed_and_epoch():
     )
 
 
+def prompts(count):
+    return [Prompt(number, [2], {}) for number in range(count)]
+
+
 @pytest.mark.parametrize("case", json.loads(REPEATED.read_text())["cases"])
 def test_prompts_follow_trls_repeat_sampler_over_epochs(case):
-    feed = ListFeed(
-        list(range(case["count"])),
+    epochs = ListEpochs(
+        prompts(case["count"]),
         DataSettings(order="torch_randperm"),
         seed=case["seed"],
         batch_size=case["batch_size"],
-        length=lambda _: 1,
         repeat_sampler=True,
     )
     for wanted in case["epochs"]:
-        order = list(iter(feed.next, None))
+        order = [prompt.row_key for prompt in iter(epochs.next, None)]
         assert order[:40] == wanted["head"]
-        assert len(order) == wanted["count"] == feed.size
+        assert len(order) == wanted["count"] == epochs.size
         digest = hashlib.sha256(np.asarray(order, "<i4").tobytes()).hexdigest()
         assert digest == wanted["sha256"]
 
 
 def test_fewer_rows_than_a_batch_are_refused_in_that_order():
     with pytest.raises(DataError, match=r"3 rows are fewer than train\.batch_size = 4"):
-        ListFeed(
-            [1, 2, 3],
+        ListEpochs(
+            prompts(3),
             DataSettings(order="torch_randperm"),
             seed=0,
             batch_size=4,
-            length=lambda _: 1,
             repeat_sampler=True,
         )
 

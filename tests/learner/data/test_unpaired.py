@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from learner.data.examples import answers
-from learner.offline.batches import open_offline
+from learner.offline.source import open_offline
 from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 from tests.parity.tiny_tokenizer import answers_digest, build, numbered_pairs
@@ -22,13 +23,12 @@ def tokenizer():
     return build()
 
 
-def opened(tmp_path, tokenizer, rows, *, seed=0, batch_size=4, epochs=1.0, **settings):
+def opened(tmp_path, tokenizer, rows, *, block=1000, seed=0, batch_size=4, epochs=1.0, **settings):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     data = ExampleData(path=str(path), **{"order": "sequential", **settings})
-    return open_offline(
-        data, answers(data, tokenizer), seed=seed, batch_size=batch_size, epochs=epochs
-    )
+    builder = replace(answers(data, tokenizer), rows_per_block=block)
+    return open_offline(data, builder, seed=seed, batch_size=batch_size, epochs=epochs)
 
 
 def given(source):
@@ -90,10 +90,10 @@ def test_rows_of_both_kinds_and_their_faults(tmp_path, tokenizer):
     assert source.report.truncated_rows == [0, 2]
 
 
-@pytest.mark.parametrize(("bad", "said"), [(2, "fill data.max_length"), (3, "rejected is empty")])
-def test_on_bad_row_error_stops_at_a_pair_with_one_bad_answer(tmp_path, tokenizer, bad, said):
+@pytest.mark.parametrize(("bad", "words"), [(2, "fill data.max_length"), (3, "rejected is empty")])
+def test_on_bad_row_error_stops_at_a_pair_with_one_bad_answer(tmp_path, tokenizer, bad, words):
     rows = [ROWS[0], ROWS[1], ROWS[bad]]
-    with pytest.raises(DataError, match=rf"row 2 \(counted from 0\): .*{said}.*data\.on_bad_row"):
+    with pytest.raises(DataError, match=rf"row 2 \(counted from 0\): .*{words}.*data\.on_bad_row"):
         opened(tmp_path, tokenizer, rows, max_length=3, on_bad_row="error")
 
 
@@ -111,12 +111,12 @@ def test_held_out_rows_bring_both_their_answers_and_are_not_trained_on(tmp_path,
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])
 @pytest.mark.parametrize("taken", [0, 1, 2, 5, 9, 10])
-def test_streamed_answers_resume_exactly(tmp_path, tokenizer, monkeypatch, order, taken):
-    monkeypatch.setattr("learner.data.unpaired.BLOCK", 5)
+def test_streamed_answers_resume_exactly(tmp_path, tokenizer, order, taken):
     rows: list[dict[str, Any]] = [row for row in numbered_pairs(16) if "not" not in row["prompt"]]
     rows[3:3] = [{"prompt": "a", "chosen": "", "rejected": "c"}] * 3  # bad ones at a block's end
     rows[9:9] = [{"prompt": "a", "completion": "b", "label": True}]
     shared = {"streaming": True, "order": order, "shuffle_buffer": 4, "epochs": 3, "batch_size": 9}
+    shared["block"] = 5
     whole = opened(tmp_path, tokenizer, rows, **shared).train
     batches = [sides(batch) for batch in iter(whole.next_batch, None)]
     assert len(batches) == 12  # 29 answers an epoch

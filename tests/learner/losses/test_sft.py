@@ -8,7 +8,7 @@ from learner.data.examples import SftExample
 from learner.losses.sft import sft_loss
 from learner.model.logprobs import Head
 from learner.objectives.sft import SftObjective
-from learner.offline.source import StoredEvaluator
+from learner.offline.held_out import HeldOutEvaluator
 from protocol.config.settings import TrainSettings
 from tests.tiny import VOCAB, tiny_model
 
@@ -42,7 +42,7 @@ def test_accuracy_is_of_the_tokens_that_count(head: Head):
         merged = objective.merge(merged, objective.loss(model, arrays)[1])
     accuracy = objective.finish(merged)["mean_token_accuracy"]
     assert accuracy == pytest.approx(hits / counted, rel=1e-6)
-    evaluator = StoredEvaluator(model, objective, batch, batch_size=3)
+    evaluator = HeldOutEvaluator(model, objective, batch, batch_size=3)
     evaluator.start(1)
     result = evaluator.poll()
     assert result is not None

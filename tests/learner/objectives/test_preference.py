@@ -10,7 +10,7 @@ from learner.data.examples import PreferenceExample, UnpairedExample
 from learner.model.logprobs import Head
 from learner.model.reference import view
 from learner.objectives.preference import PreferenceObjective
-from learner.offline.source import StoredEvaluator
+from learner.offline.held_out import HeldOutEvaluator
 from learner.optim.step import Step
 from protocol.config.settings import OptimizerSettings, PreferenceSettings, TrainSettings
 from protocol.errors import ConfigError
@@ -131,7 +131,7 @@ def test_logits_and_accuracy_are_means_over_completion_tokens(method, head):
         logits = logits_of(model, prompt, ids)
         means[good] += logits.mean(axis=1).tolist()
         hits += (logits.argmax(axis=1) == ids).tolist() if good else []
-    evaluator: StoredEvaluator[Any] = StoredEvaluator(model, objective, batch, batch_size=5)
+    evaluator: HeldOutEvaluator[Any] = HeldOutEvaluator(model, objective, batch, batch_size=5)
     evaluator.start(1)
     result = evaluator.poll()
     assert result is not None

@@ -13,7 +13,7 @@ from learner.data.examples import PreferenceExample, SftExample, sequences, with
 from learner.data.filter import Report
 from learner.interfaces import Arrays, Prepared
 from learner.offline.generated import Answers, prompt_of
-from learner.offline.source import StoredEvaluator
+from learner.offline.held_out import HeldOutEvaluator
 from protocol.config.settings import ExampleData
 from protocol.errors import ConfigError
 from tests.parity import tiny_tokenizer
@@ -58,7 +58,7 @@ def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
         for i, p in enumerate(prompts)
     ]
     answers = Answers(model, tokenizer, batch_size=2, max_tokens=5)
-    evaluator = StoredEvaluator(model, Rows(), examples, 2, answers)
+    evaluator = HeldOutEvaluator(model, Rows(), examples, 2, answers)
     evaluator.start(3)
     result = evaluator.poll()
     assert result is not None
@@ -77,7 +77,7 @@ def test_answers_are_greedy_and_written_as_eval_rollouts(tmp_path):
     assert metrics["eval/completions/mean_length"] == mean
 
 
-def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
+def test_examples_without_their_rows_are_refused(tmp_path):
     model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
     with pytest.raises(TypeError, match="row 7 was not built by `with_rows`"):
         Answers(model, tokenizer, 1, 1)([PreferenceExample(7, [5], [4, 1], [5], [6, 1])], 0)
@@ -85,7 +85,13 @@ def test_examples_without_their_rows_are_no_held_out_ones(tmp_path):
 
 def sequence(tokenizer, row, **settings):
     build = sequences(ExampleData(**settings), tokenizer)
-    return with_rows(build)(0, row, Report("rows"))
+    return built(build, row)
+
+
+def built(builder, row):
+    (example,) = with_rows(builder).build(0, row, Report("rows"))
+    assert example is not None
+    return example
 
 
 def test_the_prompt_of_a_sequence_ends_where_tokens_count():
@@ -93,10 +99,10 @@ def test_the_prompt_of_a_sequence_ends_where_tokens_count():
     assert prompt_of(example, tiny_tokenizer.build()) == [5, 6]
 
 
-def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
+def test_the_prompt_of_a_sequence_whose_tokens_all_count_is_its_rows():
     tokenizer = tiny_tokenizer.build()
-    user, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
-    messages = [user, said, user, said, user]  # the last turn has no answer: the one before it has
+    user, reply = {"role": "user", "content": "the"}, {"role": "assistant", "content": "is"}
+    messages = [user, reply, user, reply, user]  # the last turn has no answer, an earlier one has
     asked = prompt_of(sequence(tokenizer, {"messages": messages}), tokenizer)
     turn = "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(asked) == f"{turn}is<|im_end|>\n{turn}"
@@ -104,15 +110,15 @@ def test_a_sequence_of_which_every_token_counts_asks_what_its_row_does():
     assert prompt_of(cut, tokenizer) == asked
     cut = sequence(tokenizer, {"messages": messages}, max_length=len(asked) - 1)
     assert prompt_of(cut, tokenizer) == []
-    for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [said]}):
+    for silent in ({"text": "the is"}, {"messages": [user]}, {"messages": [reply]}):
         assert prompt_of(sequence(tokenizer, silent), tokenizer) == []
     whole = sequences(ExampleData(), tokenizer, completion_only_loss=False)
     row = {"prompt": "the is", "completion": " blue"}
-    example = with_rows(whole)(0, row, Report("rows"))
+    example = built(whole, row)
     assert tokenizer.decode(prompt_of(example, tokenizer)) == "the is"
 
 
-def test_rows_that_ask_nothing_are_told_and_refused_where_all_do(caplog):
+def test_rows_without_a_prompt_are_reported_and_refused_where_none_has_one(caplog):
     caplog.set_level(logging.INFO, "pippin.data")
     tokenizer = tiny_tokenizer.build()
     answers = Answers(nn.Module(), tokenizer, 1, 1)
@@ -121,14 +127,14 @@ def test_rows_that_ask_nothing_are_told_and_refused_where_all_do(caplog):
         answers.check([text, text])
     assert not caplog.records
     answers.check([text, sequence(tokenizer, {"prompt": "the", "completion": " is"})])
-    assert caplog.messages == ["1 of 2 held-out rows have nothing to answer"]
+    assert caplog.messages == ["1 of 2 held-out rows have no prompt to answer"]
 
 
 def test_chats_are_answered_from_before_their_last_answer(tmp_path):
     model, tokenizer = load(str(write_model_folder(tmp_path / "m")))[:2]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    user, said = {"role": "user", "content": "w5 w9"}, {"role": "assistant", "content": "w4"}
-    example = sequence(tokenizer, {"messages": [user, said], "answer": "w4"})
+    user, reply = {"role": "user", "content": "w5 w9"}, {"role": "assistant", "content": "w4"}
+    example = sequence(tokenizer, {"messages": [user, reply], "answer": "w4"})
     prompt = prompt_of(example, tokenizer)
     assert prompt == tokenizer.encode("w5 w9")
     metrics, (line,) = Answers(model, tokenizer, 1, 5)([example], 2)

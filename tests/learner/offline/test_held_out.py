@@ -10,7 +10,7 @@ from msgspec import structs
 from learner.data.examples import PreferenceExample, SftExample, UnpairedExample
 from learner.objectives.preference import PreferenceObjective
 from learner.objectives.sft import SftObjective
-from learner.offline.source import StoredEvaluator
+from learner.offline.held_out import HeldOutEvaluator
 from protocol.config.settings import PreferenceSettings, TrainSettings
 from tests.tiny import tiny_model
 
@@ -26,7 +26,7 @@ def answers(labels):
 
 
 def evaluate(objective, model, examples, batch_size):
-    evaluator = StoredEvaluator(model, objective, examples, batch_size)
+    evaluator = HeldOutEvaluator(model, objective, examples, batch_size)
     evaluator.start(0)
     result = evaluator.poll()
     assert result is not None

@@ -14,7 +14,7 @@ from actors.engine.mlx_engine import MlxEngine
 from actors.session import Identity, Session
 from actors.worker import Worker
 from learner.checkpoint import load_checkpoint
-from learner.data.epochs import ListFeed
+from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
 from learner.ledger.ledger import Ledger
@@ -140,8 +140,8 @@ def prompts() -> PromptSource:
         Prompt(row_key=i, prompt_ids=rng.integers(2, VOCAB, 4 + i % 3).tolist(), row={"prompt": ""})
         for i in range(10)
     ]
-    feed = ListFeed(rows, DataSettings(), seed=1, batch_size=1, length=lambda p: len(p.prompt_ids))
-    return PromptSource(feed, Report("rows"), None)
+    epochs = ListEpochs(rows, DataSettings(), seed=1, batch_size=1)
+    return PromptSource(epochs, Report("rows"), None)
 
 
 def build(

@@ -1,9 +1,9 @@
 """Preference and fine-tuning rows to token IDs, equal to TRL 1.16.0's DPO, KTO and SFT trainers.
 
-Every method uses DPO's tokenisation: prompt and answer are encoded together, and the completion
-begins where that encoding leaves the prompt's own, so a token that straddles the boundary belongs
-to the completion. TRL's experimental ORPO and CPO step one token back there, append a further EOS
-after a chat template's end of turn, and cut the answer before the prompt.
+Every method uses DPO's tokenization: prompt and answer are encoded together, and the completion
+begins where that encoding differs from the prompt's own, so a token that straddles the boundary
+belongs to the completion. TRL's experimental ORPO and CPO differ: they step one token back there,
+append another EOS after a chat template's end of turn, and truncate the answer before the prompt.
 """
 
 import difflib
@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from learner.data.rows import Json, Row, RowError, check_text
 from learner.data.tokens import (
-    Json,
-    Row,
-    RowError,
+    Messages,
     Tokenizer,
     check_messages,
-    check_text,
     encode,
     plain_tokenizer,
     render_chat,
@@ -27,12 +25,12 @@ from learner.data.tokens import (
 from protocol.errors import DataError
 
 TruncationMode = Literal["keep_start", "keep_end"]
-Content = str | list[dict[str, Any]]
+Content = str | Messages
 
 
 @dataclass(frozen=True)
 class SideTokens:
-    """One answer with its context: `prompt_ids` then `completion_ids`. `truncated`: cut."""
+    """One answer with its context: `prompt_ids`, then `completion_ids`; perhaps truncated."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -49,19 +47,17 @@ class SequenceTokens:
 
 
 def common_prefix_length(ids: Sequence[Any], others: Sequence[Any]) -> int:
-    """Return the number of leading elements that both have."""
-    for index, (one, other) in enumerate(zip(ids, others, strict=False)):
-        if one != other:
-            return index
-    return min(len(ids), len(others))
+    """Return the number of leading elements that are equal."""
+    shorter = min(len(ids), len(others))
+    return next((at for at in range(shorter) if ids[at] != others[at]), shorter)
 
 
 def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
-    """Split off the implicit prompt as TRL's `extract_prompt`: the longest common prefix.
+    """Split off the implicit prompt, the longest common prefix, as TRL's `extract_prompt`.
 
-    Where one answer begins the other, its last character or message stays an answer. A space
-    before the boundary goes to the answers. TRL looks for that space even where nothing is shared
-    (it then sees the last character); here nothing is moved.
+    Where one answer is the beginning of the other, its last character or message stays an answer. A
+    space before the boundary goes to the answers. TRL looks for that space even where nothing is
+    shared, and then sees the last character; we move nothing there.
     """
     index = min(common_prefix_length(chosen, rejected), min(len(chosen), len(rejected)) - 1)
     differs = chosen[index] != rejected[index]
@@ -70,24 +66,26 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def tokenise_pair(
+def tokenize_pair(
     tokenizer: Tokenizer, row: Row, *, max_length: int | None, truncation_mode: TruncationMode
 ) -> tuple[SideTokens, SideTokens]:
-    """Return chosen and rejected of a preference row; the prompt may be implicit.
+    """Return the tokens of chosen and rejected of a preference row; the prompt may be implicit.
 
-    Contexts differ between the sides only where `keep_end` cut them. Raises RowError.
+    The sides' contexts differ only where `keep_end` truncated them. Raises RowError.
     """
     row = with_explicit_prompt(row)
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
     prompt = _content(row, "prompt")
     _require_same_kind(prompt=prompt, chosen=chosen, rejected=rejected)
+
     prompt_ids, sequences = _encoded(tokenizer, row, prompt, [chosen, rejected])
+    # One boundary for both, so that they have the same context.
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
-    sides = [_cut(ids, start, max_length, truncation_mode) for ids in sequences]
+    sides = [_truncated(ids, start, max_length, truncation_mode) for ids in sequences]
     return sides[0], sides[1]
 
 
-def tokenise_answer(
+def tokenize_answer(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -101,29 +99,30 @@ def tokenise_answer(
     _require_same_kind(**{"prompt": prompt, column: completion})
     prompt_ids, (sequence,) = _encoded(tokenizer, row, prompt, [completion])
     start = common_prefix_length(prompt_ids, sequence)
-    return _cut(sequence, start, max_length, truncation_mode)
+    return _truncated(sequence, start, max_length, truncation_mode)
 
 
 def with_explicit_prompt(row: Row) -> Row:
-    """Return a pair's row with its prompt, split off chosen and rejected where it is implicit.
+    """Return a pair's row with a prompt, split off chosen and rejected where it is implicit.
 
-    Raises RowError where an answer is missing, empty, or of another kind.
+    Raises RowError where an answer is missing, empty, or of another kind than the other.
     """
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
     _require_answer(chosen, "chosen")
     _require_answer(rejected, "rejected")
     if row.get("prompt") is not None:
         return row
+
     _require_same_kind(chosen=chosen, rejected=rejected)
     prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    if not isinstance(prompt, str) and not prompt:
+    if prompt == []:
         raise RowError(
             "empty", "chosen and rejected share no first message, and there is no prompt"
         )
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenise_sequence(
+def tokenize_sequence(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -133,31 +132,35 @@ def tokenise_sequence(
 ) -> SequenceTokens:
     """Return the tokens of a row for SFT: `messages`, `text`, or `prompt` and `completion`.
 
-    `completion_only` None: where rows have a prompt. True makes the last of `messages`, which must
-    be the assistant's, the completion, as mlx-lm's `mask_prompt` does. Raises RowError.
+    With `completion_only`, only the completion counts; None: of rows that have a prompt. True also
+    makes the last of `messages`, which must be the assistant's, the completion, as mlx-lm's
+    `mask_prompt` does. Raises RowError.
     """
     if completion_only and row.get("prompt") is None:
         row = _with_last_answer(row)
+
     if row.get("prompt") is not None:
-        side = tokenise_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
-        before = 1 if completion_only is False else 0
+        side = tokenize_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
+        prompt_counts = 1 if completion_only is False else 0
         ids = side.prompt_ids + side.completion_ids
-        mask = [before] * len(side.prompt_ids) + [1] * len(side.completion_ids)
+        mask = [prompt_counts] * len(side.prompt_ids) + [1] * len(side.completion_ids)
     else:
         ids = _whole(tokenizer, row)
         mask = [1] * len(ids)
-    kept = _kept(max_length, truncation_mode)
+
     truncated = max_length is not None and len(ids) > max_length
+    kept = _kept(max_length, truncation_mode)
     ids, mask = ids[kept], mask[kept]
     if not any(mask[1:]):
         if truncated:
             raise RowError("prompt_too_long", f"no completion token is left of {max_length} tokens")
         raise RowError("empty_answer", "no token is predicted: the first one has no context")
+
     return SequenceTokens(ids, mask, truncated)
 
 
 def _with_last_answer(row: Row) -> Row:
-    """Return a row of messages with the last as `completion` and those before it as `prompt`."""
+    """Return a row of messages with the last one as `completion`, the others as `prompt`."""
     if row.get("messages") is None and row.get("text") is not None:
         raise RowError(
             "missing_column",
@@ -166,49 +169,55 @@ def _with_last_answer(row: Row) -> Row:
         )
     if row.get("messages") is None:
         raise _missing(row, "text", "no text, messages, or prompt and completion")
+
     messages = check_messages(row["messages"], "messages")
     role = messages[-1]["role"]
     if role != "assistant":
         raise RowError(
             "invalid_role",
             f"messages ends with a {role!r} message; with objective.completion_only_loss = true "
-            "the last one is the answer that is trained, and must be the assistant's",
+            "the last one is the answer to train on, and must be the assistant's",
         )
     if len(messages) == 1:
-        raise RowError("empty", "messages holds an answer alone, without a message before it")
+        raise RowError("empty", "messages holds only an answer, without a message before it")
     return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:
+    """Return the token IDs of a row's messages or text."""
     if row.get("messages") is not None:
         messages = check_messages(row["messages"], "messages")
         if messages[-1]["role"] == "assistant":
             _require_answer(messages, "the last answer of messages")
         return render_chat(tokenizer, messages, template_options(row))
+
     if row.get("text") is None:
         raise _missing(row, "text", "no text, messages, or prompt and completion")
     text = _content(row, "text")
     if not isinstance(text, str):
-        raise RowError("mixed_types", "text must be a string; name conversations messages")
+        raise RowError(
+            "mixed_types", "text must be a string; a conversation belongs in a column messages"
+        )
     _require_answer(text, "text")
-    return encode(tokenizer, _ended(tokenizer, text))
+    return encode(tokenizer, _with_eos(tokenizer, text))
 
 
 def _encoded(
     tokenizer: Tokenizer, row: Row, prompt: Content, answers: list[Content]
 ) -> tuple[list[int], list[list[int]]]:
-    """Token IDs of the prompt alone, and of the prompt with each answer."""
+    """Return the token IDs of the prompt alone, and of the prompt with each answer."""
     if isinstance(prompt, str):
-        texts = [prompt + _ended(tokenizer, cast("str", answer)) for answer in answers]
+        texts = [prompt + _with_eos(tokenizer, cast("str", answer)) for answer in answers]
         return encode(tokenizer, prompt), [encode(tokenizer, text) for text in texts]
+
     options = template_options(row)
     alone = render_chat(tokenizer, prompt, options, add_generation_prompt=True)
-    talks = [prompt + cast("list[dict[str, Any]]", answer) for answer in answers]
-    return alone, [render_chat(tokenizer, talk, options) for talk in talks]
+    chats = [prompt + cast("Messages", answer) for answer in answers]
+    return alone, [render_chat(tokenizer, chat, options) for chat in chats]
 
 
-def _ended(tokenizer: Tokenizer, text: str) -> str:
-    eos = plain_tokenizer(tokenizer).eos_token
+def _with_eos(tokenizer: Tokenizer, text: str) -> str:
+    eos: str | None = plain_tokenizer(tokenizer).eos_token
     if eos is None:
         raise DataError(
             "the tokenizer has no EOS token to end plain text with; set eos_token in its "
@@ -217,7 +226,10 @@ def _ended(tokenizer: Tokenizer, text: str) -> str:
     return text if text.endswith(eos) else text + eos
 
 
-def _cut(ids: list[int], start: int, max_length: int | None, mode: TruncationMode) -> SideTokens:
+def _truncated(
+    ids: list[int], start: int, max_length: int | None, mode: TruncationMode
+) -> SideTokens:
+    """Return at most `max_length` of the tokens, whose completion begins at `start`."""
     if max_length is not None and mode == "keep_start" and start >= max_length:
         raise RowError(
             "prompt_too_long",
@@ -226,10 +238,10 @@ def _cut(ids: list[int], start: int, max_length: int | None, mode: TruncationMod
         )
     if len(ids) == start:
         raise RowError("empty_answer", "the answer adds no token to the prompt")
+
     removed = max(len(ids) - max_length, 0) if max_length is not None else 0
-    from_start = removed if mode == "keep_end" else 0
     kept = ids[_kept(max_length, mode)]
-    boundary = max(start - from_start, 0)
+    boundary = start if mode == "keep_start" else max(start - removed, 0)
     return SideTokens(kept[:boundary], kept[boundary:], truncated=removed > 0)
 
 
@@ -246,39 +258,36 @@ def _content(row: Row, column: str) -> Content:
     if isinstance(value, str):
         return check_text(value, column)
     if isinstance(value, list):
-        return check_messages(value, column) if value else []
+        return check_messages(cast("Json", value), column) if value else []
     raise RowError(
         "mixed_types",
         f"{column} must be a string or a list of messages, not {type(value).__name__}",
     )
 
 
-def _missing(row: Row, column: str, fault: str) -> RowError:
-    """Make the error for a missing column, with what is likely to have been meant."""
-    present = _present(row)
+def _missing(row: Row, column: str, problem: str) -> RowError:
+    """Return the error for a missing column, with a hint at what was probably meant."""
+    present = sorted(column for column, value in row.items() if value is not None)
     wanted = ("text", "messages") if column == "text" else (column,)
     near = [(name, *difflib.get_close_matches(name, present, n=1)) for name in wanted]
     near = [names for names in near if len(names) > 1]
+
     hint = ""
     if column in ("chosen", "rejected") and {"completion", "label"} <= set(present):
-        hint = '; judged answers are trained with objective.method = "kto"'
+        hint = '; for judged answers set objective.method = "kto"'
     elif column in ("text", "completion") and {"chosen", "rejected"} <= set(present):
-        hint = "; pairs are trained by launch/preference.py"
+        hint = "; launch/preference.py trains on pairs"
     elif near:
         ours, theirs = near[0]
         hint = f"; data.columns = {{{ours} = {json.dumps(theirs)}}} would read that column"
-    return RowError("missing_column", f"{fault}; the row has {present}{hint}")
-
-
-def _present(row: Row) -> list[str]:
-    return sorted(column for column, value in row.items() if value is not None)
+    return RowError("missing_column", f"{problem}; the row has {present}{hint}")
 
 
 def _require_answer(answer: Content, column: str) -> None:
-    said = answer if isinstance(answer, str) or not answer else answer[-1]
-    if isinstance(said, dict):
-        said = said.get("content") or said.get("tool_calls")
-    if not said:
+    last = answer if isinstance(answer, str) or not answer else answer[-1]
+    if isinstance(last, dict):
+        last = last.get("content") or last.get("tool_calls")
+    if not last:
         raise RowError("empty_answer", f"{column} is empty")
 
 
@@ -289,6 +298,5 @@ def _require_same_kind(**contents: Content) -> None:
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise RowError("mixed_types", f"{found}; all must be of one kind; use data.prepare")
-    prompt = contents.get("prompt")
-    if prompt is not None and not isinstance(prompt, str) and not prompt:
+    if contents.get("prompt") == []:
         raise RowError("empty", "the prompt holds no message")
