@@ -4,18 +4,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from learner.data.order import Places
 from learner.data.prepare import Preparation
 from learner.data.rows import ReadRow, Row, RowError
-from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
 log = logging.getLogger("pippin.data")
 row_log = logging.getLogger("pippin.data.rows")  # single rows: a display may show only a few
 
 T = TypeVar("T")
+Policy = Literal["drop", "error"]  # about a row that cannot be used
 
 _LISTED = 1000  # rows named in a report; beyond that they are only counted
 _LISTED_IN_ERROR = 5  # per reason, where no row is left
@@ -97,24 +97,26 @@ class Builder(Generic[T]):
 
     `build(number, row, report)` returns the row's examples, with None in the place of one that
     cannot be used, and raises RowError where none can. `columns` are those that it reads; None:
-    any. `rows_per_block`: see `in_blocks`. `bad_row_keys` maps a kind of RowError to the key of
-    `[data]` that says what to do about it, where that is not `on_bad_row`.
+    any. `rows_per_block`: see `in_blocks`. `policies` maps a kind of RowError to the key of
+    `[data]` that decides about it, where that is not `on_bad_row`, and to what it says.
     """
 
     build: Callable[[int, Row, Report], Places[T]]
     columns: tuple[str, ...] | None = None
     rows_per_block: int = 1
-    bad_row_keys: Mapping[str, str] = field(default_factory=dict[str, str])
+    policies: Mapping[str, tuple[str, Policy]] = field(
+        default_factory=dict[str, tuple[str, Policy]]
+    )
 
 
 @dataclass
 class RowFilter(Generic[T]):
     """Prepares rows and builds their examples; notes in `report` what is left out."""
 
-    settings: DataSettings
     prepare: Preparation
     builder: Builder[T]
     report: Report
+    on_bad_row: Policy
 
     def __call__(self, number: int, read: ReadRow) -> Places[T] | None:
         """Return a row's examples, or None for a row that is left out or dropped.
@@ -130,8 +132,9 @@ class RowFilter(Generic[T]):
                 return None
             examples = self.builder.build(number, row, self.report)
         except RowError as error:
-            key = self.builder.bad_row_keys.get(error.kind, "on_bad_row")
-            if getattr(self.settings, key) == "error":
+            default = ("on_bad_row", self.on_bad_row)
+            key, policy = self.builder.policies.get(error.kind, default)
+            if policy == "error":
                 raise DataError(
                     f"{self.report.name}: row {number} (counted from 0): {error.reason}; fix it, "
                     f'or set data.{key} = "drop"'

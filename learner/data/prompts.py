@@ -86,4 +86,6 @@ def prompts(settings: PromptData, tokenizer: Tokenizer) -> Builder[Prompt]:
             )
         return (Prompt(row_key=number, prompt_ids=prompt_ids, row=json_row(row)),)
 
-    return Builder(build, bad_row_keys={"prompt_too_long": "overlong_prompts"})
+    return Builder(
+        build, policies={"prompt_too_long": ("overlong_prompts", settings.overlong_prompts)}
+    )

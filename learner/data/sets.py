@@ -61,7 +61,7 @@ def open_sets(
     count = settings.eval_rows if held_out is None else 0
     if rows.length is None:
         taken, skip = _first(keep, enumerate(rows.scan(0)), count)
-        train = StreamEpochs(rows, row_filter, seed=seed, skip=skip)
+        train = StreamEpochs(rows, row_filter, settings, seed=seed, skip=skip)
         row_filter.report.kept = 0  # count training rows only
     else:
         taken, numbers = _hold_out(keep, rows, count)
@@ -79,7 +79,8 @@ def open_sets(
 
 
 def _filter(settings: DataSettings, rows: Rows, builder: Builder[T]) -> RowFilter[T]:
-    return RowFilter(settings, preparation(settings, rows), builder, Report(rows.name))
+    prepare = preparation(settings, rows)
+    return RowFilter(prepare, builder, Report(rows.name), settings.on_bad_row)
 
 
 def _from_other_rows(settings: DataSettings, builder: Builder[T]) -> list[Places[T]] | None:

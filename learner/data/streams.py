@@ -9,6 +9,7 @@ from learner.data.epochs import EpochState, T
 from learner.data.filter import RowFilter, require_some, row_log
 from learner.data.order import Places, buffered_shuffle, by_place, permuted
 from learner.data.rows import ReadRow, Rows
+from protocol.config.settings import DataSettings
 from protocol.errors import CheckpointError, DataError
 
 
@@ -26,8 +27,9 @@ class StreamEpochs(Generic[T]):
     size = None
     longest = None
 
-    def __init__(self, rows: Rows, row_filter: RowFilter[T], *, seed: int, skip: int) -> None:
-        settings = row_filter.settings
+    def __init__(
+        self, rows: Rows, row_filter: RowFilter[T], settings: DataSettings, *, seed: int, skip: int
+    ) -> None:
         if settings.order not in ("sequential", "shuffled"):
             raise DataError(
                 f'data.order = "{settings.order}" needs the whole dataset; for a streamed one use '

@@ -51,8 +51,8 @@ def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
     assert status == 0
     rows = tmp_path / "rows.jsonl"
     kept = f"{rows}: 4 rows kept, 0 dropped, 0 truncated"
-    unread = f"{rows}: nothing reads the columns ['id']; data.columns renames them, "
-    unread += "data.prepare makes rows of them"
+    unread = f"{rows}: nothing reads the columns ['id']; rename them with data.columns, "
+    unread += "or make rows of them in data.prepare"
     assert lines.index(unread) < lines.index(kept)
     starts = [line.split(":")[0] for line in lines]
     for said in ("Training lora", "Reference policy", "Estimated memory of a step"):
