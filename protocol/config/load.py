@@ -115,6 +115,7 @@ def _flatten(table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator
     """Yield the keys of a TOML file as (path, value), also where no program has them."""
     for name, value in table.items():
         path = f"{prefix}{name}"
+        # Other programs' sections are opened too, so that errors name the key.
         if path not in _sections():
             yield path, value
         elif isinstance(value, dict):

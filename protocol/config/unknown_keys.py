@@ -37,6 +37,7 @@ def unknown_key(cls: type[AnyRun], path: str, *, flag: bool) -> str:
 
     if flag:
         return f"unknown key {shown}{nearest(path, keys) or '; --help lists every key'}"
+
     section, dot, _ = path.rpartition(".")
     valid = [key for key in keys if key.startswith(f"{section}.")] if dot else top_sections(cls)
     hint = nearest(path, keys if dot else valid) or f"; valid here: {', '.join(valid)}"
