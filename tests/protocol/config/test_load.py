@@ -75,6 +75,11 @@ def test_a_run_keeps_the_defaults_that_it_sets_for_a_section(tmp_path: Path):
             "[model.lora]\nrnak = 1",
             r"unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'",
         ),
+        (
+            "[queue]\nzzzzzzzzzzzzzzz = 1",
+            "unknown key 'queue.zzzzzzzzzzzzzzz'; valid here: queue.max_staleness, ",
+        ),
+        ("[zzzz]\nqqqq = 1", "unknown section 'zzzz'; valid here: run, model, data, rewards"),
         ("[train]\nbatch_size = 'x'", "train.batch_size must be int, got 'x'"),
         ("[model]\nfine_tune_type = 'lore'", r"must be lora\|dora\|full, got 'lore'"),
         ("train = 3", r"\[train\] is a section of keys, not 3"),
