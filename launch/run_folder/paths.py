@@ -39,12 +39,10 @@ def resolve_flags(flags: Sequence[str], base: Path) -> list[str]:
     resolved: list[str] = []
     for key, text in split_flags(flags):
         value, field = text, fields.get(key)
-        if field is None:
-            pass
-        elif not isinstance(field.default, list):
-            value = _resolved(text, field, base)
-        elif not text.lstrip().startswith("["):
-            value = ",".join(_resolved([part.strip() for part in text.split(",")], field, base))
+        if field is not None and extra(field.annotation, "path"):
+            several = isinstance(field.default, list) and not text.lstrip().startswith("[")
+            parts = [part.strip() for part in text.split(",")] if several else [text]
+            value = ",".join(_resolved(part, field, base) for part in parts)
         resolved.append(f"--{key}={value}")
     return resolved
 

@@ -30,7 +30,7 @@ def check(run: AnyRun) -> None:
     require(not (full and adapter), "model.adapter_path", rule, adapter)
 
     _check_data(run)
-    if isinstance(run, GrpoRun | PairsRun):
+    if isinstance(run, OnlineRun):
         _check_rewards(run)
         _check_actors(run)
         _check_transport(run.transport, run.rewards.workers)

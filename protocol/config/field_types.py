@@ -24,7 +24,7 @@ UpToOne = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 # launch/run_folder/paths.py makes fields of these types absolute.
-Path = Annotated[str, Meta(extra={"path": "file or folder"})]
+LocalPath = Annotated[str, Meta(extra={"path": "file or folder"})]
 DataPath = Annotated[str, Meta(extra={"path": "data"})]
 PathOrId = Annotated[str, Meta(extra={"path": "folder or hub id"})]
 FunctionName = Annotated[str, Meta(extra={"path": "file.py:function"})]

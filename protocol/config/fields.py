@@ -52,6 +52,7 @@ def leaf_fields(cls: type[Section]) -> dict[str, Field]:
 
 
 def _walk(section: Section, prefix: str) -> Iterator[Field]:
+    # From an instance, because a run may set other defaults for a section than the section's own.
     cls = type(section)
     full, plain = get_type_hints(cls, include_extras=True), get_type_hints(cls)
     for name in cls.__struct_fields__:
@@ -139,6 +140,7 @@ def check_value(field: Field, value: object, label: str) -> None:
         choices = map(str, get_args(inner)) if get_origin(inner) is Literal else ()
         hint = did_you_mean(str(value), choices)
         raise ConfigError(f"{label} must be {field.type_name}, got {value!r}{hint}")
+    # Infinity passes most bounds, and keys without bounds take NaN.
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{label} must be a finite {field.type_name}, got {value!r}")
 

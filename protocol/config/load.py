@@ -9,6 +9,7 @@ the path of the field, where it was written and, for unknown keys, the nearest v
 import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -36,7 +37,7 @@ def load(
 ) -> RunT:
     """Read a recipe and flags into the run's settings, checked.
 
-    Keys of the file that only `also_accepts` knows, another program's recipe, are left out, and
+    Keys of the file that only `also_accepts`, the recipe of another program, has are left out and
     named in the log. Raises ConfigError for a file that cannot be read, unknown keys, bad values
     and clashes.
     """
@@ -53,8 +54,10 @@ def load(
             values[key] = None if optional and value == "none" else value
             labels[key] = f"{path}: {key}"
     for key, text in split_flags(flags):
+        if key in _sections():
+            raise ConfigError(f"--{key} is a section: name one of its keys, --{key}.key value")
         if key not in fields:
-            raise _bad_flag(cls, key)
+            raise ConfigError(unknown_key(cls, key, flag=True))
         values[key] = _parse_text(key, text, fields[key].plain)
         labels[key] = f"--{key}"
 
@@ -63,6 +66,7 @@ def load(
     unread = [key for key in values if key not in fields]
     if unread:
         log.warning("%s: not read by %s, left out", ", ".join(unread), PROGRAMS[cls])
+
     run = msgspec.convert(_nest({key: values[key] for key in fields}), cls)
     check(run)
     return run
@@ -100,6 +104,7 @@ def split_flags(flags: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+@cache
 def _sections() -> set[str]:
     """Return the paths of every program's sections."""
     paths = (field.section for cls in PROGRAMS for field in leaf_fields(cls).values())
@@ -110,6 +115,7 @@ def _flatten(table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator
     """Yield the keys of a TOML file as (path, value), also where no program has them."""
     for name, value in table.items():
         path = f"{prefix}{name}"
+        # Other programs' sections are opened too, so that errors name the key.
         if path not in _sections():
             yield path, value
         elif isinstance(value, dict):
@@ -127,12 +133,6 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(section, {})
         inner[name] = value
     return tree
-
-
-def _bad_flag(cls: type[AnyRun], key: str) -> ConfigError:
-    if key in _sections():
-        return ConfigError(f"--{key} is a section: name one of its keys, --{key}.key value")
-    return ConfigError(unknown_key(cls, key, flag=True))
 
 
 def _parse_text(key: str, text: str, annotation: object) -> object:

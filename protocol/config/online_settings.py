@@ -7,7 +7,7 @@ from msgspec import Meta, field
 from protocol.config.field_types import (
     Count,
     FunctionName,
-    Path,
+    LocalPath,
     Positive,
     PositiveInt,
     Section,
@@ -100,7 +100,7 @@ class TransportSettings(Section, frozen=True, kw_only=True):
         ),
     ] = ""
     keys: Annotated[
-        Path, doc("Folder of CURVE keys made by launch/keys.py; required off loopback.")
+        LocalPath, doc("Folder of CURVE keys made by launch/keys.py; required off loopback.")
     ] = ""
     max_message_mb: Annotated[PositiveInt, doc("Largest message that is accepted, in MiB.")] = 64
 

@@ -15,8 +15,8 @@ from protocol.config.field_types import (
     CountOrAll,
     DataPath,
     FunctionName,
+    LocalPath,
     NonNegative,
-    Path,
     PathOrId,
     Positive,
     PositiveInt,
@@ -96,7 +96,7 @@ class ModelSource(Section, frozen=True, kw_only=True):
         str | None, doc("Branch, tag or commit of a hub id; none: its default.")
     ] = None
     adapter_path: Annotated[
-        Path, doc("Adapter to start from, in mlx-lm's format; empty: new adapters.")
+        LocalPath, doc("Adapter to start from, in mlx-lm's format; empty: new adapters.")
     ] = ""
     fine_tune_type: Annotated[
         Literal["lora", "dora", "full"], doc("What is trained: adapters, or all weights.")
@@ -112,7 +112,7 @@ class ModelSource(Section, frozen=True, kw_only=True):
         doc("Type of the weights; auto: as stored, but float32 on a CPU."),
     ] = "auto"
     chat_template: Annotated[
-        Path, doc("File with a Jinja template that replaces the tokenizer's own.")
+        LocalPath, doc("File with a Jinja template that replaces the tokenizer's own.")
     ] = ""
 
 

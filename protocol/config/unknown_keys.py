@@ -37,15 +37,11 @@ def unknown_key(cls: type[AnyRun], path: str, *, flag: bool) -> str:
 
     if flag:
         return f"unknown key {shown}{nearest(path, keys) or '; --help lists every key'}"
+
     section, dot, _ = path.rpartition(".")
-    valid = [key for key in keys if key.startswith(f"{section}.")] if dot else top_sections(cls)
+    valid = [key for key in keys if key.startswith(f"{section}.")] or cls.__struct_fields__
     hint = nearest(path, keys if dot else valid) or f"; valid here: {', '.join(valid)}"
     return f"unknown {'key' if dot else 'section'} {shown}{hint}"
-
-
-def top_sections(cls: type[AnyRun]) -> list[str]:
-    """Return the names of a recipe's sections."""
-    return list(dict.fromkeys(path.partition(".")[0] for path in leaf_fields(cls)))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

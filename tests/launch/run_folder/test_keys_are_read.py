@@ -1,4 +1,7 @@
-"""Programs read the keys that they take, and no others: reads of settings are recorded."""
+"""Programs read every key that they take: reads of settings are recorded.
+
+That they read no others follows from their Structs, which have no others.
+"""
 
 import json
 from argparse import Namespace
@@ -14,18 +17,30 @@ import launch.processes.collect
 import launch.run_folder.cli
 import learner.build.offline
 import learner.build.online
+import learner.objectives.preference
+from launch.grpo import actor_specs, reward_services
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
 from launch.processes.lifeline import Lifeline
 from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
+from learner.build.online import assemble_online
 from learner.data.prompts import Prompt
-from learner.online.experience import PromptGroup
+from learner.online.experience import PromptGroup, TrainBatch
+from learner.online.source import OnlineSource
 from protocol.config.field_types import Section
 from protocol.config.fields import leaf_fields
-from protocol.config.settings import ModelSettings, PairsRun, PreferenceRun, SftRun, builtins
+from protocol.config.settings import (
+    PROGRAMS,
+    GrpoRun,
+    ModelSettings,
+    PairsRun,
+    PreferenceRun,
+    SftRun,
+    builtins,
+)
 from protocol.model.policy import load_policy
-from tests.protocol.builders import a_completion, a_group
+from tests.protocol.builders import a_completion, a_group, a_reward
 from tests.tiny import write_model_folder
 
 HELD_OUT = ["--data.eval_rows=2", "--eval.generate=true", "--eval.max_completion_length=2"]
@@ -35,6 +50,13 @@ PREFERENCES = [
      "--objective.label_smoothing=0.1", "--objective.f_divergence_type=alpha_divergence"],
     [*STREAM, "--objective.method=simpo"],
     ["--objective.method=kto"],
+]  # fmt: skip
+GRPO = [
+    ["--objective.beta=0.1", "--objective.entropy_coef=0.1", "--objective.top_entropy_quantile=0.5",
+     "--objective.off_policy_mask_threshold=0.1", "--objective.old_logprobs=recompute",
+     "--objective.importance_sampling_correction=true"],
+    ["--objective.loss_type=sapo", "--train.max_steps=1"],
+    ["--objective.loss_type=vespo", "--train.max_steps=1"],
 ]  # fmt: skip
 # Read for data from a hub, of which there is none here.
 ELSEWHERE = {"data.name"}
@@ -78,12 +100,17 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
+    for cls in PROGRAMS:  # kept from now on; their making reads every default
+        leaf_fields(cls)
     for module, name in (
         (launch.run_folder.cli, "load"),  # checks read everything
         (launch.run_folder.cli, "to_toml"),
         (launch.run_folder.cli, "resolve_paths"),
         (launch.run_folder.cli, "require_files"),
         (learner.build.offline, "load"),
+        (learner.objectives.preference, "check_preference"),
+        (learner.build.online, "load"),
+        (learner.build.online, "idle"),
         (learner.build.offline, "idle"),
         (launch.processes.collect, "load"),
     ):
@@ -117,6 +144,33 @@ def test_every_key_that_is_taken_is_read_and_no_other(
         while not trainer.done:
             trainer.advance(timeout_s=1.0)
     assert recorder.unread(cls) == ELSEWHERE
+
+
+def test_grpo_reads_every_key_that_it_takes(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    """A batch made by hand is trained on; the processes of the run are named but not started."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w5"}\n' * 3)
+    common = [f"--model.path={write_model_folder(tmp_path / 'model')}", "--model.dtype=float32"]
+    common += [f"--data.path={tmp_path / 'rows.jsonl'}", f"--run.dir={tmp_path / 'runs'}"]
+    common += ["--rewards.functions=a.py:f", "--train.batch_size=1"]
+    completions = [a_completion([5 + i, 7, 1], 0) for i in range(2)]
+    group = a_group(completions, reward=a_reward([0.0, 1.0]))
+    batch = TrainBatch([PromptGroup(Prompt(0, [5], {"prompt": "w5"}), group)], 0)
+    monkeypatch.setattr(OnlineSource, "poll", lambda self, timeout_s: batch)
+    monkeypatch.setattr(OnlineSource, "stepped", lambda self, version: None)  # nothing is leased
+
+    for number, flags in enumerate((*GRPO, STREAM)):
+        run, folder = read_command_line(GrpoRun, [*common, f"--run.name=g{number}", *flags], "")
+        reward_services(run, folder)
+        actor_specs(run, "ipc://x")
+        endpoint = f"ipc://{folder}/s"
+        args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
+        args.rewards = ["ipc://x"]
+        with assemble_online(args) as assembled:
+            while not assembled.trainer.done:
+                assembled.trainer.advance(timeout_s=1.0)
+    assert recorder.unread(GrpoRun) == ELSEWHERE
 
 
 def test_pairs_read_every_key_that_they_take_and_no_other(

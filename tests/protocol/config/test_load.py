@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from protocol.config.fields import leaf_fields
+from protocol.config.fields import extra, leaf_fields
 from protocol.config.help import help_text
 from protocol.config.load import load, to_toml
 from protocol.config.settings import PROGRAMS, GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
+from tests.protocol.config.recipes import FLAGS
 
 GRPO = ["--model.path=m", "--data.path=d", "--rewards.functions=a.py:f"]
 OFFLINE = ["--model.path", "m", "--data.path", "d"]
@@ -73,6 +75,11 @@ def test_a_run_keeps_the_defaults_that_it_sets_for_a_section(tmp_path: Path):
             "[model.lora]\nrnak = 1",
             r"unknown key 'model.lora.rnak'; did you mean 'model.lora.rank'",
         ),
+        (
+            "[queue]\nzzzzzzzzzzzzzzz = 1",
+            "unknown key 'queue.zzzzzzzzzzzzzzz'; valid here: queue.max_staleness, ",
+        ),
+        ("[zzzz]\nqqqq = 1", "unknown section 'zzzz'; valid here: run, model, data, rewards"),
         ("[train]\nbatch_size = 'x'", "train.batch_size must be int, got 'x'"),
         ("[model]\nfine_tune_type = 'lore'", r"must be lora\|dora\|full, got 'lore'"),
         ("train = 3", r"\[train\] is a section of keys, not 3"),
@@ -113,6 +120,21 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
         (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
         (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
+        (["--train.max_steps=0"], "--train.max_steps must be -1 or at least 1, got 0"),
+        (
+            ["--model.lora.num_layers=-2"],
+            "--model.lora.num_layers must be -1 or at least 1, got -2",
+        ),
+        (["--model.lora.keys="], r"--model.lora.keys must be none or non-empty, got \[\]"),
+        (["--model.lora.dropout=1"], r"--model.lora.dropout must be in \[0, 1\), got 1"),
+        (["--model.quantize_group_size=48"], r"must be 32\|64\|128, got '48'"),
+        (["--data.max_rows=0"], "--data.max_rows must be none or at least 1, got 0"),
+        (["--sampling.top_p=0"], r"--sampling.top_p must be in \(0, 1\], got 0"),
+        (["--sampling.min_p=1.5"], r"--sampling.min_p must be none or in \[0, 1\], got 1.5"),
+        (["--sampling.temperature=0"], "must be positive, got 0.*training has to sample"),
+        (["--objective.importance_sampling_clip_min=4"], r"must be at most .* \(3\), got 4"),
+        (["--run.name=a/b"], "run.name must be a folder's name without '/', got 'a/b'"),
+        (["--run.log_completions=-2"], "--run.log_completions must be at least -1, got -2"),
         (
             ["--model.path="],
             "model.path must be non-empty, got ''. The model: a local folder",
@@ -152,6 +174,29 @@ def test_toml_round_trips_with_none_lists_tables_and_odd_strings(tmp_path: Path)
     assert load(GrpoRun, path) == run
 
 
+@pytest.mark.parametrize("cls", PROGRAMS)
+def test_every_programs_settings_round_trip(cls: Any, tmp_path: Path):
+    flags = ["--data.columns=prompt=my question", "--data.name=none", "--train.num_train_epochs=2"]
+    run = load(cls, None, [*FLAGS[cls], *flags])
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(run), encoding="utf-8")
+    assert load(cls, path) == run
+    assert set(tomllib.loads(path.read_text())) == set(cls.__struct_fields__)
+
+
+def test_paths_are_marked_by_their_types():
+    marked = {
+        path
+        for cls in PROGRAMS
+        for path, field in leaf_fields(cls).items()
+        if extra(field.annotation, "path")
+    }
+    assert marked == {
+        "model.path", "model.adapter_path", "model.chat_template", "model.reference", "data.path",
+        "data.eval_path", "data.prepare", "rewards.functions", "transport.keys",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("cls", [GrpoRun, PairsRun, PreferenceRun, SftRun])
 def test_help_lists_every_key_with_type_default_bounds_and_meaning(cls: Any):
     text = help_text(cls, "launch/x.py")
@@ -167,12 +212,18 @@ def test_help_lists_every_key_with_type_default_bounds_and_meaning(cls: Any):
 @pytest.mark.parametrize("cls", PROGRAMS)
 def test_every_program_has_a_json_schema(cls: Any):
     schema = msgspec.json.schema(cls)
-    definitions = schema["$defs"]
-    assert definitions["RunSettings" if cls is PairsRun else "TrainingRunSettings"
-                       if cls is not GrpoRun else "GrpoRunSettings"]["properties"]["seed"] == {
-        "type": "integer", "minimum": 0, "exclusiveMaximum": 2**32, "default": 42,
-        "description": "Seed of data order, new adapters, dropout and sampling.",
-    }  # fmt: skip
+    (seed,) = [
+        section["properties"]["seed"]
+        for section in schema["$defs"].values()
+        if "seed" in section["properties"]
+    ]
+    assert seed == {
+        "type": "integer",
+        "minimum": 0,
+        "exclusiveMaximum": 2**32,
+        "default": 42,
+        "description": leaf_fields(cls)["run.seed"].description,
+    }
 
 
 def test_configuration_loads_neither_mlx_nor_transformers():
