@@ -81,7 +81,7 @@ def load_base(settings: ModelSettings, folder: Path) -> tuple[nn.Module, dict[st
 
 
 def _read_config(folder: Path, path: str) -> dict[str, Any]:
-    """Return the config.json of the model that `path` names; refuse models that are not of text."""
+    """Return the config.json of the model that `path` names; refuse what is not a text model."""
     from mlx_lm.utils import load_config
 
     try:

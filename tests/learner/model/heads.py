@@ -1,4 +1,4 @@
-"""Small models with every kind of head, and gradients of what those heads say of tokens."""
+"""Small models with every kind of head, and gradients of their scores."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +42,7 @@ def trained(kind, *, bits=0, keys=None, **changes):
 
 
 def plain(model, arrays, temperature):
-    """Log-probs and entropies by log-softmax of all logits."""
+    """Return log-probs and entropies by log-softmax over all logits."""
     logits = model(arrays["input_ids"]).astype(mx.float32) / temperature
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     logs = mx.take_along_axis(logs, arrays["positions"][..., None], axis=1)
@@ -51,7 +51,7 @@ def plain(model, arrays, temperature):
 
 
 def gradients(model, arrays, forward):
-    """Gradients of a random weighting of log-probs and entropies: no two tokens count alike."""
+    """Return gradients of randomly weighted log-probs and entropies: no two tokens count alike."""
     mx.random.seed(2)
     weights = mx.random.normal((2, *arrays["mask"].shape)) * arrays["mask"]
 

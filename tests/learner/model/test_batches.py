@@ -10,7 +10,7 @@ def test_layout_by_hand():
     batch = token_batch(
         [[5, 6], [7]], [[8, 9, 10], []], length_bucket=2, masks=[[1.0, 0.0, 1.0], []]
     )
-    # Row 0 is 5 6 8 9 (10 is only predicted); its targets 8 9 10 follow positions 1 2 3.
+    # Sequence 0 is 5 6 8 9 (10 is only predicted); its targets 8 9 10 follow positions 1 2 3.
     np.testing.assert_array_equal(batch.input_ids, [[5, 6, 8, 9], [7, 0, 0, 0]])
     np.testing.assert_array_equal(batch.targets, [[8, 9, 10, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[1, 2, 3, 0], [0, 0, 0, 0]])
@@ -25,15 +25,13 @@ def test_every_target_follows_its_position():
     batch = token_batch(prompts, completions, length_bucket=32)
     assert batch.input_ids.shape == (3, 64)
     assert batch.targets.shape == (3, 64)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         whole = np.concatenate([prompt, completion])
         for token in range(len(completion)):
-            position = batch.positions[row, token]
-            np.testing.assert_array_equal(
-                batch.input_ids[row, : position + 1], whole[: position + 1]
-            )
-            assert batch.targets[row, token] == whole[position + 1]
-        assert batch.mask[row].sum() == len(completion)
+            position = batch.positions[i, token]
+            np.testing.assert_array_equal(batch.input_ids[i, : position + 1], whole[: position + 1])
+            assert batch.targets[i, token] == whole[position + 1]
+        assert batch.mask[i].sum() == len(completion)
 
 
 def test_sequences_train_on_everything_after_token_0():

@@ -1,4 +1,4 @@
-"""The ordered backward pass and gradient checkpointing: exact, and without a trace."""
+"""The ordered backward pass and gradient checkpointing: exact, and undone afterwards."""
 
 from typing import cast
 

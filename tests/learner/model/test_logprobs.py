@@ -133,7 +133,7 @@ def test_bfloat16_logits_become_float32_as_the_sampler_sees_them():
     wanted = mx.take_along_axis(logs, arrays["targets"][..., None], axis=-1).squeeze(-1)
     got, *_ = completion_logprobs(model, *ids, temperature=0.7, gradient=False)
     assert got.dtype == mx.float32
-    # The head sees another number of rows at once, which moves bfloat16 roundings of the logits.
+    # The head sees another number of tokens at once, which changes how bfloat16 logits are rounded.
     difference = mx.abs(got - wanted) * arrays["mask"]
     assert float(difference.max()) < 0.1
     assert float(difference.sum() / arrays["mask"].sum()) < 0.01

@@ -30,7 +30,7 @@ def test_counts_by_hand():
     model = tiny_model()
     stored = sum(array.nbytes for array in trainable(model).values())
     attach_adapters(model, ModelSettings(lora=LoraSettings(rank=4)))
-    # A layer: q 32>64, k and v 32>32, o 64>32, gate and up 32>64, down 64>32, each rank 4.
+    # Per layer: q 32>64, k and v 32>32, o 64>32, gate and up 32>64, down 64>32, each rank 4.
     adapters = 2 * 4 * ((32 + 64) + 2 * (32 + 32) + (64 + 32) + 2 * (32 + 64) + (64 + 32))
     result = estimate(model, reference=view(model, bypass_adapters=True))
     assert result.weights == stored + 4 * adapters
@@ -40,7 +40,7 @@ def test_counts_by_hand():
     # 64 tokens at once, V = 64, 8 arrays of float32; and 64 hidden states and slopes of 32.
     assert result.head == 64 * 64 * 4 * 8 + 64 * 32 * 4 * 2
     assert estimate(model, head="full").head == 128 * 64 * 4 * 4
-    # A token of a layer: 4 x 32 hidden, 3 x 64 queries, 4 x 32 keys and values, 5 x 64 of the MLP,
+    # Per token and layer: 4 x 32 hidden, 3 x 64 queries, 4 x 32 keys and values, 5 x 64 of the MLP,
     # and probabilities over 64 tokens of 2 heads.
     layer = 2 * 64 * (128 + 192 + 128 + 320 + 160) * 4
     assert result.activations == (2 + 1) * layer
@@ -52,7 +52,7 @@ def test_lengths_count_with_their_padding():
     model = tiny_model()
     padded = estimate(model, length=42, completion_length=16, length_bucket=32)
     assert padded == estimate(model, length=64, completion_length=32)
-    # Of a shared prompt nothing is padded: 26 tokens, then 16 in 32 places.
+    # A shared prompt is not padded: 26 tokens, then 16 in 32 places.
     shared = {"shared_prompt": True, "length": 42, "completion_length": 16, "length_bucket": 32}
     whole = {"shared_prompt": True, "length": 58, "completion_length": 32}
     assert estimate(model, **shared) == estimate(model, **whole)

@@ -1,4 +1,4 @@
-"""The reference policy: what it is, and that 100 updates leave every bit of it."""
+"""The reference policy: what it is, and that 100 updates do not change a bit of it."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -163,7 +163,7 @@ def test_an_adapter_of_any_kind_is_the_reference_of_a_policy_of_any_kind(
     policy = load_policy(settings, seed=1)
     begun = logprobs_of(policy.model)
     reference = make_reference(policy, settings)
-    assert mx.array_equal(logprobs_of(policy.model), begun)  # the adapter is not on the policy
+    assert mx.array_equal(logprobs_of(policy.model), begun)  # the policy did not get the adapter
     train(policy, 2)
     assert mx.array_equal(logprobs_of(reference.model), logprobs_of(adapted))
     assert not mx.array_equal(logprobs_of(adapted), begun)
@@ -180,7 +180,7 @@ def test_impossible_references_are_refused(folder, tmp_path):
 
 
 class Mixture(nn.Module):
-    """Switch and embedding adapters beside a linear one, one of them twice in the tree."""
+    """A switch, an embedding and a linear adapter, the last of them twice in the tree."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ def test_every_kind_of_adapter_is_bypassed():
     twin = view(model, bypass_adapters=True)
     tokens = mx.array([1, 4])
     before = model(tokens)
-    assert mx.array_equal(twin(tokens), before)  # fresh adapters add nothing
+    assert mx.array_equal(twin(tokens), before)  # new adapters add nothing
     for module in (model.embedding_adapter, model.experts, model.layers[0]):
         module.lora_b = mx.random.normal(module.lora_b.shape)
     assert not mx.array_equal(model(tokens), before)

@@ -1,4 +1,4 @@
-"""The prompt once for all completions of a group, against whole rows."""
+"""A prompt computed once for all completions of a group, against whole sequences."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ def policy(kind, **changes):
 
 
 def group_arrays(prompt_length, *, bucket=8, seed=0):
-    """Make the same group as whole rows and as rows that go on from the last prompt token."""
+    """Make a group as whole sequences, and as sequences from the last prompt token on."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(2, VOCAB, prompt_length, dtype=np.int32)
     rows = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in LENGTHS]
@@ -61,7 +61,7 @@ def results(
     model: nn.Module, arrays: Mapping[str, Any], *, recompute: bool = False,
     head: Head = "chunked",
 ) -> tuple[mx.array, dict[str, mx.array]]:  # fmt: skip
-    """Log-probs and entropies (2, B, C), and gradients; no two tokens count alike."""
+    """Return log-probs and entropies (2, B, C), and gradients; no two tokens count alike."""
     mask = arrays["mask"]
     mx.random.seed(2)
     weights = mx.random.normal((2, mask.shape[0], 32))[:, :, : mask.shape[1]] * mask
@@ -80,7 +80,7 @@ def results(
 
 
 def assert_equal(left, right, values=2e-6, gradients=2e-5):
-    """Compare within a share of the largest number of each array."""
+    """Compare each array within a tolerance relative to its largest number."""
     assert left[1].keys() == right[1].keys()
     pairs = [("values", left[0], right[0], values)]
     pairs += [(name, left[1][name], array, gradients) for name, array in right[1].items()]
@@ -93,7 +93,7 @@ def assert_equal(left, right, values=2e-6, gradients=2e-5):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_log_probs_entropies_and_gradients_equal_those_of_whole_rows(
+def test_log_probs_entropies_and_gradients_equal_those_of_whole_sequences(
     model_type, kind, recompute, prompt_length
 ):
     model = policy(kind, model_type=model_type)
@@ -117,7 +117,7 @@ def test_all_logits_at_once_are_equal_too(changes):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_reach_tokens_that_stand_in_the_prompt_alone(recompute):
+def test_gradients_reach_tokens_that_only_the_prompt_has(recompute):
     model = policy("full", tie_word_embeddings=False)
     whole, shared = group_arrays(6)
     prefix = set(np.array(shared["prompt_ids"])[0, :5].tolist())
@@ -130,7 +130,7 @@ def test_gradients_reach_tokens_that_stand_in_the_prompt_alone(recompute):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_padding_has_no_part_in_anything():
+def test_padding_changes_nothing():
     model = policy("full")
     _, shared = group_arrays(5)
     ids = np.array(shared["prompt_ids"])
@@ -185,7 +185,7 @@ BATCH = TrainBatch(
 
 
 def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings):
-    """Accumulate BATCH: returns objective, micro-batches, loss, metrics and gradients."""
+    """Accumulate BATCH; return objective, micro-batches, loss, metrics and gradients."""
     model = policy(kind)
     reference = tiny_model(seed=5, **GQA)
     reference.freeze()
@@ -237,14 +237,14 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
             assert mx.array_equal(logprobs, arrays["old_logprobs"])
 
 
-def test_several_groups_and_groups_that_would_take_no_fewer_tokens_are_whole_rows():
+def test_several_groups_and_groups_that_would_save_no_tokens_stay_whole():
     _, micro, *_ = step_of(True, "lora", size=3)
     assert all("prompt_ids" not in arrays for arrays in micro)
     prompt, rows = [2, 3, 4, 5, 6], [[7, 8, 9]] * 3
     cases = [
         (prompt, rows, True),  # 4 + 3 * 4 tokens instead of 3 * 8
-        (prompt, rows[:1], False),  # 4 + 4, and 8 in one row
-        (prompt[:2], rows, False),  # 4 + 3 * 4, and 3 * 4 in whole rows
+        (prompt, rows[:1], False),  # 4 + 4, and 8 in one sequence
+        (prompt[:2], rows, False),  # 4 + 3 * 4, and 3 * 4 in whole sequences
         (prompt[:1], rows, False),
     ]
     for start, completions, shares in cases:

@@ -1,4 +1,4 @@
-"""What a head says of tokens besides their log-probs: TRL's metrics, and masked vocabularies."""
+"""A head's further scores of tokens: TRL's metrics, and vocabularies with masked tokens."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def test_logit_metrics_equal_those_of_all_logits(case, gradient):
 
 
 def row_of(model, targets, head: Head, **asked):
-    """Scores of `targets` after the tokens 0, 1, 2 and so on."""
+    """Return scores of `targets` after the tokens 0, 1, 2 and so on."""
     here = mx.arange(len(targets))[None]
     return completion_logprobs(model, here, here, mx.array([targets]), head=head, **asked)
 
@@ -105,7 +105,7 @@ KEPT = [0, 2, 3, 6]
 def test_masked_tokens_are_as_if_they_were_not_there(head, frozen, temperature):
     rng = np.random.default_rng(0)
     table = rng.normal(size=(30, 7)).astype(np.float32) * 3
-    table[3] *= 100  # others are all but impossible
+    table[3] *= 100  # makes the others nearly impossible
     targets = rng.integers(0, len(KEPT), 30).tolist()
     weights = mx.array(rng.normal(size=(2, 30)).astype(np.float32))
 

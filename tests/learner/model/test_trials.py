@@ -1,4 +1,4 @@
-"""Which models may split off their head or compute a prompt once, and what the log says if not."""
+"""Which models may run their head apart or compute a prompt once; why not is in the log."""
 
 import logging
 from functools import partial
@@ -81,7 +81,7 @@ def dropping():
 
 
 def changed_attention(change):
-    """Make a model whose last layer uses its cache otherwise than the others."""
+    """Make a model whose last layer uses its cache in another way than the others."""
     model: Any = tiny_model(num_hidden_layers=3)
     attention = model.layers[-1].self_attn
     kind = type(attention)
@@ -94,7 +94,7 @@ def changed_attention(change):
 
 
 class Elsewhere:
-    """A cache that tells another position."""
+    """A cache that reports another position."""
 
     def __init__(self, cache):
         self.offset = 0
@@ -140,7 +140,7 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("case", OBSTACLES)
-def test_other_models_keep_whole_rows_and_the_log_says_why(case, caplog):
+def test_other_models_keep_whole_sequences_and_the_log_says_why(case, caplog):
     make, reason = OBSTACLES[case]
     with caplog.at_level(logging.INFO):
         assert not choose([tiny_model(), make()])

@@ -1,4 +1,4 @@
-"""Full fine-tuning in bfloat16 at a learning rate far below its resolution, beside float32."""
+"""Full fine-tuning in bfloat16 at a rate far below its resolution, compared with float32."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_masters_move_as_float32_does_and_the_model_has_them_rounded(tmp_path):
     numbers = sum(array.size for array in ways["float32"].start.values())
     for row in table:
         exact, ours, naive = (row.movements[name] for name in ("float32", "bfloat16", "naive"))
-        # A step of Adam moves a number by the rate at most, and by that at first.
+        # A step of Adam moves a number by at most the rate, and the first step by exactly that.
         assert 0.5 < exact.norm / (row.step * plan.rate * numbers**0.5) < 1
         assert ours.ratio == pytest.approx(1, abs=1e-3)
         assert ours.cosine > 0.999

@@ -32,7 +32,7 @@ class Weights(nn.Module):
 
 
 def pull(model, arrays):
-    """Make a loss whose gradient with respect to w is `arrays["g"]`."""
+    """Return a loss, whose gradient with respect to w is `arrays["g"]`, and its sum as a metric."""
     return (model.w * arrays["g"]).sum(), {"seen": arrays["g"].sum()}
 
 
@@ -78,7 +78,7 @@ def test_adamw_by_hand(max_norm, decay):
 
 
 def test_the_first_step_is_the_learning_rate():
-    """Without bias correction it would be 3.16 times as long."""
+    """Without bias correction the first step would be 3.16 times as long."""
     model = Weights([1.0])
     settings = OptimizerSettings(learning_rate=1e-3, max_grad_norm=0.0)
     step = Step(model, settings, total_steps=10, compiled=False)
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_counted(bad, caplog):
     assert step.state()["step"].item() == 0
     assert step.state()["m.w"].tolist() == [0.0, 0.0]
     step.accumulate({"g": mx.array([1.0, 1.0])}, pull)
-    assert step.apply().learning_rate == pytest.approx(0.075)  # the schedule went on
+    assert step.apply().learning_rate == pytest.approx(0.075)  # the schedule moved on
 
 
 def test_gradients_that_are_never_finite_end_the_run():
@@ -154,7 +154,7 @@ def test_skip_moves_the_schedule_only():
 
 
 def nll(model, arrays):
-    """Negative log-likelihood over a normaliser of the whole batch."""
+    """Return the negative log-likelihood over a normaliser of the whole batch."""
     logprobs, *_ = completion_logprobs(
         model, arrays["input_ids"], arrays["positions"], arrays["targets"]
     )
@@ -192,6 +192,18 @@ def test_splits_give_the_gradient_of_the_whole(parts):
     for name, whole in steps[0][1].items():
         difference = float(mx.linalg.norm(whole - steps[1][1][name]))
         assert difference <= 1e-5 * max(float(mx.linalg.norm(whole)), 1e-12), name
+
+
+def test_metrics_may_be_a_tree():
+    def loss(model, arrays):
+        value, metrics = pull(model, arrays)
+        return value, {"outer": {"inner": metrics["seen"], "twice": 2 * metrics["seen"]}}
+
+    step = Step(Weights([1.0, 2.0]), OptimizerSettings(), total_steps=1, compiled=False)
+    value, metrics = step.accumulate({"g": mx.array([0.5, -3.0])}, loss)
+    assert value.item() == 0.5 - 6
+    assert metrics["outer"]["inner"].item() == -2.5
+    assert metrics["outer"]["twice"].item() == -5
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -247,7 +259,7 @@ def sft_loss(head):
 @pytest.mark.parametrize(("head", "tolerance"), [("full", 0.0), ("chunked", 1e-6)])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_thirty_steps_of_sft_equal_mlx_lm_default_loss(head, tolerance, kind):
-    """A plain loop over mlx-lm's loss with the same AdamW, on the same batches."""
+    """Compare with a plain loop over mlx-lm's loss, with the same AdamW and batches."""
     rng = np.random.default_rng(4)
     settings = OptimizerSettings(
         learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0
@@ -280,7 +292,7 @@ def test_thirty_steps_of_sft_equal_mlx_lm_default_loss(head, tolerance, kind):
 
 
 def test_sft_stays_within_rounding_of_a_loop_over_mlx_alone():
-    """MLX's own AdamW takes 1 - beta**t in float32, 1.3e-5 off at first; nothing else differs."""
+    """MLX's AdamW computes 1 - beta**t in float32, 1.3e-5 off at first; nothing else differs."""
     rows = np.random.default_rng(4).integers(2, VOCAB, (30, 3, 17), dtype=np.int32)
     settings = OptimizerSettings(
         learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0

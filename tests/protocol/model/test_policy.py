@@ -1,4 +1,4 @@
-"""Loading policies, what of them is trained, and adapters in mlx-lm's format."""
+"""Loading policies, which of their tensors are trained, and adapters in mlx-lm's format."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_saved_adapters_load_in_mlx_lm_and_start_a_run(folder, tmp_path, kind):
     tokens = mx.array([[4, 9, 33]])
     loaded = mlx_lm_load(str(folder), adapter_path=str(tmp_path / "adapters"))[0]
     assert mx.array_equal(loaded(tokens), policy.model(tokens))
-    if kind != "full":  # full weights start a run as its model
+    if kind != "full":  # a run from full weights names them as its model
         start = settings_of(folder, fine_tune_type=kind, adapter_path=str(tmp_path / "adapters"))
         again = load_policy(start, seed=2)
         assert same(trainable(again.model), trainable(policy.model))
@@ -146,7 +146,7 @@ def test_lora_takes_the_dtype_of_what_it_adapts_and_dora_stays_exact(folder, tmp
     assert {array.dtype for array in trainable(dora.model).values()} == {mx.float32}
     ids = mx.array([[1, 2, 3]])
     assert mx.array_equal(dora.model(ids), plain.model(ids))
-    # An adapter of mlx-lm's own is float32.
+    # mlx-lm's own adapters are float32.
     save_adapters(tmp_path, load_policy(settings_of(folder), seed=1).model, lora.adapter_config, "")
     loaded = settings_of(folder, dtype="bfloat16", adapter_path=str(tmp_path))
     values = trainable(load_policy(loaded, seed=1).model).values()
@@ -171,7 +171,7 @@ def test_faults_say_what_to_do(folder, change, says):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Make a hub of one model; return its folder, and the downloads that were asked for."""
+    """Fake a hub with one model; return its folder, and the downloads requested."""
     folder = write_model_folder(tmp_path / "hub")
     asked = []
 

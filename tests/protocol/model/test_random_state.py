@@ -1,4 +1,4 @@
-"""The global random state: taken and put back, and borrowed."""
+"""The global random state: saved, restored, and replaced for a while."""
 
 import mlx.core as mx
 
@@ -14,7 +14,7 @@ def test_random_state_goes_back():
     assert mx.array_equal(mx.random.uniform(shape=(4,)), first)
 
 
-def test_a_borrowed_state_is_the_seed_s_and_goes_back():
+def test_a_seeded_block_draws_from_its_seed_and_restores_the_state():
     mx.random.seed(123)
     state = random_state()
     with seeded(5):

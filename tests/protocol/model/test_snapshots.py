@@ -1,4 +1,4 @@
-"""Snapshots: whole or not at all, checked before they are applied."""
+"""Snapshots: complete or not at all, checked before they are applied."""
 
 import errno
 import os
