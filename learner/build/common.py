@@ -143,7 +143,7 @@ def schedule_of(settings: TrainingRun, total: int) -> Schedule:
 
 
 def started_at(folder: Path) -> float:
-    """Return when the run began, Unix time: the first time it was assembled in this folder."""
+    """Return when the run began: the first time it was assembled in this folder."""
     path = folder / "started_at"
     if not path.exists():
         path.write_text(f"{time.time():.3f}\n")
