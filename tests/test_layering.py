@@ -32,7 +32,7 @@ ROOMS = {
     "actors.session": {"actions", "bridge_messages", "engine"},
     "actors.io": {"bridge_messages"},
     "actors.worker": {"actions", "bridge_messages", "engine", "policy_store", "session"},
-    "learner.interfaces": set(),
+    "learner.interfaces": {"losses"},
     "learner.records": set(),
     "learner.checkpoint": set(),
     "learner.losses": set(),

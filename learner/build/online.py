@@ -228,14 +228,12 @@ def _trainer(
     objective = GrpoObjective(
         settings_objective,
         train,
+        settings.sampling,
+        settings.rewards,
         policy.model,
-        settings.sampling.temperature,
-        settings.sampling.max_completion_length,
-        settings.rewards.reward_weights,
         head,
         line,
         reference=reference.model if reference is not None else None,
-        max_none_batches=settings.rewards.max_none_batches,
         share_prompt=share_prompt,
     )
     evaluator = OnlineEvaluator(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,15 @@ class TokenBatch:
     def rows(self) -> int:
         """B, the number of rows."""
         return self.input_ids.shape[0]
+
+
+class TokenArrays(TypedDict):
+    """A `TokenBatch` on the device: the arrays that every micro-batch has."""
+
+    input_ids: mx.array  # (B, T) int32
+    targets: mx.array  # (B, C) int32
+    positions: mx.array  # (B, C) int32
+    mask: mx.array  # (B, C) float32
 
 
 def bucketed(length: int, bucket: int) -> int:
@@ -96,14 +106,14 @@ def sequence_batch(
     )
 
 
-def to_device(tokens: TokenBatch) -> dict[str, mx.array]:
-    """Return a token batch as MLX arrays by name."""
-    return {
-        "input_ids": mx.array(tokens.input_ids),
-        "targets": mx.array(tokens.targets),
-        "positions": mx.array(tokens.positions),
-        "mask": mx.array(tokens.mask),
-    }
+def to_device(tokens: TokenBatch) -> TokenArrays:
+    """Return a token batch as MLX arrays."""
+    return TokenArrays(
+        input_ids=mx.array(tokens.input_ids),
+        targets=mx.array(tokens.targets),
+        positions=mx.array(tokens.positions),
+        mask=mx.array(tokens.mask),
+    )
 
 
 def aligned(

@@ -7,7 +7,7 @@ layer's keys and values as nodes of the graph, `Prefix` puts them before each ro
 pass through both, and prompt and completions see what they would see in one sequence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -24,11 +24,6 @@ class SharedPrompt(NamedTuple):
 
     prompt_ids: mx.array  # (1, K) int32
     prompt_length: mx.array  # () int32, at most K; an array, so that a trace serves all lengths
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, mx.array]) -> "SharedPrompt | None":
-        """Return the prompt among a micro-batch's arrays, if its rows share one."""
-        return cls(*(arrays[x] for x in cls._fields)) if cls._fields[0] in arrays else None
 
 
 def shared_prompt(prompt: Tokens, length_bucket: int) -> SharedPrompt:

@@ -26,12 +26,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
+from learner.data.examples import Logprobs
 from learner.model.batches import TokenBatch, to_device
-from learner.model.logprobs import Head, completion_logprobs
+from learner.model.logprobs import Head
 from learner.model.reference import Reference
-from learner.objectives.preference_batches import reference_inputs, with_reference
-from protocol.config.settings import PreferenceSettings, TrainSettings
+from learner.objectives.base import ReferenceLayout, frozen_logprobs
 from protocol.errors import SnapshotError
 from protocol.model.snapshots import read_tensors, write_tensors
 
@@ -40,7 +39,7 @@ log = logging.getLogger("pippin.learner")
 LAYOUT = 1  # of the file; changes with anything that makes older ones unusable
 _REPORT_S = 10.0
 
-Batch = Sequence[PreferenceExample] | Sequence[UnpairedExample]
+Batch = Sequence[Any]  # of examples
 
 
 @dataclass(frozen=True)
@@ -49,25 +48,16 @@ class Scorer:
 
     reference: Reference
     head: Head
-    settings: PreferenceSettings
-    train: TrainSettings
+    layout: ReferenceLayout[Any]
 
     def inputs(self, batches: Sequence[Batch]) -> Iterator[TokenBatch]:
         """Yield the token batches of all batches, in order."""
         for batch in batches:
-            yield from reference_inputs(batch, self.settings, self.train)
+            yield from self.layout.reference_inputs(batch)
 
     def score(self, tokens: TokenBatch) -> Logprobs:
         """Return the log-probs (tokens,) of the rows one after the other, without padding."""
-        arrays = to_device(tokens)
-        logprobs, *_ = completion_logprobs(
-            self.reference.model,
-            arrays["input_ids"],
-            arrays["positions"],
-            arrays["targets"],
-            head=self.head,
-            gradient=False,
-        )
+        logprobs = frozen_logprobs(self.reference.model, to_device(tokens), self.head)
         return np.array(logprobs)[tokens.mask > 0]
 
     def identity(self) -> str:
@@ -122,7 +112,7 @@ def precompute(
         log.info("reference log-probs of %d rows: computed in %.1f s", rows, took)
         _write(path, flat)
     parts = _rows(flat, starts, sizes)
-    return [list(with_reference(batch, parts, scorer.settings, scorer.train)) for batch in batches]
+    return [scorer.layout.with_reference(batch, parts) for batch in batches]
 
 
 def _survey(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[np.ndarray]]:

@@ -1,8 +1,7 @@
 """The trainer's view of offline batches, and the evaluation of held-out examples."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -11,8 +10,8 @@ import mlx.nn as nn
 import msgspec
 
 from learner.data.examples import E
-from learner.interfaces import Objective, Prepared
-from learner.losses.metrics import number
+from learner.interfaces import Objective
+from learner.losses.metrics import Metrics, finish_batches, merge_metrics, number
 from learner.offline.batches import OfflineSource, OfflineState
 
 log = logging.getLogger("pippin.data")
@@ -62,7 +61,7 @@ class StoredEvaluator(Generic[E]):
     """
 
     model: nn.Module
-    objective: Objective[list[E]]
+    objective: Objective[list[E], Any]
     examples: Sequence[E]
     batch_size: int
     answers: Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]] | None = (
@@ -73,15 +72,14 @@ class StoredEvaluator(Generic[E]):
 
     def start(self, version: int) -> None:
         """Evaluate at once."""
-        parts: dict[str, float] = {}
+        found: list[tuple[Metrics, int]] = []
         total = 0.0
         for start in range(0, len(self.examples), self.batch_size):
             batch = list(self.examples[start : start + self.batch_size])
-            loss, found = self._batch(batch)
+            loss, merged = self._batch(batch)
             total += loss * len(batch)
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + value
-        figures = self.objective.finish({name: mx.array(value) for name, value in parts.items()})
+            found.append((merged, len(batch)))
+        figures = finish_batches(found)
         metrics = {f"eval/{name}": value for name, value in figures.items()}
         metrics["eval/loss"] = total / max(len(self.examples), 1)
         metrics["eval/rows"] = float(len(self.examples))
@@ -91,37 +89,19 @@ class StoredEvaluator(Generic[E]):
             metrics |= lengths
         self._result = (version, metrics, lines)
 
-    def _batch(self, batch: list[E]) -> tuple[float, dict[str, float]]:
-        """Return a batch's loss, and its metrics as sums and counts."""
-        prepared: Prepared = self.objective.prepare(batch)
+    def _batch(self, batch: list[E]) -> tuple[float, Metrics]:
+        """Return a batch's loss and its metrics, evaluated."""
+        prepared = self.objective.prepare(batch)
         loss = 0.0
-        merged: dict[str, mx.array] = {}
+        merged = Metrics()
         for arrays in prepared.micro:
             value, metrics = self.objective.loss(self.model, arrays)
             loss += number(value)
-            merged = self.objective.merge(merged, metrics)
-        values = {name: number(value) for name, value in merged.items()}
-        return loss, _means(values, float(len(batch)))
+            merged = merge_metrics(merged, metrics)
+        mx.eval(merged)
+        return loss, merged
 
     def poll(self) -> tuple[int, dict[str, float], list[dict[str, Any]]] | None:
         """Return what `start` found."""
         result, self._result = self._result, None
         return result
-
-
-def _means(parts: Mapping[str, float], rows: float) -> dict[str, float]:
-    """Return parts (see `learner/losses/metrics.py`) of which all are sums and counts, so that
-    those of batches add up to means over all that was counted.
-
-    What a batch gives as one value (a share of its loss, an extreme) counts once a row. What has
-    no value in this batch counts nothing.
-    """
-    found: dict[str, float] = {}
-    for key, value in parts.items():
-        kind, name = key.split(":", 1)
-        counted = kind == "count" or f"count:{name}" in parts
-        if counted:
-            found[key] = value
-        elif not math.isinf(value):
-            found |= {f"sum:{name}": value * rows, f"count:{name}": rows}
-    return found

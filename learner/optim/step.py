@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from learner.model.logprobs import layer_by_layer
 from learner.optim.adamw import MasterAdamW, Tensors
@@ -25,7 +25,7 @@ from protocol.model.snapshots import trainable
 log = logging.getLogger(__name__)
 
 Arrays = Any  # a tree of dicts, lists and tuples of mx.array
-Metrics = dict[str, mx.array]
+Metrics = Any  # such a tree too
 MAX_SKIPS = 10  # updates in a row without a finite gradient that end the run
 LossFn = Callable[[nn.Module, Arrays], tuple[mx.array, Metrics]]
 
@@ -169,7 +169,7 @@ class Step:
             # mx.compile merges equal expressions and then loses those that are outputs ("_Map_base
             # ::at"); behind a dependency an output is never equal to anything.
             value = _apart(value, value)
-            metrics = {name: _apart(metric, value) for name, metric in metrics.items()}
+            metrics = tree_map(lambda metric: _apart(metric, value), metrics)
             gradients = {name: array.astype(mx.float32) for name, array in gradients.items()}
             if sums:
                 gradients = {name: sums[name] + array for name, array in gradients.items()}

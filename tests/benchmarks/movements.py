@@ -17,10 +17,10 @@ import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from learner.data.examples import SftExample, sequences
-from learner.interfaces import Arrays
 from learner.losses.metrics import number
-from learner.objectives.sft import SftObjective
+from learner.objectives.sft import SftArrays, SftObjective
 from learner.offline.batches import open_offline
+from learner.optim.adamw import Tensors
 from learner.optim.step import Step, should_compile
 from protocol.config.settings import DataSettings, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.model.policy import load_policy
@@ -84,20 +84,20 @@ class Way:
         build = _naive if name == "naive" else _learner
         self._take, self._masters = build(self.model, plan, objective)
 
-    def take(self, arrays: Arrays) -> None:
+    def take(self, arrays: SftArrays) -> None:
         """Take a step and note its loss."""
         self.losses.append(number(self._take(arrays)))
 
-    def weights(self) -> Arrays:
+    def weights(self) -> Tensors:
         """Return what the forward pass uses, by name."""
         return trainable(self.model)
 
-    def masters(self) -> Arrays:
+    def masters(self) -> Tensors:
         """Return what the optimiser moves: float32, but for the naive way."""
         return {**self.weights(), **self._masters()}
 
 
-_Built = tuple[Callable[[Arrays], mx.array], Callable[[], Arrays]]
+_Built = tuple[Callable[[SftArrays], mx.array], Callable[[], Tensors]]
 
 
 def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
@@ -105,12 +105,12 @@ def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
     settings = OptimizerSettings(learning_rate=plan.rate, lr_scheduler_type="constant")
     step = Step(model, settings, total_steps=plan.steps, compiled=should_compile("auto"))
 
-    def take(arrays: Arrays) -> mx.array:
+    def take(arrays: SftArrays) -> mx.array:
         loss, _ = step.accumulate(arrays, objective.loss)
         step.apply()
         return loss
 
-    def masters() -> Arrays:
+    def masters() -> Tensors:
         prefix = "master."
         state = step.state()
         return {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
@@ -124,7 +124,7 @@ def _naive(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
     adam.init(model.trainable_parameters())
     state = [model.state, adam.state]
 
-    def step(arrays: Arrays) -> mx.array:
+    def step(arrays: SftArrays) -> mx.array:
         (loss, _), gradients = nn.value_and_grad(model, objective.loss)(model, arrays)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         adam.update(model, gradients)
@@ -132,7 +132,7 @@ def _naive(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
 
     run = mx.compile(step, inputs=state, outputs=state) if should_compile("auto") else step
 
-    def take(arrays: Arrays) -> mx.array:
+    def take(arrays: SftArrays) -> mx.array:
         loss = run(arrays)
         mx.eval(loss, state)
         return loss
@@ -148,7 +148,7 @@ class Judge:
         self._objective = objective
         self._micro = objective.prepare(rows).micro
 
-    def loss(self, weights: Arrays) -> float:
+    def loss(self, weights: Tensors) -> float:
         """Return the mean over the tokens that count, nats."""
         exact = [(name, array.astype(mx.float32)) for name, array in weights.items()]
         self._model.update(tree_unflatten(exact))

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from learner.model import chunked
-from learner.model.batches import to_device
+from learner.model.batches import TokenArrays, to_device
 from learner.model.logprobs import Head, choose_head, completion_logprobs, layer_by_layer
 from protocol.errors import ModelError
 from protocol.model.snapshots import trainable
@@ -38,7 +38,7 @@ def plain(model, arrays, temperature):
     return logprobs, -(mx.exp(logs) * logs).sum(axis=-1)
 
 
-def logprobs_of(model: nn.Module, *, arrays: dict[str, mx.array], head: Head, entropy: bool):
+def logprobs_of(model: nn.Module, *, arrays: TokenArrays, head: Head, entropy: bool):
     return completion_logprobs(
         model,
         arrays["input_ids"],

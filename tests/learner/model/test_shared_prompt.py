@@ -9,15 +9,23 @@ import pytest
 from mlx.utils import tree_flatten
 
 from learner.data.prompts import Prompt
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
 from learner.model import chunked
 from learner.model.batches import to_device, token_batch
 from learner.model.logprobs import Head, completion_logprobs, layer_by_layer
-from learner.model.shared_prompt import SharedPrompt, after_prompt, group_batch, shared_prompt
+from learner.model.shared_prompt import after_prompt, group_batch, shared_prompt
 from learner.model.trials import choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
 from learner.online.experience import TrainBatch, TrainedGroup
 from learner.optim.step import Step
-from protocol.config.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.config.settings import (
+    GrpoSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RewardSettings,
+    SamplingSettings,
+    TrainSettings,
+)
 from protocol.errors import ModelError
 from protocol.messages.arrays import floats_bytes
 from protocol.model.adapters import attach_adapters
@@ -51,11 +59,11 @@ def group_arrays(prompt_length, *, bucket=8, seed=0):
     rows = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in LENGTHS]
     whole = token_batch([prompt] * len(rows), rows, length_bucket=bucket)
     own = token_batch([prompt[-1:]] * len(rows), rows, length_bucket=bucket)
-    return to_device(whole), to_device(own) | shared_prompt(prompt, bucket)._asdict()
+    return to_device(whole), {**to_device(own), "prompt": shared_prompt(prompt, bucket)}
 
 
 def results(
-    model: nn.Module, arrays: dict[str, mx.array], *, recompute: bool = False,
+    model: nn.Module, arrays: Any, *, recompute: bool = False,
     head: Head = "chunked",
 ) -> tuple[mx.array, dict[str, mx.array]]:  # fmt: skip
     """Log-probs and entropies (2, B, C), and gradients; no two tokens count alike."""
@@ -66,7 +74,7 @@ def results(
     def loss(model: nn.Module) -> tuple[mx.array, mx.array]:
         scores = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"],
-            prompt=SharedPrompt.of(arrays), temperature=0.7, head=head, entropy_gradient=True,
+            prompt=arrays.get("prompt"), temperature=0.7, head=head, entropy_gradient=True,
         )  # fmt: skip
         values = mx.stack([scores.logprobs, scores.entropies])
         return (values * weights).sum(), values * mask
@@ -189,7 +197,8 @@ def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings)
     model.train()
     made = GrpoObjective(
         GrpoSettings(**settings), TrainSettings(micro_batch_size=size, length_bucket=4),
-        model, 0.8, 16, None, "chunked", lambda *_: {}, reference=reference, share_prompt=share,
+        SamplingSettings(temperature=0.8, max_completion_length=16), RewardSettings(),
+        model, "chunked", lambda *_: {}, reference=reference, share_prompt=share,
     )  # fmt: skip
     prepared = made.prepare(BATCH)
     assert prepared.step
@@ -201,8 +210,8 @@ def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings)
     for arrays in prepared.micro:
         loss, metrics = step.accumulate(arrays, made.loss)
         total += loss.item()
-        merged = metrics if merged is None else made.merge(merged, metrics)
-    return made, prepared.micro, total, made.finish(merged or {}), step.gradients()
+        merged = metrics if merged is None else merge_metrics(merged, metrics)
+    return made, prepared.micro, total, finish_metrics(merged or Metrics()), step.gradients()
 
 
 SETTINGS = {
@@ -219,7 +228,7 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
     made, micro, *shared = step_of(True, kind, recompute=recompute, **SETTINGS[case])
     _, plain_micro, *whole = step_of(False, kind, recompute=recompute, **SETTINGS[case])
     assert len(micro) == len(plain_micro)
-    assert all("prompt_ids" in arrays for arrays in micro)
+    assert all("prompt" in arrays for arrays in micro)
     assert micro[0]["input_ids"].shape[1] < plain_micro[0]["input_ids"].shape[1]
     assert shared[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-7)
     assert shared[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
@@ -229,14 +238,14 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
             with layer_by_layer(made.model, recompute=recompute):
                 logprobs, *_ = completion_logprobs(
                     made.model, arrays["input_ids"], arrays["positions"], arrays["targets"],
-                    prompt=SharedPrompt.of(arrays), temperature=0.8, entropy=True,
+                    prompt=arrays.get("prompt"), temperature=0.8, entropy=True,
                 )  # fmt: skip
             assert mx.array_equal(logprobs, arrays["old_logprobs"])
 
 
 def test_several_groups_and_groups_that_would_take_no_fewer_tokens_are_whole_rows():
     _, micro, *_ = step_of(True, "lora", size=3)
-    assert all("prompt_ids" not in arrays for arrays in micro)
+    assert all("prompt" not in arrays for arrays in micro)
     prompt, rows = [2, 3, 4, 5, 6], [[7, 8, 9]] * 3
     cases = [
         (prompt, rows, True),  # 4 + 3 * 4 tokens instead of 3 * 8
@@ -254,6 +263,10 @@ def test_several_groups_and_groups_that_would_take_no_fewer_tokens_are_whole_row
         assert group_batch(starts, completions, one_prompt=False, **given)[1] is None
 
 
+def flat(tree: Any) -> Any:
+    return tree_flatten(tree)
+
+
 @pytest.mark.slow  # a C++ compiler runs for each kernel on CPU
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_equals_eager(recompute):
@@ -263,6 +276,6 @@ def test_compiled_equals_eager(recompute):
     # Both groups have the same shapes, so that one trace serves prompts of 6 tokens and of 9.
     eager = step_of(True, "lora", recompute=recompute)
     compiled = step_of(True, "lora", recompute=recompute, compiled=True)
-    assert len({tuple(array.shape for array in arrays.values()) for arrays in eager[1]}) == 1
+    assert len({tuple(array.shape for _, array in flat(arrays)) for arrays in eager[1]}) == 1
     assert compiled[2] == eager[2]
     assert all(mx.array_equal(array, eager[4][name]) for name, array in compiled[4].items())

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -171,7 +172,7 @@ def lora_model(seed=0):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_splits_give_the_gradient_of_the_whole(parts):
-    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays: Any = {**to_device(ragged_batch()), "count": mx.array(50.0)}
     steps = []
     for split in (1, parts):
         step = Step(lora_model(), OptimizerSettings(), total_steps=1, compiled=False)
@@ -191,7 +192,7 @@ def test_splits_give_the_gradient_of_the_whole(parts):
 
 def test_resume_is_bit_exact(tmp_path):
     settings = OptimizerSettings(learning_rate=1e-2)
-    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays: Any = {**to_device(ragged_batch()), "count": mx.array(50.0)}
 
     def go_on(step, updates):
         done = []
@@ -297,7 +298,7 @@ def test_sft_stays_within_rounding_of_a_loop_over_mlx_alone():
 @pytest.mark.slow  # `nll` writes its sum twice, which mx.compile merges: metrics must survive it
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_compiled_equals_eager(kind):
-    arrays = to_device(ragged_batch()) | {"count": mx.array(50.0)}
+    arrays: Any = {**to_device(ragged_batch()), "count": mx.array(50.0)}
     results = []
     for compiled in (False, True):
         model = tiny_model()
@@ -318,7 +319,7 @@ def test_the_model_keeps_no_traces_and_its_own_names():
     model = lora_model()
     before = trainable(model)
     step = Step(model, OptimizerSettings(), total_steps=1, compiled=False)
-    step.accumulate(to_device(ragged_batch()) | {"count": mx.array(50.0)}, nll)
+    step.accumulate({**to_device(ragged_batch()), "count": mx.array(50.0)}, nll)
     after = trainable(model)
     assert after.keys() == before.keys() == step.gradients().keys()
     assert all(after[name] is before[name] for name in before)
