@@ -52,7 +52,7 @@ def policy(kind, **changes):
     return model
 
 
-def group_arrays(prompt_length, *, bucket=8, seed=0):
+def group_arrays(prompt_length, *, bucket=8, seed=0) -> tuple[Any, Any]:
     """Make the same group as whole rows and as rows that go on from the last prompt token."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(2, VOCAB, prompt_length, dtype=np.int32)
@@ -125,7 +125,7 @@ def test_all_logits_at_once_are_equal_too(changes):
 def test_gradients_reach_tokens_that_stand_in_the_prompt_alone(recompute):
     model = policy("full", tie_word_embeddings=False)
     whole, shared = group_arrays(6)
-    prefix = set(np.array(shared["prompt_ids"])[0, :5].tolist())
+    prefix = set(np.array(shared["prompt"].prompt_ids)[0, :5].tolist())
     prefix -= set(np.array(shared["input_ids"]).ravel().tolist())
     assert len(prefix) >= 2
     name = "model.embed_tokens.weight"
@@ -138,15 +138,15 @@ def test_gradients_reach_tokens_that_stand_in_the_prompt_alone(recompute):
 def test_padding_has_no_part_in_anything():
     model = policy("full")
     _, shared = group_arrays(5)
-    ids = np.array(shared["prompt_ids"])
+    ids = np.array(shared["prompt"].prompt_ids)
     assert ids.shape == (1, 8)
     ids[0, 4:] = [7, 9, 11, 13]
     values, grads = results(model, shared)
-    others = results(model, shared | {"prompt_ids": mx.array(ids)})
+    others = results(model, {**shared, "prompt": shared["prompt"]._replace(prompt_ids=mx.array(ids))})
     assert mx.array_equal(values, others[0])
     assert_equal(others, (values, grads), 0.0, 1e-6)
     wide = group_arrays(5, bucket=32)[1]
-    assert wide["prompt_ids"].shape == (1, 32)
+    assert wide["prompt"].prompt_ids.shape == (1, 32)
     values = values[:, :, :20]
     wide_values, wide_grads = results(model, wide)
     assert_equal((wide_values[:, :, :20], wide_grads), (values, grads))
