@@ -3,6 +3,8 @@
 The trainer knows no more of them than this, and they know nothing of the trainer.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar

@@ -4,6 +4,8 @@ The trainer knows neither where batches come from nor what is optimised. It owns
 program calls `advance` until `done`, and waits on the source in between.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import logging
 import math
 import time
@@ -32,7 +34,10 @@ BatchT = TypeVar("BatchT")
 
 @dataclass
 class Schedule:
-    """When the trainer does what, in batches. `max_steps` None: until the source is exhausted."""
+    """When the trainer stops, saves and evaluates, in batches.
+
+    `max_steps` None: until the source is exhausted.
+    """
 
     max_steps: int | None
     save_steps: int
@@ -54,11 +59,11 @@ class Trainer(Generic[BatchT]):
     evaluator: Evaluator | None = None
     step: int = 0
     num_tokens: float = 0.0
-    resume_state: Mapping[str, Any] = field(default_factory=dict)
-    last_metrics: dict[str, float] = field(default_factory=dict)
+    resume_state: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    last_metrics: dict[str, float] = field(default_factory=dict[str, float])
     done: bool = False
     stopping: bool = False
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict[str, float])
     _evaluated: int = -1
     _idle_since: float = field(default_factory=time.monotonic)
 
@@ -218,7 +223,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def _finish(self, timeout_s: float) -> bool:
-        """Evaluate the last policy, save, and be done."""
+        """Evaluate and save the last policy."""
         if self.evaluator is not None and not self.stopping:
             if self.evaluator.pending:
                 self.source.poll(timeout_s)
@@ -231,7 +236,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint; one that is not `required` may fail with a logged error."""
+        """Write a checkpoint; if it is not `required`, a failure is logged and training goes on."""
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
@@ -245,6 +250,7 @@ class Trainer(Generic[BatchT]):
                 "random": random_state(),
             },
         )
+
         try:
             # The step under evaluation may turn out to be the best.
             also = {int(self.best.get("step", -1)), self._evaluated}
@@ -258,7 +264,7 @@ class Trainer(Generic[BatchT]):
             log.exception("training goes on without this checkpoint")
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; the model's tensors are already its own."""
+        """Continue from a checkpoint, whose tensors the model has already."""
         self.step = checkpoint.step
         self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))
         self._evaluated = int(checkpoint.state.get("evaluated", -1))

@@ -45,8 +45,8 @@ ROOMS = {
     "learner.offline": {"interfaces", "losses", "data", "model", "objectives"},
     "learner.trainer": {"interfaces", "losses", "optim", "checkpoint", "records"},
     "learner.build": {
-        "interfaces", "losses", "data", "model", "optim", "ledger", "online", "objectives",
-        "offline", "trainer", "checkpoint", "records",
+        "data", "model", "optim", "ledger", "online", "objectives", "offline", "trainer",
+        "checkpoint", "records",
     },
 }  # fmt: skip
 LIGHT = (

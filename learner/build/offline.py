@@ -73,9 +73,8 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
 
     reference_model = None if reference is None else reference.model
     objective = method.objective(settings, policy.model, head, reference_model)
-    evaluator = StoredEvaluator(
-        policy.model, objective, sets.evaluation, settings.eval.batch_size, answering
-    )
+    size = settings.eval.batch_size
+    evaluator = StoredEvaluator(policy.model, objective, sets.evaluation, size, answering)
     source: StoredSource[Any] = StoredSource(sets.train)
     trainer: Trainer[Any] = Trainer(
         policy.model,
@@ -87,6 +86,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
         evaluator if sets.evaluation else None,
         resume_state=digests,
     )
+
     trainer.stopping = stopped()
     if checkpoint is not None:
         source.restore(checkpoint.source)

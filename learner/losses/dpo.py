@@ -11,7 +11,7 @@ from learner.losses.pairs import PairBatch, pair_metrics
 from protocol.config.settings import PreferenceSettings
 
 EXPONENT_LIMIT = 80.0  # TRL's clamp: exp stays finite in float32
-SQUARE_LIMIT = 1e18  # its square is finite in float32
+SQUARE_LIMIT = 1e18  # a number whose square is still finite in float32
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def f_score(ratio: mx.array, settings: PreferenceSettings) -> mx.array:
 def _exo_pair(pairs: PairSums, s: PreferenceSettings) -> mx.array:
     z = s.beta * pairs.delta(s)
     won, lost = log_sigmoid(z), log_sigmoid(-z)
-    # Not mx.sigmoid: its gradient y (1 - y) has no digits left where y is near 1
+    # Not mx.sigmoid: its gradient y (1 - y) loses all digits where y is near 1
     return mx.exp(won) * (won - math.log1p(-s.label_smoothing)) + mx.exp(lost) * (
         lost - math.log(s.label_smoothing)
     )

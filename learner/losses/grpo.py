@@ -16,11 +16,10 @@ from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
 from learner.losses.clipping import CLIP_RATIOS, average, loss_metrics
 from learner.losses.importance import k3, log_ratio, off_policy_mask, saturated
-from learner.losses.metrics import Mean, Metrics, merge_metrics
+from learner.losses.metrics import Mean, Metrics, detached, merge_metrics
 from protocol.config.settings import GrpoSettings
 
 Normalisers = Mapping[str, mx.array]
@@ -188,9 +187,9 @@ def grpo_loss(
     """Return a micro-batch's share of the loss, and its metrics.
 
     `logprobs`, `entropies`, `mask`, `old_logprobs`, `ref_logprobs`, `sampling_logprobs` (B, C)
-    float32, nats; `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction;
-    without `sampling_logprobs` the off-policy mask compares with `old_logprobs`. `sequence_mask`
-    (B,) is 0 for empty sequences that only fill the shape, which metrics leave out.
+    float32, nats; `advantages` (B,). `ratio` is `importance_ratio`'s, if any; the off-policy mask
+    compares with `sampling_logprobs`, or else with `old_logprobs`. `sequence_mask` (B,) is 0 for
+    empty sequences that only fill the shape, which metrics leave out.
     """
     variant, advantages = VARIANTS[settings.loss_type], advantages[:, None]
     if sequence_mask is None:
@@ -203,14 +202,13 @@ def grpo_loss(
     loss, values = variant.surrogate(inputs, settings)
     metrics = loss_metrics(values | {"entropy": entropies}, ratio, mask, sequence_mask)
 
-    if settings.off_policy_mask_threshold is not None:
+    if (threshold := settings.off_policy_mask_threshold) is not None:
         sampling = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        threshold = settings.off_policy_mask_threshold
         loss = loss * off_policy_mask(logprobs, sampling, advantages, mask, threshold)
-    bonus_mask = mask
+    kept = mask  # tokens of high entropy
     if settings.top_entropy_quantile < 1.0:
         high = (entropies >= normalisers["entropy_threshold"]).astype(mask.dtype)
-        loss, bonus_mask = loss * high, mask * high
+        loss, kept = loss * high, mask * high
     if ratio is not None and not variant.applies_ratio:
         loss = loss * ratio
 
@@ -219,11 +217,12 @@ def grpo_loss(
         loss = loss + settings.beta * kl
         metrics = merge_metrics(metrics, Metrics(means={"kl": average(kl, mask, sequence_mask)}))
     total = variant.aggregate(loss * mask, mask, normalisers)
+
     if settings.entropy_coef != 0.0:
         metrics = merge_metrics(metrics, Metrics(shares={"policy_loss": total}))
-        bonus = (entropies * bonus_mask).sum() / normalisers["entropy_tokens"]
+        bonus = (entropies * kept).sum() / normalisers["entropy_tokens"]
         total = total - settings.entropy_coef * bonus
-    return total, tree_map(mx.stop_gradient, metrics)
+    return total, detached(metrics)
 
 
 def _kl(

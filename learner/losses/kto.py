@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
-from learner.losses.metrics import Mean, Metrics
+from learner.losses.metrics import Mean, Metrics, detached
 from protocol.config.preference_checks import KTO_LOSSES
 from protocol.config.settings import PreferenceSettings
 from protocol.errors import ConfigError
@@ -68,7 +67,7 @@ def kto_loss(
         margins={"rewards/margins": (means["rewards/chosen"], means["rewards/rejected"])},
         maxima={"kl": kl},  # the batch's, so the same in every micro-batch
     )
-    return loss, tree_map(mx.stop_gradient, metrics)
+    return loss, detached(metrics)
 
 
 def kto_weight_advice(good: int, bad: int, settings: PreferenceSettings) -> str:

@@ -1,10 +1,11 @@
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-# (mlx.utils.tree_map has no types)
 """Metrics that merge exactly over micro-batches: sums with their weights, smallest and largest.
 
 A `Metrics` is a tree of arrays (named tuples and dicts), so that a compiled step can return it.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (mlx.utils.tree_map has no types)
 
 import math
 import operator
@@ -48,6 +49,11 @@ def number(array: mx.array) -> float:
 def token_mean(values: mx.array, mask: mx.array) -> Mean:
     """Return the mean of `values` (B, C) over the tokens that `mask` (B, C) counts."""
     return Mean(mx.where(mask > 0, values, 0.0).sum(), mask.sum())
+
+
+def detached(metrics: Metrics) -> Metrics:
+    """Return the metrics without gradients."""
+    return tree_map(mx.stop_gradient, metrics)
 
 
 def merge_metrics(first: Metrics, second: Metrics) -> Metrics:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from learner.losses.dpo import dpo_loss
-from learner.losses.metrics import Metrics, merge_metrics, token_mean
+from learner.losses.metrics import Metrics, detached, merge_metrics, token_mean
 from learner.losses.orpo_cpo import cpo_loss, orpo_loss
 from learner.losses.pairs import Normalisers, PairBatch
 from protocol.config.settings import PreferenceSettings
@@ -82,4 +81,4 @@ def preference_loss(
     if entropies is not None:
         means = {"entropy": token_mean(entropies, mask)}
         metrics = merge_metrics(metrics, Metrics(means=means))
-    return loss, tree_map(mx.stop_gradient, metrics)
+    return loss, detached(metrics)

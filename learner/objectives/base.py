@@ -1,5 +1,7 @@
 """What the objectives share: log-probs without a gradient, and those of a reference policy."""
 
+# pyright: reportMissingTypeStubs=false
+
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar

@@ -4,6 +4,8 @@ The mathematics is in `learner/losses/grpo.py` and `learner/objectives/advantage
 `learner/objectives/completions.py`.
 """
 
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -191,8 +193,8 @@ class GrpoObjective:
         scored = [
             (arrays["entropies"], arrays["mask"]) for arrays in micro if "entropies" in arrays
         ]
-        entropies = [np.array(each).ravel() for each, _ in scored]
-        masks = [np.array(mask).ravel() for _, mask in scored]
+        entropies = [np.array(values, np.float32).ravel() for values, _ in scored]
+        masks = [np.array(mask, np.float32).ravel() for _, mask in scored]
         threshold, tokens = entropy_quantile(
             np.concatenate(entropies), np.concatenate(masks), self.settings.top_entropy_quantile
         )

@@ -1,5 +1,7 @@
 """KTO over answers that were judged good or bad: examples to arrays, and a micro-batch's loss."""
 
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -112,9 +114,10 @@ class KtoObjective:
     def prepare(self, batch: Sequence[UnpairedExample]) -> Prepared[KtoArrays]:
         """Return the arrays of a batch, `micro_batch_size` answers per micro-batch."""
         layout = KtoLayout(self.settings, self.train)
+        count = mx.array(float(len(batch)), dtype=mx.float32)
+
         micro: list[KtoArrays] = []
         gaps: list[np.ndarray] = []
-        count = mx.array(float(len(batch)), dtype=mx.float32)
         for part, others in layout.parts(batch):
             tokens = layout.tokens(part)
             own = to_device(tokens)
@@ -162,7 +165,7 @@ class KtoObjective:
         stored = [answer.kl_ref_logprobs for answer in part]
         gap = frozen_logprobs(self.model, arrays, self.head)
         gap = gap - self._reference_logprobs(arrays, tokens, stored)
-        return np.array((gap * arrays["mask"]).sum(axis=1))
+        return np.array((gap * arrays["mask"]).sum(axis=1), np.float32)
 
     def _reference_logprobs(
         self, arrays: TokenArrays, tokens: TokenBatch, stored: Sequence[Logprobs | None]

@@ -4,6 +4,8 @@ To add one, write its objective, give it a row in `METHODS`, and name it in `met
 `protocol/config/settings.py`.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -36,6 +38,10 @@ RunT = TypeVar("RunT", SftRun, PreferenceRun)
 ExampleT = TypeVar("ExampleT", PreferenceExample, UnpairedExample, SftExample)
 
 
+def _no_advice(run: Any, examples: Any) -> str:  # noqa: ANN401 - any method's
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfflineMethod(Generic[RunT, ExampleT]):
     """A method of offline training; the functions take the run's settings."""
@@ -51,7 +57,7 @@ class OfflineMethod(Generic[RunT, ExampleT]):
     needs_whole_batch: Callable[[RunT], bool] = lambda _: False  # in one micro-batch
     # Of reference log-probs computed before training, where the run asks for them
     reference_layout: Callable[[RunT], ReferenceLayout[ExampleT] | None] = lambda _: None
-    advice: Callable[[RunT, Sequence[ExampleT]], str] = lambda *_: ""  # on the training set, or ""
+    advice: Callable[[RunT, Sequence[ExampleT]], str] = _no_advice  # on the examples, or ""
 
 
 def _answer_advice(run: PreferenceRun, examples: Sequence[UnpairedExample]) -> str:

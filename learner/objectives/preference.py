@@ -4,6 +4,8 @@ The mathematics is in `learner/losses/preference.py`. A pair's two sequences are
 micro-batch.
 """
 
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NotRequired

@@ -1,5 +1,7 @@
 """SFT over sequences of tokens: examples to arrays, and the token-mean loss of a micro-batch."""
 
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

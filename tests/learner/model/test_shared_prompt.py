@@ -142,7 +142,9 @@ def test_padding_has_no_part_in_anything():
     assert ids.shape == (1, 8)
     ids[0, 4:] = [7, 9, 11, 13]
     values, grads = results(model, shared)
-    others = results(model, {**shared, "prompt": shared["prompt"]._replace(prompt_ids=mx.array(ids))})
+    others = results(
+        model, {**shared, "prompt": shared["prompt"]._replace(prompt_ids=mx.array(ids))}
+    )
     assert mx.array_equal(values, others[0])
     assert_equal(others, (values, grads), 0.0, 1e-6)
     wide = group_arrays(5, bucket=32)[1]
