@@ -54,9 +54,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
 
     policy = load_policy(settings.model, seed=settings.run.seed)
     method = method_of(settings)
-    reference = None
-    if method.needs_reference(settings):
-        reference = make_reference(policy, settings.model)
+    reference = make_reference(policy, settings.model) if method.needs_reference(settings) else None
     sets = open_examples(settings, policy)
     total = sets.train.total_steps
     if total is None:

@@ -17,7 +17,7 @@ from typing import TypedDict
 import mlx.core as mx
 import numpy as np
 
-from learner.losses.clipping import CLIP_RATIOS, average, loss_metrics
+from learner.losses.clipping import CLIP_RATIOS, loss_metrics
 from learner.losses.importance import k3, log_ratio, off_policy_mask, saturated
 from learner.losses.metrics import Mean, Metrics, detached, merge_metrics
 from protocol.config.settings import GrpoSettings
@@ -191,16 +191,18 @@ def grpo_loss(
     compares with `sampling_logprobs`, or else with `old_logprobs`. `sequence_mask` (B,) is 0 for
     empty sequences that only fill the shape, which metrics leave out.
     """
+    sequence_mask = mx.ones(advantages.shape) if sequence_mask is None else sequence_mask
     variant, advantages = VARIANTS[settings.loss_type], advantages[:, None]
-    if sequence_mask is None:
-        sequence_mask = mx.ones(advantages.shape[:1])
 
     # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
     gap = mx.where(mask > 0, logprobs - old_logprobs, 0.0)
     log_weights = saturated(log_ratio(gap, mask, settings))
     inputs = SurrogateInputs(logprobs, gap, mx.exp(log_weights), advantages, mask, ratio)
     loss, values = variant.surrogate(inputs, settings)
-    metrics = loss_metrics(values | {"entropy": entropies}, ratio, mask, sequence_mask)
+    values["entropy"] = entropies
+    if settings.beta != 0.0:
+        values["kl"] = _kl(logprobs, ref_logprobs, log_weights, mask, settings)
+    metrics = loss_metrics(values, ratio, mask, sequence_mask)
 
     if (threshold := settings.off_policy_mask_threshold) is not None:
         sampling = old_logprobs if sampling_logprobs is None else sampling_logprobs
@@ -212,10 +214,8 @@ def grpo_loss(
     if ratio is not None and not variant.applies_ratio:
         loss = loss * ratio
 
-    if settings.beta != 0.0:
-        kl = _kl(logprobs, ref_logprobs, log_weights, mask, settings)
-        loss = loss + settings.beta * kl
-        metrics = merge_metrics(metrics, Metrics(means={"kl": average(kl, mask, sequence_mask)}))
+    if "kl" in values:
+        loss = loss + settings.beta * values["kl"]
     total = variant.aggregate(loss * mask, mask, normalisers)
 
     if settings.entropy_coef != 0.0:
