@@ -1,34 +1,38 @@
 """What the loop runs: a source of batches, an objective, an evaluator, and a batch as arrays.
 
-`learner/trainer.py` knows no more of them than this, and they know nothing of it.
+The trainer knows no more of them than this, and they know nothing of the trainer.
 """
+
+# pyright: reportMissingTypeStubs=false
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from learner.losses.metrics import Metrics
+
 BatchOut = TypeVar("BatchOut", covariant=True)
 BatchIn = TypeVar("BatchIn", contravariant=True)
-Arrays = dict[str, mx.array]
+ArraysT = TypeVar("ArraysT")  # the arrays of a micro-batch: a TypedDict per objective
 
 
 @dataclass
-class Prepared:
-    """A batch as arrays: one mapping a micro-batch, and what is known before the step.
+class Prepared(Generic[ArraysT]):
+    """A batch as arrays, by micro-batch, and what is known before the step.
 
     `step` False: nothing can be learned from it, so the optimiser does not move. `micro` may
-    leave out rows that contribute nothing; normalisers count them all the same. `again` brings
-    `micro` up to date with the policy before each further pass over the batch.
+    leave out examples that contribute nothing; normalisers count them all the same. `refresh`
+    brings `micro` up to date with the policy before each further pass over the batch.
     """
 
-    micro: list[Arrays]
+    micro: list[ArraysT]
     metrics: dict[str, float]
     step: bool = True
-    rollouts: list[dict[str, Any]] = field(default_factory=list)
-    again: Callable[[], None] | None = None
+    rollouts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    refresh: Callable[[], None] | None = None
 
 
 class Source(Protocol[BatchOut]):
@@ -37,11 +41,11 @@ class Source(Protocol[BatchOut]):
     exhausted: bool
 
     def poll(self, timeout_s: float = 0.0) -> BatchOut | None:
-        """Return the next batch, if it is there."""
+        """Return the next batch if it is ready; wait for it `timeout_s` at most."""
         ...
 
     def stepped(self, version: int) -> None:
-        """Take note that a batch was consumed: `version` batches are, in all."""
+        """React to a step: the policy is now that of `version` consumed batches."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -53,7 +57,7 @@ class Source(Protocol[BatchOut]):
         ...
 
 
-class Objective(Protocol[BatchIn]):
+class Objective(Protocol[BatchIn, ArraysT]):
     """What is optimised."""
 
     @property
@@ -61,25 +65,17 @@ class Objective(Protocol[BatchIn]):
         """How often a batch is trained on."""
         ...
 
-    def prepare(self, batch: BatchIn) -> Prepared:
+    def prepare(self, batch: BatchIn) -> Prepared[ArraysT]:
         """Turn a batch into arrays; may run the policy or its reference without a gradient."""
         ...
 
-    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
-        """Return a micro-batch's share of the loss, and metrics that merge over micro-batches."""
-        ...
-
-    def merge(self, first: Arrays, second: Arrays) -> Arrays:
-        """Merge the metrics of two micro-batches."""
-        ...
-
-    def finish(self, metrics: Arrays) -> dict[str, float]:
-        """Turn merged metrics into logged ones."""
+    def loss(self, model: nn.Module, arrays: ArraysT) -> tuple[mx.array, Metrics]:
+        """Return a micro-batch's share of the loss, and its metrics."""
         ...
 
 
 class Evaluator(Protocol):
-    """Held-out rows. `start` begins, `poll` returns metrics when they are there."""
+    """Evaluates the policy on held-out examples: `start` begins, `poll` returns the result."""
 
     pending: bool
 

@@ -4,6 +4,8 @@ The trainer knows neither where batches come from nor what is optimised. It owns
 program calls `advance` until `done`, and waits on the source in between.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import logging
 import math
 import time
@@ -19,7 +21,7 @@ import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.interfaces import Evaluator, Objective, Prepared, Source
-from learner.losses.metrics import number
+from learner.losses.metrics import finish_metrics, merge_metrics, number
 from learner.optim.step import Step, Update
 from learner.records import Records
 from protocol.errors import CheckpointError
@@ -33,7 +35,10 @@ BatchT = TypeVar("BatchT")
 
 @dataclass
 class Schedule:
-    """When the trainer does what, in batches. `max_steps` None: until the source is exhausted."""
+    """When the trainer stops, saves and evaluates, in batches.
+
+    `max_steps` None: until the source is exhausted.
+    """
 
     max_steps: int | None
     save_steps: int
@@ -48,20 +53,19 @@ class Trainer(Generic[BatchT]):
 
     model: nn.Module
     source: Source[BatchT]
-    objective: Objective[BatchT]
+    objective: Objective[BatchT, Any]
     updater: Step
     records: Records
     schedule: Schedule
     evaluator: Evaluator | None = None
     step: int = 0
     num_tokens: float = 0.0
-    resume_state: Mapping[str, Any] = field(default_factory=dict)
-    last_metrics: dict[str, float] = field(default_factory=dict)
+    resume_state: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    last_metrics: dict[str, float] = field(default_factory=dict[str, float])
     done: bool = False
     stopping: bool = False
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict[str, float])
     _evaluated: int = -1
-    _waiting_s: float = 0.0
     _idle_since: float = field(default_factory=time.monotonic)
 
     @property
@@ -73,6 +77,7 @@ class Trainer(Generic[BatchT]):
         """Do the next piece of work; return whether there was any. Blocks `timeout_s` at most."""
         if self.done:
             return False
+
         first = self.step == 0 and self.schedule.eval_at_start and self._evaluated < 0
         if first and not self.stopping:
             self._start_eval()
@@ -81,10 +86,10 @@ class Trainer(Generic[BatchT]):
             return self._finish(timeout_s)
         if best_now and self.step > 0:
             self.save(required=False)
+
         batch = self.source.poll(timeout_s)
         if batch is None:
             return False
-        self._waiting_s = time.monotonic() - self._idle_since
         self._train(batch)
         self._idle_since = time.monotonic()
         return True
@@ -94,73 +99,86 @@ class Trainer(Generic[BatchT]):
         return self.source.exhausted or (limit is not None and self.step >= limit)
 
     def _train(self, batch: BatchT) -> None:
+        """Train on a batch, publish the new policy, and record what was measured."""
         started, wall = time.monotonic(), time.time()
         prepared = self.objective.prepare(batch)
         ready = time.monotonic()
         learned = self._update(prepared)
         finished = time.monotonic()
+
         self.step += 1
         metrics = {**prepared.metrics, **learned, **self.source.figures()}
         self.num_tokens += metrics.get("batch_tokens", 0.0)
         self.source.stepped(self.step)
         published = time.monotonic()
+
+        waiting = started - self._idle_since
         total = max(1e-9, published - self._idle_since)
         metrics |= {
             "num_tokens": self.num_tokens,
             "step_time": published - started,
-            "time/waiting_s": self._waiting_s,
+            "time/waiting_s": waiting,
             "time/prepare_s": ready - started,
             "time/update_s": finished - ready,
             "time/publish_s": published - finished,
-            "learner/waiting_share": self._waiting_s / total,
+            "learner/waiting_share": waiting / total,
             "train_started_at": wall,
             "train_finished_at": wall + (finished - started),
         }
         if mx.metal.is_available() or mx.default_device().type == mx.DeviceType.gpu:
             metrics["memory/peak_gb"] = mx.get_peak_memory() / 1e9
+
         self.last_metrics = metrics
         self.records.metrics(self.step, metrics)
         self.records.rollouts(prepared.rollouts)
         self._intervals()
 
-    def _update(self, prepared: Prepared) -> dict[str, float]:
+    def _update(self, prepared: Prepared[Any]) -> dict[str, float]:
         """Take the batch's optimiser steps; with `num_iterations`, metrics are their mean."""
-        count = self.objective.num_iterations
-        update = Update(grad_norm=0.0, learning_rate=0.0, applied=False)
         if not prepared.step:
-            for _ in range(count):
-                update = self.updater.skip()
-            return {
-                "learning_rate": update.learning_rate, "loss": 0.0, "grad_norm": 0.0,
-                "optimizer_skipped": 1.0,
-            }  # fmt: skip
+            return self._skip()
+
         passes: list[dict[str, float]] = []
         try:
-            for index in range(count):
-                if index and prepared.again is not None:
+            for index in range(self.objective.num_iterations):
+                if index and prepared.refresh is not None:
                     self.model.eval()
-                    prepared.again()
-                # Dropout; and mlx-lm's kernels without a gradient are only for eval.
-                self.model.train()
-                # Numbers are read after the last micro-batch: reading waits for the device.
-                parts = [
-                    self.updater.accumulate(arrays, self.objective.loss)
-                    for arrays in prepared.micro
-                ]
-                update = self.updater.apply()
-                metrics = self.objective.finish(
-                    reduce(self.objective.merge, (metrics for _, metrics in parts))
-                )
-                own = {
-                    "loss": sum(number(loss) for loss, _ in parts),
-                    "grad_norm": update.grad_norm,
-                    "optimizer_skipped": float(not update.applied),
-                }
-                passes.append(own | metrics)
+                    prepared.refresh()
+                passes.append(self._pass(prepared))
         finally:
             self.model.eval()
+
         means = {name: fmean(each[name] for each in passes) for name in passes[0]}
-        return {"learning_rate": update.learning_rate, **means}
+        return {**means, "learning_rate": passes[-1]["learning_rate"]}
+
+    def _skip(self) -> dict[str, float]:
+        """Move the learning-rate schedule on as the batch's steps would have."""
+        update = Update(grad_norm=0.0, learning_rate=0.0, applied=False)
+        for _ in range(self.objective.num_iterations):
+            update = self.updater.skip()
+        return {
+            "learning_rate": update.learning_rate,
+            "loss": 0.0,
+            "grad_norm": 0.0,
+            "optimizer_skipped": 1.0,
+        }
+
+    def _pass(self, prepared: Prepared[Any]) -> dict[str, float]:
+        """Take one optimiser step on the batch."""
+        # For dropout. The kernels that mlx-lm uses in eval mode have no gradient.
+        self.model.train()
+        parts = [self.updater.accumulate(arrays, self.objective.loss) for arrays in prepared.micro]
+        update = self.updater.apply()
+
+        # Numbers are read after the last micro-batch, because reading waits for the device.
+        metrics = finish_metrics(reduce(merge_metrics, (metrics for _, metrics in parts)))
+        own = {
+            "learning_rate": update.learning_rate,
+            "loss": sum(number(loss) for loss, _ in parts),
+            "grad_norm": update.grad_norm,
+            "optimizer_skipped": float(not update.applied),
+        }
+        return own | metrics
 
     def _intervals(self) -> None:
         every = self.schedule.eval_steps
@@ -180,7 +198,7 @@ class Trainer(Generic[BatchT]):
         self.evaluator.start(self.step)
 
     def _take_eval(self) -> bool:
-        """Record a finished evaluation; say whether the policy as it is now is the best so far."""
+        """Record a finished evaluation; return whether it is of the present policy and the best."""
         result = self.evaluator.poll() if self.evaluator is not None else None
         if result is None:
             return False
@@ -190,10 +208,10 @@ class Trainer(Generic[BatchT]):
         return self._keep_best(version, metrics) and version == self.step
 
     def _keep_best(self, version: int, metrics: dict[str, float]) -> bool:
-        """Remember the best evaluation of a trained policy: the highest reward or accuracy, of
-        equals the lowest loss; or else the lowest loss alone.
+        """Remember the best evaluation of a trained policy; return whether it is this one.
 
-        Step 0 is not ranked: it has no checkpoint, for it is what the run began with.
+        The best has the highest reward or accuracy, of equals the lowest loss; without either, the
+        lowest loss. Step 0 is not ranked: it has no checkpoint, being what the run began with.
         """
         merits = ("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)
         found = [sign * metrics[name] for name, sign in merits if name in metrics]
@@ -206,7 +224,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def _finish(self, timeout_s: float) -> bool:
-        """Evaluate the last policy, save, and be done."""
+        """Evaluate and save the last policy."""
         if self.evaluator is not None and not self.stopping:
             if self.evaluator.pending:
                 self.source.poll(timeout_s)
@@ -219,7 +237,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint; one that is not `required` may fail with a logged error."""
+        """Write a checkpoint; if it is not `required`, a failure is logged and training goes on."""
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
@@ -233,6 +251,7 @@ class Trainer(Generic[BatchT]):
                 "random": random_state(),
             },
         )
+
         try:
             # The step under evaluation may turn out to be the best.
             also = {int(self.best.get("step", -1)), self._evaluated}
@@ -246,7 +265,7 @@ class Trainer(Generic[BatchT]):
             log.exception("training goes on without this checkpoint")
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; the model's tensors are already its own."""
+        """Continue from a checkpoint, whose tensors the model has already."""
         self.step = checkpoint.step
         self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))
         self._evaluated = int(checkpoint.state.get("evaluated", -1))

@@ -33,7 +33,7 @@ ROOMS = {
     "actors.session": {"actions", "bridge_messages", "engine"},
     "actors.io": {"bridge_messages"},
     "actors.worker": {"actions", "bridge_messages", "engine", "policy_store", "session"},
-    "learner.interfaces": set(),
+    "learner.interfaces": {"losses"},
     "learner.records": set(),
     "learner.checkpoint": set(),
     "learner.losses": set(),
@@ -46,8 +46,8 @@ ROOMS = {
     "learner.offline": {"interfaces", "losses", "data", "model", "objectives"},
     "learner.trainer": {"interfaces", "losses", "optim", "checkpoint", "records"},
     "learner.build": {
-        "interfaces", "losses", "data", "model", "optim", "ledger", "online", "objectives",
-        "offline", "trainer", "checkpoint", "records",
+        "data", "model", "optim", "ledger", "online", "objectives", "offline", "trainer",
+        "checkpoint", "records",
     },
 }  # fmt: skip
 LIGHT = (

@@ -302,14 +302,12 @@ def _new_objective(
     return GrpoObjective(
         settings.objective,
         train,
+        settings.sampling,
+        settings.rewards,
         policy.model,
-        settings.sampling.temperature,
-        longest_completion,
-        settings.rewards.reward_weights,
         head,
         describe,
         reference=reference.model if reference is not None else None,
-        max_none_batches=settings.rewards.max_none_batches,
         share_prompt=share_prompt,
     )
 

@@ -1,23 +1,135 @@
 """The GRPO family of losses, equal to TRL 1.16.0's `GRPOTrainer._compute_loss`.
 
-Pure functions of arrays. Every normaliser is computed on the whole optimiser batch
-(`grpo_normalisers`) and passed in, so that the losses and gradients of micro-batches add up to the
-whole batch's under any split. That equals TRL at one micro-batch, and at any number of them for
-every loss but `bnpo`, which TRL normalises per micro-batch.
+To add a variant, write its surrogate, give it a row in `VARIANTS`, and name it in `loss_type` of
+`protocol/config/settings.py`.
+
+Every normaliser is computed on the whole optimiser batch (`grpo_normalisers`) and passed in, so
+that the losses and gradients of micro-batches add up to the whole batch's under any split. That
+equals TRL at one micro-batch, and at any number of them for every loss but `bnpo`, which TRL
+normalises per micro-batch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
 
-from learner.losses.grpo_metrics import CLIPPED, average, loss_metrics
-from learner.losses.metrics import Metrics
+from learner.losses.clipping import CLIP_RATIOS, loss_metrics
+from learner.losses.importance import k3, log_ratio, off_policy_mask, saturated
+from learner.losses.metrics import Mean, Metrics, detached, merge_metrics
 from protocol.config.settings import GrpoSettings
 
 Normalisers = Mapping[str, mx.array]
-EXPONENT_LIMIT = 80.0
+Values = dict[str, mx.array]  # (B, C) or (B, 1) each, by the name of the metric that averages it
+
+
+@dataclass(frozen=True)
+class SurrogateInputs:
+    """What a surrogate loss reads; (B, C) float32, nats, unless stated otherwise.
+
+    `gap` is policy less old log-probs; `coefficient` its exp, (B, 1) at the sequence level;
+    `advantages` (B, 1); `ratio` is `importance_ratio`'s, (B, C) or (B, 1), None without it.
+    """
+
+    logprobs: mx.array
+    gap: mx.array
+    coefficient: mx.array
+    advantages: mx.array
+    mask: mx.array
+    ratio: mx.array | None
+
+
+def clipped_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
+    """Return PPO's clipped loss; `delta` bounds the ratio from above (two-sided clipping)."""
+    low = settings.epsilon
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    clipped = mx.clip(x.coefficient, 1 - low, 1 + high)
+    ratio = x.coefficient
+    if settings.delta is not None:
+        ratio = mx.minimum(ratio, settings.delta)
+    loss = -mx.minimum(ratio * x.advantages, clipped * x.advantages)
+
+    below = ((ratio < 1 - low) & (x.advantages < 0)).astype(mx.float32)
+    above = ((ratio > 1 + high) & (x.advantages > 0)).astype(mx.float32)
+    return loss, dict(zip(CLIP_RATIOS, (below, above, mx.maximum(below, above)), strict=True))
+
+
+def cispo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
+    """Return CISPO's loss: the capped ratio is a constant weight of the log-prob."""
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    factor = mx.stop_gradient(mx.minimum(x.coefficient, high))
+    over = ((x.coefficient > high) & (x.advantages > 0)).astype(mx.float32)
+    return -factor * x.advantages * x.logprobs, {"cispo_clip_ratio": over}
+
+
+def sapo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
+    """Return SAPO's loss: a sigmoid of the ratio in the place of clipping."""
+    positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
+    temperature = mx.where(x.advantages > 0, positive, negative)
+    soft = mx.sigmoid(temperature * (x.coefficient - 1)) * 4 / temperature
+    return -soft * x.advantages, {}
+
+
+def vespo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
+    """Return VESPO's loss: phi (B, 1), a constant, weighs the log-probs.
+
+    phi = exp(lambda + k w - lambda e^w), for w the clamped log-ratio of the sequence.
+    """
+    lowest = math.log(1e-8)
+    total = (mx.clip(x.gap, -20.0, 20.0) * x.mask).sum(axis=-1, keepdims=True)
+    if x.ratio is not None:
+        total = total + mx.clip(mx.log(x.ratio), lowest, 20.0).sum(axis=-1, keepdims=True)
+    omega = mx.clip(total, lowest, 20.0)
+
+    k = mx.where(x.advantages >= 0, settings.vespo_k_pos, settings.vespo_k_neg)
+    scale = mx.where(x.advantages >= 0, settings.vespo_lambda_pos, settings.vespo_lambda_neg)
+    scale = mx.maximum(scale, 1e-4)
+    phi = mx.exp(scale + k * omega - scale * mx.exp(omega))
+    phi = mx.stop_gradient(mx.where(mx.isfinite(phi), phi, 0.0))
+    return -phi * x.advantages * x.logprobs, {"vespo/phi_seq_mean": phi}
+
+
+def _sequence_means(loss: mx.array, mask: mx.array, normalisers: Normalisers) -> mx.array:
+    means = loss.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)
+    return means.sum() / normalisers["sequences"]
+
+
+def _sequence_sums(loss: mx.array, mask: mx.array, normalisers: Normalisers) -> mx.array:
+    return loss.sum(axis=-1).sum() / normalisers["sequences"]
+
+
+def _per(normaliser: str) -> Callable[[mx.array, mx.array, Normalisers], mx.array]:
+    return lambda loss, mask, normalisers: loss.sum() / normalisers[normaliser]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A loss of the family.
+
+    `surrogate` returns the policy loss, (B, C) or (B, 1), and what to average as metrics;
+    `aggregate` turns masked losses (B, C), `mask` and normalisers into the micro-batch's share ().
+    `clip_metrics` are 0 for a completion whose ratio is 1.
+    """
+
+    surrogate: Callable[[SurrogateInputs, GrpoSettings], tuple[mx.array, Values]]
+    aggregate: Callable[[mx.array, mx.array, Normalisers], mx.array]
+    clip_metrics: tuple[str, ...] = ()
+    applies_ratio: bool = False  # the surrogate itself weighs by the importance ratio
+
+
+VARIANTS = {
+    "grpo": Variant(clipped_surrogate, _sequence_means, CLIP_RATIOS),
+    "bnpo": Variant(clipped_surrogate, _per("tokens"), CLIP_RATIOS),
+    "dr_grpo": Variant(clipped_surrogate, _per("length_tokens"), CLIP_RATIOS),
+    "dapo": Variant(clipped_surrogate, _per("generation_tokens"), CLIP_RATIOS),
+    "cispo": Variant(cispo_surrogate, _per("generation_tokens"), ("cispo_clip_ratio",)),
+    "sapo": Variant(sapo_surrogate, _sequence_means),
+    "luspo": Variant(clipped_surrogate, _sequence_sums, CLIP_RATIOS),
+    "vespo": Variant(vespo_surrogate, _per("generation_tokens"), applies_ratio=True),
+}
 
 
 def grpo_normalisers(
@@ -28,7 +140,7 @@ def grpo_normalisers(
     entropy_threshold: float | None = None,
     entropy_tokens: float | None = None,
 ) -> dict[str, float]:
-    """Return what the losses divide by, from the whole batch's (N,) mask sums.
+    """Return what the losses divide by, from the mask sums (N,) of the whole batch.
 
     `generation_tokens`: the unmasked tokens that dapo, cispo and vespo divide by (the batch's own
     by default). `entropy_threshold`, nats, and `entropy_tokens`: see `entropy_quantile`.
@@ -58,28 +170,6 @@ def entropy_quantile(
     return float(threshold), float((values >= threshold).sum())
 
 
-def importance_ratio(
-    old_logprobs: mx.array, sampling_logprobs: mx.array, mask: mx.array, settings: GrpoSettings
-) -> mx.array:
-    """Return exp(old - sampler) as the settings truncate or mask it: (B, C), or (B, 1) a sequence.
-
-    TRL's `vllm_importance_sampling_correction` in its four modes.
-    """
-    mode = settings.importance_sampling_mode
-    gap = old_logprobs - sampling_logprobs
-    gap = mx.where(mx.isnan(gap), 0.0, gap) * mask
-    if mode.startswith("sequence"):
-        gap = gap.sum(axis=-1, keepdims=True)
-    low, high = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
-    ratio = mx.exp(gap)
-    if mode.endswith("truncate"):
-        return mx.clip(ratio, low, high)
-    kept = ratio <= high
-    if low is not None:
-        kept = kept & (ratio >= low)
-    return mx.where(kept, ratio, 0.0)
-
-
 def grpo_loss(
     logprobs: mx.array,
     entropies: mx.array,
@@ -90,168 +180,89 @@ def grpo_loss(
     ref_logprobs: mx.array | None = None,
     sampling_logprobs: mx.array | None = None,
     ratio: mx.array | None = None,
-    rows: mx.array | None = None,
+    sequence_mask: mx.array | None = None,
     normalisers: Normalisers,
     settings: GrpoSettings,
 ) -> tuple[mx.array, Metrics]:
-    """Return a micro-batch's share of the loss, and metrics that `merge_metrics` takes.
+    """Return a micro-batch's share of the loss, and its metrics.
 
     `logprobs`, `entropies`, `mask`, `old_logprobs`, `ref_logprobs`, `sampling_logprobs` (B, C)
-    float32, nats; `advantages` (B,). `ratio` is `importance_ratio`'s, None without the correction;
-    without `sampling_logprobs` the off-policy mask compares with `old_logprobs`. `rows` (B,) is 0
-    for empty rows that only fill the batch, which metrics leave out.
+    float32, nats; `advantages` (B,). `ratio` is `importance_ratio`'s, if any; the off-policy mask
+    compares with `sampling_logprobs`, or else with `old_logprobs`. `sequence_mask` (B,) is 0 for
+    empty sequences that only fill the shape, which metrics leave out.
     """
-    advantage = advantages[:, None]
-    live = mask > 0
-    rows = mx.ones(advantages.shape) if rows is None else rows
+    sequence_mask = mx.ones(advantages.shape) if sequence_mask is None else sequence_mask
+    variant, advantages = VARIANTS[settings.loss_type], advantages[:, None]
+
     # Padding must not meet exp: 0 there keeps every ratio at 1 and its gradient at 0.
-    gap = mx.where(live, logprobs - old_logprobs, 0.0)
-    weights = saturated(_token_or_sequence(gap, mask, settings))
-    coefficient = mx.exp(weights)
-    loss, parts = _policy_loss(logprobs, gap, coefficient, advantage, mask, ratio, settings)
-    if settings.off_policy_mask_threshold is not None:
-        sampler = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        loss = loss * off_policy_mask(
-            logprobs, sampler, advantage, mask, settings.off_policy_mask_threshold
-        )
-    effective = mask
+    gap = mx.where(mask > 0, logprobs - old_logprobs, 0.0)
+    log_weights = saturated(log_ratio(gap, mask, settings))
+    inputs = SurrogateInputs(logprobs, gap, mx.exp(log_weights), advantages, mask, ratio)
+    loss, values = variant.surrogate(inputs, settings)
+    values["entropy"] = entropies
+    if settings.beta != 0.0:
+        values["kl"] = _kl(logprobs, ref_logprobs, log_weights, mask, settings)
+    metrics = loss_metrics(values, ratio, mask, sequence_mask)
+
+    if (threshold := settings.off_policy_mask_threshold) is not None:
+        sampling = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        loss = loss * off_policy_mask(logprobs, sampling, advantages, mask, threshold)
+    kept = mask  # tokens of high entropy
     if settings.top_entropy_quantile < 1.0:
         high = (entropies >= normalisers["entropy_threshold"]).astype(mask.dtype)
-        loss, effective = loss * high, mask * high
-    if ratio is not None and settings.loss_type != "vespo":
+        loss, kept = loss * high, mask * high
+    if ratio is not None and not variant.applies_ratio:
         loss = loss * ratio
-    metrics = loss_metrics(parts | {"entropy": entropies}, ratio, mask, rows)
-    if settings.beta != 0.0:
-        if ref_logprobs is None:
-            raise ValueError("beta is not 0: grpo_loss needs ref_logprobs")
-        log_weights = weights if settings.use_bias_correction_kl else mx.zeros_like(weights)
-        kl = k3(mx.where(live, ref_logprobs - logprobs, 0.0), log_weights)
-        loss = loss + settings.beta * kl
-        metrics |= average("kl", kl, mask, rows)
-    total = aggregate(loss, mask, normalisers, settings)
+
+    if "kl" in values:
+        loss = loss + settings.beta * values["kl"]
+    total = variant.aggregate(loss * mask, mask, normalisers)
+
     if settings.entropy_coef != 0.0:
-        metrics |= {"sum:policy_loss": mx.stop_gradient(total)}
-        bonus = (entropies * effective).sum() / normalisers["entropy_tokens"]
+        metrics = merge_metrics(metrics, Metrics(shares={"policy_loss": total}))
+        bonus = (entropies * kept).sum() / normalisers["entropy_tokens"]
         total = total - settings.entropy_coef * bonus
-    return total, {name: mx.stop_gradient(value) for name, value in metrics.items()}
+    return total, detached(metrics)
 
 
-def k3(gap: mx.array, log_weights: mx.array) -> mx.array:
-    """Return exp(log_weights) times Schulman's k3 estimate of KL(policy || reference).
-
-    k3 is exp(gap) - gap - 1, for the gap from policy to reference in nats.
-    """
-    far = gap > 20.0
-    weights, near = mx.exp(log_weights), mx.where(far, 0.0, gap)
-    # Far off, exp(gap) may be inf and the weight 0, whose product is neither.
-    product = mx.exp(saturated(mx.where(far, gap + log_weights, 0.0)))
-    # Near 0, exp(gap) - 1 would have few digits left; so would its derivative, here given as slope.
-    slope = mx.stop_gradient(mx.expm1(near))
-    close = mx.stop_gradient(slope - near) + slope * (near - mx.stop_gradient(near))
-    return mx.where(far, product - weights * (gap + 1), weights * close)
-
-
-def saturated(exponent: mx.array) -> mx.array:
-    """Return `exponent`, at most 80 but with its own gradient: exp of it is finite in float32.
-
-    So a clipped ratio beyond that has the gradient 0, not 0 times inf.
-    """
-    excess = mx.maximum(exponent - EXPONENT_LIMIT, 0.0)
-    return exponent - mx.stop_gradient(excess)
-
-
-def off_policy_mask(
+def _kl(
     logprobs: mx.array,
-    sampling_logprobs: mx.array,
-    advantage: mx.array,
+    ref_logprobs: mx.array | None,
+    log_weights: mx.array,
     mask: mx.array,
-    threshold: float,
-) -> mx.array:
-    """Return (B, 1), 0 for sequences of negative advantage that drifted too far (DeepSeek-V3.2)."""
-    drift = sampling_logprobs - mx.stop_gradient(logprobs)
-    drift = mx.where(mx.isnan(drift) | (mask == 0), 0.0, drift)
-    average = drift.sum(axis=1, keepdims=True) / mx.maximum(mask.sum(axis=1, keepdims=True), 1.0)
-    return ((advantage >= 0) | (average <= threshold)).astype(mask.dtype)
-
-
-def aggregate(
-    loss: mx.array, mask: mx.array, normalisers: Normalisers, settings: GrpoSettings
-) -> mx.array:
-    """Sum the (B, C) losses into this micro-batch's share of the batch's loss."""
-    masked = loss * mask
-    match settings.loss_type:
-        case "grpo" | "sapo":
-            rows = masked.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)
-            return rows.sum() / normalisers["sequences"]
-        case "luspo":
-            return masked.sum(axis=-1).sum() / normalisers["sequences"]
-        case "bnpo":
-            return masked.sum() / normalisers["tokens"]
-        case "dr_grpo":
-            return masked.sum() / normalisers["length_tokens"]
-        case "dapo" | "cispo" | "vespo":
-            return masked.sum() / normalisers["generation_tokens"]
-
-
-def _token_or_sequence(gap: mx.array, mask: mx.array, settings: GrpoSettings) -> mx.array:
-    if settings.importance_sampling_level == "token":
-        return gap
-    total = (gap * mask).sum(axis=-1, keepdims=True)
-    return total / mx.maximum(mask.sum(axis=-1, keepdims=True), 1.0)
-
-
-def _policy_loss(
-    logprobs: mx.array,
-    gap: mx.array,
-    coefficient: mx.array,
-    advantage: mx.array,
-    mask: mx.array,
-    ratio: mx.array | None,
-    settings: GrpoSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return the (B, C) policy loss (or (B, 1)), and the values that its metrics average."""
-    low = settings.epsilon
-    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
-    if settings.loss_type in CLIPPED:
-        clipped = mx.clip(coefficient, 1 - low, 1 + high)
-        if settings.delta is not None:
-            coefficient = mx.minimum(coefficient, settings.delta)
-        loss = -mx.minimum(coefficient * advantage, clipped * advantage)
-        below = ((coefficient < 1 - low) & (advantage < 0)).astype(mx.float32)
-        above = ((coefficient > 1 + high) & (advantage > 0)).astype(mx.float32)
-        return loss, {
-            "clip_ratio/low_mean": below,
-            "clip_ratio/high_mean": above,
-            "clip_ratio/region_mean": mx.maximum(below, above),
-        }
-    if settings.loss_type == "cispo":
-        factor = mx.stop_gradient(mx.minimum(coefficient, high))
-        over = ((coefficient > high) & (advantage > 0)).astype(mx.float32)
-        return -factor * advantage * logprobs, {"cispo_clip_ratio": over}
-    if settings.loss_type == "sapo":
-        positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
-        temperature = mx.where(advantage > 0, positive, negative)
-        soft = mx.sigmoid(temperature * (coefficient - 1)) * 4 / temperature
-        return -soft * advantage, {}
-    phi = mx.stop_gradient(_vespo_weight(gap, advantage, mask, ratio, settings))
-    return -phi * advantage * logprobs, {"vespo/phi_seq_mean": phi}
-
-
-def _vespo_weight(
-    gap: mx.array,
-    advantage: mx.array,
-    mask: mx.array,
-    ratio: mx.array | None,
     settings: GrpoSettings,
 ) -> mx.array:
-    """Return phi (B, 1): exp(lambda + k w - lambda e^w), w the clamped sequence log-ratio."""
-    lowest = math.log(1e-8)
-    total = (mx.clip(gap, -20.0, 20.0) * mask).sum(axis=-1, keepdims=True)
-    if ratio is not None:
-        total = total + mx.clip(mx.log(ratio), lowest, 20.0).sum(axis=-1, keepdims=True)
-    omega = mx.clip(total, lowest, 20.0)
-    k = mx.where(advantage >= 0, settings.vespo_k_pos, settings.vespo_k_neg)
-    scale = mx.where(advantage >= 0, settings.vespo_lambda_pos, settings.vespo_lambda_neg)
-    scale = mx.maximum(scale, 1e-4)
-    phi = mx.exp(scale + k * omega - scale * mx.exp(omega))
-    return mx.where(mx.isfinite(phi), phi, 0.0)
+    """Return the estimated KL to the reference of each token (B, C), nats."""
+    if ref_logprobs is None:
+        raise ValueError("beta is not 0: grpo_loss needs ref_logprobs")
+    if not settings.use_bias_correction_kl:
+        log_weights = mx.zeros_like(log_weights)
+    return k3(mx.where(mask > 0, ref_logprobs - logprobs, 0.0), log_weights)
+
+
+class Skipped(TypedDict):
+    """Completions left out of the forward pass; () float32 each."""
+
+    sequences: mx.array
+    nonempty: mx.array  # sequences with tokens that count
+    tokens: mx.array  # that count
+
+
+def unclipped(skipped: Skipped, settings: GrpoSettings) -> Metrics:
+    """Return the clip ratios of completions that need no forward pass: all 0.
+
+    Their advantage is 0 or no token counts, so that the ratio is 1 (cispo's cap must not be below).
+    """
+    by_token = settings.importance_sampling_level == "token"
+    names = VARIANTS[settings.loss_type].clip_metrics
+    weight = skipped["tokens"] if by_token else skipped["sequences"]
+    means = {name: Mean(mx.array(0.0), weight) for name in names}
+    if names != CLIP_RATIOS:
+        return Metrics(means=means)
+
+    some = (skipped["nonempty"] if by_token else skipped["sequences"]) > 0
+    return Metrics(
+        means=means,
+        minima={"clip_ratio/low_min": mx.where(some, 0.0, math.inf)},
+        maxima={"clip_ratio/high_max": mx.where(some, 0.0, -math.inf)},
+    )

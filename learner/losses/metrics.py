@@ -1,15 +1,44 @@
-"""Metrics that merge exactly over micro-batches: sums, counts, smallest and largest values.
+"""Metrics that merge exactly over micro-batches: sums with their weights, smallest and largest.
 
-A metric's array is stored under a name that says how it merges: `sum:x`, `count:x` (the mean of x
-is their quotient), `min:x`, `max:x`. A `sum:x` without `count:x` is logged as it is.
+A `Metrics` is a tree of arrays (named tuples and dicts), so that a compiled step can return it.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (mlx.utils.tree_map has no types)
+
 import math
-from typing import cast
+import operator
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
-Metrics = dict[str, mx.array]
+T = TypeVar("T")
+_NONE: dict[str, Any] = {}
+
+
+class Mean(NamedTuple):
+    """A mean in two parts that add up over micro-batches, () float32 each."""
+
+    total: mx.array
+    weight: mx.array
+
+
+class Metrics(NamedTuple):
+    """The metrics of a micro-batch by kind, then by name; the kind says how a metric merges.
+
+    A new metric needs no more than a name here: the trainer merges, finishes and logs it.
+    """
+
+    means: dict[str, Mean] = _NONE  # 0 where nothing was counted, as in most of TRL's trainers
+    means_if_any: dict[str, Mean] = _NONE  # left out where nothing was counted, as in TRL's KTO
+    margins: dict[str, tuple[Mean, Mean]] = _NONE  # first mean less second, if both count any
+    shares: dict[str, mx.array] = _NONE  # of a value of the batch: the micro-batches' add up to it
+    minima: dict[str, mx.array] = _NONE  # NaN where nothing was counted, which is inf until then
+    maxima: dict[str, mx.array] = _NONE  # NaN where nothing was counted, which is -inf until then
 
 
 def number(array: mx.array) -> float:
@@ -17,53 +46,83 @@ def number(array: mx.array) -> float:
     return float(cast(float, array.item()))
 
 
-def mean(name: str, total: mx.array, count: mx.array) -> Metrics:
-    """Return a mean in parts."""
-    return {f"sum:{name}": total, f"count:{name}": count}
+def token_mean(values: mx.array, mask: mx.array) -> Mean:
+    """Return the mean of `values` (B, C) over the tokens that `mask` (B, C) counts."""
+    return Mean(mx.where(mask > 0, values, 0.0).sum(), mask.sum())
 
 
-def token_mean(name: str, values: mx.array, mask: mx.array) -> Metrics:
-    """Return the mean of `values` (B, C) over the tokens that `mask` (B, C) counts, in parts."""
-    return mean(name, mx.where(mask > 0, values, 0.0).sum(), mask.sum())
-
-
-def minimum(name: str, value: mx.array) -> Metrics:
-    """Return a smallest value; inf where there is none."""
-    return {f"min:{name}": value}
-
-
-def maximum(name: str, value: mx.array) -> Metrics:
-    """Return a largest value; -inf where there is none."""
-    return {f"max:{name}": value}
+def detached(metrics: Metrics) -> Metrics:
+    """Return the metrics without gradients."""
+    return tree_map(mx.stop_gradient, metrics)
 
 
 def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
-    """Merge the metrics of two micro-batches."""
+    """Merge the metrics of two micro-batches, or of two parts of a loss."""
+    return Metrics(
+        means=_merge(first.means, second.means, _add_means),
+        means_if_any=_merge(first.means_if_any, second.means_if_any, _add_means),
+        margins=_merge(first.margins, second.margins, _add_margins),
+        shares=_merge(first.shares, second.shares, operator.add),
+        minima=_merge(first.minima, second.minima, mx.minimum),
+        maxima=_merge(first.maxima, second.maxima, mx.maximum),
+    )
+
+
+def finish_metrics(metrics: Metrics) -> dict[str, float]:
+    """Return the metrics as numbers under their names; evaluates them."""
+    finished = {name: _quotient(mean, empty=0.0) for name, mean in metrics.means.items()}
+
+    optional = {name: _quotient(mean) for name, mean in metrics.means_if_any.items()}
+    for name, (first, second) in metrics.margins.items():
+        optional[name] = _quotient(first) - _quotient(second)
+    finished |= {name: value for name, value in optional.items() if not math.isnan(value)}
+
+    finished |= {name: number(value) for name, value in metrics.shares.items()}
+
+    for name, extreme in (*metrics.minima.items(), *metrics.maxima.items()):
+        value = number(extreme)
+        finished[name] = value if math.isfinite(value) else math.nan
+    return finished
+
+
+def finish_batches(batches: Iterable[tuple[Metrics, int]]) -> dict[str, float]:
+    """Return the metrics of batches, each with its number of examples, as those of one batch.
+
+    Means are over all that was counted. What a batch has one value of (a share of its loss, an
+    extreme) is averaged over the batches by their examples; an extreme of nothing counts nothing.
+    """
+    # The leaves are Python's floats here, so that many batches are added up in float64.
+    parts = [_as_means(tree_map(number, metrics), count) for metrics, count in batches]
+    total = reduce(merge_metrics, parts, Metrics())
+    return finish_metrics(tree_map(mx.array, total))
+
+
+def _as_means(numbers: Metrics, examples: int) -> Metrics:
+    """Return metrics that all add up over batches; the leaves are floats."""
+    means = dict(numbers.means)
+    weight: Any = float(examples)
+    for values in (numbers.shares, numbers.minima, numbers.maxima):
+        for name, value in values.items():
+            if abs(value) != math.inf:
+                means[name] = Mean(value * weight, weight)
+    return Metrics(means=means, means_if_any=numbers.means_if_any, margins=numbers.margins)
+
+
+def _merge(first: dict[str, T], second: dict[str, T], combine: Callable[[T, T], T]) -> dict[str, T]:
     merged = dict(first)
     for name, value in second.items():
-        if name not in merged:
-            merged[name] = value
-        elif name.startswith("min:"):
-            merged[name] = mx.minimum(merged[name], value)
-        elif name.startswith("max:"):
-            merged[name] = mx.maximum(merged[name], value)
-        else:
-            merged[name] = merged[name] + value
+        merged[name] = combine(merged[name], value) if name in merged else value
     return merged
 
 
-def finish_metrics(metrics: Metrics, *, empty: float = 0.0) -> dict[str, float]:
-    """Return the metrics as numbers under their own names.
+def _add_means(first: Mean, second: Mean) -> Mean:
+    return Mean(first.total + second.total, first.weight + second.weight)
 
-    A mean of nothing is `empty`: 0 in TRL's trainers, but KTO's. An extreme of nothing is NaN.
-    """
-    values = {name: number(value) for name, value in metrics.items()}
-    finished: dict[str, float] = {}
-    for key, value in values.items():
-        kind, name = key.split(":", 1)
-        if kind == "sum":
-            count = values.get(f"count:{name}", 1.0)
-            finished[name] = value / count if count else empty
-        elif kind in ("min", "max"):
-            finished[name] = value if math.isfinite(value) else math.nan
-    return finished
+
+def _add_margins(first: tuple[Mean, Mean], second: tuple[Mean, Mean]) -> tuple[Mean, Mean]:
+    return _add_means(first[0], second[0]), _add_means(first[1], second[1])
+
+
+def _quotient(mean: Mean, *, empty: float = math.nan) -> float:
+    total, weight = number(mean.total), number(mean.weight)
+    return total / weight if weight else empty

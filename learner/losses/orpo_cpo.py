@@ -1,9 +1,13 @@
 """Losses without a reference: ORPO, CPO, SimPO, AlphaPO, equal to TRL 1.16.0's trainers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from learner.losses.dpo import EXPONENT_LIMIT, SQUARE_LIMIT, smoothed
-from protocol.config.preference_checks import CPO_LOSSES
+from learner.losses.metrics import Mean, Metrics, merge_metrics
+from learner.losses.pairs import PairBatch, pair_metrics
 from protocol.config.settings import PreferenceSettings
 from protocol.errors import ConfigError
 
@@ -35,6 +39,88 @@ def log_sigmoid_odds(chosen: mx.array, rejected: mx.array) -> mx.array:
     return (c - top) + log1mexp(r) - mx.log(sum_of_odds)
 
 
+def orpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, Metrics]:
+    """Return a micro-batch's share of ORPO's loss, and its metrics."""
+    chosen, rejected = _sides(batch, per_token=True)
+    ratio = log_sigmoid_odds(chosen, rejected)
+
+    metrics = pair_metrics(settings.beta * chosen, settings.beta * rejected, chosen, rejected)
+    count = mx.array(float(chosen.size))
+    odds = {
+        "log_odds_ratio": Mean(ratio.sum(), count),
+        "log_odds_chosen": Mean(log_odds(chosen, rejected).sum(), count),
+    }
+    metrics = merge_metrics(metrics, Metrics(means=odds))
+    return _with_nll(-settings.beta * ratio, 1.0, batch, metrics)
+
+
+def cpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, Metrics]:
+    """Return a micro-batch's share of the loss of CPO, SimPO or AlphaPO, and its metrics."""
+    chosen, rejected = _sides(batch, per_token=CPO_LOSSES[cpo_loss_type(settings)].per_token)
+    terms = cpo_terms(chosen, rejected, settings)
+
+    rewards = (cpo_rewards(chosen, settings), cpo_rewards(rejected, settings))
+    metrics = pair_metrics(settings.beta * rewards[0], settings.beta * rewards[1], chosen, rejected)
+    return _with_nll(terms, settings.cpo_alpha, batch, metrics)
+
+
+def _sides(batch: PairBatch, *, per_token: bool) -> tuple[mx.array, mx.array]:
+    """Return the log-probs (B,) of chosen and rejected: sums, or means over tokens."""
+    half = batch.mask.shape[0] // 2
+    totals = (batch.logprobs * batch.mask).sum(axis=1)
+    if per_token:
+        totals = totals / mx.maximum(batch.mask.sum(axis=1), 1.0)
+    return totals[:half], totals[half:]
+
+
+def _with_nll(
+    terms: mx.array, weight: float, batch: PairBatch, metrics: Metrics
+) -> tuple[mx.array, Metrics]:
+    """Return the share of pairs' `terms` (B,) and of the chosen answers' weighted NLL."""
+    half = terms.size
+    factor = mx.ones_like(terms) if batch.scores is None else batch.scores
+    loss = (terms * factor).sum() / batch.normalisers["pairs"]
+    if not weight:
+        return loss, metrics
+
+    nll_sum = -(batch.logprobs[:half] * batch.nll_mask[:half] * factor[:, None]).sum()
+    nll = nll_sum / batch.normalisers["nll_tokens"]
+    return loss + weight * nll, merge_metrics(metrics, Metrics(shares={"nll_loss": nll}))
+
+
+def _hinge(z: mx.array, settings: PreferenceSettings) -> mx.array:
+    return mx.maximum(1 - settings.beta * z, 0.0)
+
+
+def _ipo(z: mx.array, settings: PreferenceSettings) -> mx.array:
+    # AlphaPO's rewards reach 1e35, whose square is not finite
+    return (mx.clip(z, -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * settings.beta)) ** 2
+
+
+def _sigmoid(z: mx.array, settings: PreferenceSettings) -> mx.array:
+    return smoothed(settings.beta * z, settings.label_smoothing)
+
+
+def _simpo(z: mx.array, settings: PreferenceSettings) -> mx.array:
+    return _sigmoid(z - settings.simpo_gamma / settings.beta, settings)
+
+
+@dataclass(frozen=True)
+class CpoLoss:
+    """A loss of each pair (B,) from the difference of rewards (B,): of sums, or `per_token`."""
+
+    terms: Callable[[mx.array, PreferenceSettings], mx.array]
+    per_token: bool = False
+
+
+CPO_LOSSES = {
+    "sigmoid": CpoLoss(_sigmoid),
+    "hinge": CpoLoss(_hinge),
+    "ipo": CpoLoss(_ipo, per_token=True),
+    "simpo": CpoLoss(_simpo, per_token=True),
+}
+
+
 def cpo_loss_type(settings: PreferenceSettings) -> str:
     """Return the loss type of CPO, or "simpo"; raises ConfigError for another or several."""
     if settings.method == "simpo" and settings.loss_type in (["sigmoid"], ["simpo"]):
@@ -59,12 +145,4 @@ def cpo_rewards(logprobs: mx.array, settings: PreferenceSettings) -> mx.array:
 def cpo_terms(chosen: mx.array, rejected: mx.array, settings: PreferenceSettings) -> mx.array:
     """Return the loss of each pair (B,) from log-probs (B,): means for ipo and simpo, else sums."""
     z = cpo_rewards(chosen, settings) - cpo_rewards(rejected, settings)
-    match cpo_loss_type(settings):
-        case "hinge":
-            return mx.maximum(1 - settings.beta * z, 0.0)
-        case "ipo":
-            # AlphaPO's rewards reach 1e35
-            return (mx.clip(z, -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * settings.beta)) ** 2
-        case "simpo":
-            z = z - settings.simpo_gamma / settings.beta
-    return smoothed(settings.beta * z, settings.label_smoothing)
+    return CPO_LOSSES[cpo_loss_type(settings)].terms(z, settings)

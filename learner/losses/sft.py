@@ -6,6 +6,7 @@ import mlx.core as mx
 def sft_loss(logprobs: mx.array, *, mask: mx.array, tokens: mx.array) -> mx.array:
     """Return a micro-batch's share of the mean negative log-prob of the tokens that count.
 
-    `logprobs`, `mask` (B, C) float32, nats; `tokens` () is the whole batch's number of them.
+    `logprobs`, `mask` (B, C) float32, nats; `tokens` () is the number of such tokens in the whole
+    batch.
     """
     return -mx.where(mask > 0, logprobs * mask, 0.0).sum() / tokens

@@ -28,7 +28,7 @@ class TokenBatch:
 
 
 class TokenArrays(TypedDict):
-    """A `TokenBatch` on the device: the same fields, as MLX arrays."""
+    """A `TokenBatch` on the device: the arrays that every micro-batch has."""
 
     input_ids: mx.array  # (B, T) int32
     targets: mx.array  # (B, C) int32

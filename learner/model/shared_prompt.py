@@ -11,8 +11,8 @@ sequence.
 # pyright: reportUnknownMemberType=false
 # (mlx is only partly typed)
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -28,11 +28,6 @@ class SharedPrompt(NamedTuple):
 
     prompt_ids: mx.array  # (1, K) int32
     prompt_length: mx.array  # () int32, at most K; an array, so that one trace serves all lengths
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Any]) -> "SharedPrompt | None":
-        """Return the prompt among a micro-batch's arrays, if its sequences share one."""
-        return cls(*(arrays[x] for x in cls._fields)) if cls._fields[0] in arrays else None
 
 
 def shared_prompt(prompt: Tokens, length_bucket: int) -> SharedPrompt:

@@ -2,8 +2,7 @@
 
 # pyright: reportMissingTypeStubs=false
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -12,7 +11,7 @@ import mlx.nn as nn
 
 from learner.data.examples import E
 from learner.interfaces import Objective
-from learner.losses.metrics import number
+from learner.losses.metrics import Metrics, finish_batches, merge_metrics, number
 
 Evaluated = tuple[int, dict[str, float], list[dict[str, Any]]]  # version, metrics, rollouts
 
@@ -29,7 +28,7 @@ class HeldOutEvaluator(Generic[E]):
     """
 
     model: nn.Module
-    objective: Objective[list[E]]
+    objective: Objective[list[E], Any]
     examples: Sequence[E]
     batch_size: int
     answers: Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]] | None = (
@@ -40,16 +39,15 @@ class HeldOutEvaluator(Generic[E]):
 
     def start(self, version: int) -> None:
         """Evaluate at once."""
-        parts: dict[str, float] = {}
+        found: list[tuple[Metrics, int]] = []
         total = 0.0
         for start in range(0, len(self.examples), self.batch_size):
             batch = list(self.examples[start : start + self.batch_size])
-            loss, found = self._batch(batch)
+            loss, merged = self._batch(batch)
             total += loss * len(batch)
-            for name, value in found.items():
-                parts[name] = parts.get(name, 0.0) + value
+            found.append((merged, len(batch)))
 
-        figures = self.objective.finish({name: mx.array(value) for name, value in parts.items()})
+        figures = finish_batches(found)
         metrics = {f"eval/{name}": value for name, value in figures.items()}
         metrics["eval/loss"] = total / max(len(self.examples), 1)
         metrics["eval/rows"] = float(len(self.examples))
@@ -60,36 +58,18 @@ class HeldOutEvaluator(Generic[E]):
             metrics |= lengths
         self._result = (version, metrics, lines)
 
-    def _batch(self, batch: list[E]) -> tuple[float, dict[str, float]]:
-        """Return a batch's loss, and its metrics as sums and counts."""
+    def _batch(self, batch: list[E]) -> tuple[float, Metrics]:
+        """Return a batch's loss and its metrics, evaluated."""
         loss = 0.0
-        merged: dict[str, mx.array] = {}
+        merged = Metrics()
         for arrays in self.objective.prepare(batch).micro:
             value, metrics = self.objective.loss(self.model, arrays)
             loss += number(value)
-            merged = self.objective.merge(merged, metrics)
-        values = {name: number(value) for name, value in merged.items()}
-        return loss, _sums_and_counts(values, len(batch))
+            merged = merge_metrics(merged, metrics)
+        mx.eval(merged)
+        return loss, merged
 
     def poll(self) -> Evaluated | None:
         """Return what `start` found, once."""
         result, self._result = self._result, None
         return result
-
-
-def _sums_and_counts(parts: Mapping[str, float], examples: int) -> dict[str, float]:
-    """Return parts (see `learner/losses/metrics.py`) that are all sums and counts.
-
-    Those of several batches add up to means over all that was counted. What a batch gives as one
-    value (a share of its loss, an extreme) counts once per example. A metric without a value in
-    this batch (infinite) does not count.
-    """
-    found: dict[str, float] = {}
-    for key, value in parts.items():
-        kind, name = key.split(":", 1)
-        counted = kind == "count" or f"count:{name}" in parts
-        if counted:
-            found[key] = value
-        elif not math.isinf(value):
-            found |= {f"sum:{name}": value * examples, f"count:{name}": float(examples)}
-    return found

@@ -29,12 +29,11 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from learner.data.examples import Logprobs, PreferenceExample, UnpairedExample
+from learner.data.examples import Logprobs
 from learner.model.batches import TokenBatch, to_device
-from learner.model.logprobs import Head, completion_logprobs
+from learner.model.logprobs import Head
 from learner.model.reference import Reference
-from learner.objectives.preference_batches import reference_inputs, with_reference
-from protocol.config.settings import PreferenceSettings, TrainSettings
+from learner.objectives.base import ReferenceLayout, frozen_logprobs
 from protocol.errors import SnapshotError
 from protocol.model.snapshots import read_tensors, write_tensors
 
@@ -43,7 +42,7 @@ log = logging.getLogger("pippin.learner")
 LAYOUT = 1  # of the file; increase it with any change that makes older files unusable
 _REPORT_S = 10.0
 
-Batch: TypeAlias = Sequence[PreferenceExample] | Sequence[UnpairedExample]
+Batch: TypeAlias = Sequence[Any]  # of examples
 Sizes: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -53,25 +52,16 @@ class Scorer:
 
     reference: Reference
     head: Head
-    settings: PreferenceSettings
-    train: TrainSettings
+    layout: ReferenceLayout[Any]
 
     def inputs(self, batches: Sequence[Batch]) -> Iterator[TokenBatch]:
         """Yield the token batches of all batches, in order."""
         for batch in batches:
-            yield from reference_inputs(batch, self.settings, self.train)
+            yield from self.layout.reference_inputs(batch)
 
     def score(self, tokens: TokenBatch) -> Logprobs:
         """Return the completions' log-probs (tokens,) float32, one after the other, no padding."""
-        arrays = to_device(tokens)
-        logprobs, *_ = completion_logprobs(
-            self.reference.model,
-            arrays["input_ids"],
-            arrays["positions"],
-            arrays["targets"],
-            head=self.head,
-            gradient=False,
-        )
+        logprobs = frozen_logprobs(self.reference.model, to_device(tokens), self.head)
         return cast("Logprobs", np.array(logprobs)[tokens.mask > 0])
 
     def fingerprint(self) -> str:
@@ -131,7 +121,7 @@ def precompute(
         _write(path, flat)
 
     parts = _split(flat, starts, sizes)
-    return [list(with_reference(batch, parts, scorer.settings, scorer.train)) for batch in batches]
+    return [scorer.layout.with_reference(batch, parts) for batch in batches]
 
 
 def _digests_and_sizes(inputs: Iterator[TokenBatch]) -> tuple[list[bytes], list[Sizes]]:

@@ -17,10 +17,10 @@ import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from learner.data.examples import SftExample, sequences
-from learner.interfaces import Arrays
 from learner.losses.metrics import number
-from learner.objectives.sft import SftObjective
+from learner.objectives.sft import SftArrays, SftObjective
 from learner.offline.source import open_offline
+from learner.optim.adamw import Tensors
 from learner.optim.step import Step, should_compile
 from protocol.config.settings import ExampleData, ModelSettings, OptimizerSettings, TrainSettings
 from protocol.model.policy import load_policy
@@ -32,7 +32,7 @@ WAYS: tuple[WayName, ...] = ("float32", "bfloat16", "naive")
 
 @dataclass(frozen=True)
 class Plan:
-    """What every way trains on: `steps` batches of `rows` rows, padded to `length` tokens."""
+    """What every way does: `steps` batches of `rows` rows, padded to `length` tokens."""
 
     model: Path
     data: str
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Movement:
-    """A way's |w_t - w_0| compared with float32's; `moved`: the share of weights unlike w_0."""
+    """A way's |w_t - w_0| beside float32's; `moved` is the share of its weights unlike w_0."""
 
     norm: float
     ratio: float
@@ -58,7 +58,7 @@ class Row:
     """The ways after `step` steps.
 
     `gains`: by how much the loss of held-out rows fell, in float32 arithmetic, with each way's
-    weights, and with the "masters" of bfloat16.
+    weights, and with bfloat16's "masters".
     """
 
     step: int
@@ -67,53 +67,50 @@ class Row:
 
 
 class Way:
-    """A model in training and its losses, one per step."""
+    """A model in training and its losses, one a step."""
 
     def __init__(self, name: WayName, plan: Plan, objective: SftObjective) -> None:
         dtype = "float32" if name == "float32" else "bfloat16"
         settings = ModelSettings(path=str(plan.model), fine_tune_type="full", dtype=dtype)
         self.model = load_policy(settings, seed=0).model
-
-        # All ways start from weights that bfloat16 holds exactly.
         exact = {
             key: array.astype(mx.bfloat16).astype(array.dtype)
             for key, array in trainable(self.model).items()
         }
         self.model.update(tree_unflatten(list(exact.items())))
         mx.eval(self.model.parameters())
-
         self.start = {key: array.astype(mx.float32) for key, array in exact.items()}
         self.losses: list[float] = []
         build = _naive if name == "naive" else _learner
         self._take, self._masters = build(self.model, plan, objective)
 
-    def take(self, arrays: Arrays) -> None:
-        """Take a step and record its loss."""
+    def take(self, arrays: SftArrays) -> None:
+        """Take a step and note its loss."""
         self.losses.append(number(self._take(arrays)))
 
-    def weights(self) -> Arrays:
-        """Return the weights that the forward pass uses, by name."""
+    def weights(self) -> Tensors:
+        """Return what the forward pass uses, by name."""
         return trainable(self.model)
 
-    def masters(self) -> Arrays:
-        """Return the weights that the optimiser moves: float32, except in the naive way."""
+    def masters(self) -> Tensors:
+        """Return what the optimiser moves: float32, but for the naive way."""
         return {**self.weights(), **self._masters()}
 
 
-_Built = tuple[Callable[[Arrays], mx.array], Callable[[], Arrays]]
+_Built = tuple[Callable[[SftArrays], mx.array], Callable[[], Tensors]]
 
 
 def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
-    """Return the learner's step, and a function that returns its masters."""
+    """Return the learner's step, and what gives its masters."""
     settings = OptimizerSettings(learning_rate=plan.rate, lr_scheduler_type="constant")
     step = Step(model, settings, total_steps=plan.steps, compiled=should_compile("auto"))
 
-    def take(arrays: Arrays) -> mx.array:
+    def take(arrays: SftArrays) -> mx.array:
         loss, _ = step.accumulate(arrays, objective.loss)
         step.apply()
         return loss
 
-    def masters() -> Arrays:
+    def masters() -> Tensors:
         prefix = "master."
         state = step.state()
         return {key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)}
@@ -122,12 +119,12 @@ def _learner(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
 
 
 def _naive(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
-    """Return what one would write with only MLX: AdamW on the weights as they are."""
+    """Return what one would write with MLX alone: AdamW on the weights as they are."""
     adam = optim.AdamW(learning_rate=plan.rate, weight_decay=0.0, bias_correction=True)
     adam.init(model.trainable_parameters())
     state = [model.state, adam.state]
 
-    def step(arrays: Arrays) -> mx.array:
+    def step(arrays: SftArrays) -> mx.array:
         (loss, _), gradients = nn.value_and_grad(model, objective.loss)(model, arrays)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         adam.update(model, gradients)
@@ -135,7 +132,7 @@ def _naive(model: nn.Module, plan: Plan, objective: SftObjective) -> _Built:
 
     run = mx.compile(step, inputs=state, outputs=state) if should_compile("auto") else step
 
-    def take(arrays: Arrays) -> mx.array:
+    def take(arrays: SftArrays) -> mx.array:
         loss = run(arrays)
         mx.eval(loss, state)
         return loss
@@ -151,8 +148,8 @@ class Judge:
         self._objective = objective
         self._micro = objective.prepare(rows).micro
 
-    def loss(self, weights: Arrays) -> float:
-        """Return the mean loss per token that counts, nats."""
+    def loss(self, weights: Tensors) -> float:
+        """Return the mean over the tokens that count, nats."""
         exact = [(name, array.astype(mx.float32)) for name, array in weights.items()]
         self._model.update(tree_unflatten(exact))
         parts = [self._objective.loss(self._model, arrays)[0] for arrays in self._micro]
@@ -162,24 +159,21 @@ class Judge:
 def compare(plan: Plan, watch: Callable[[dict[str, Way]], None]) -> Iterator[Row]:
     """Train the three ways side by side; yield a row every `plan.every` steps and at the end.
 
-    `watch` is called with the ways after each step.
+    `watch` sees the ways after each step.
     """
     train = TrainSettings(
         batch_size=plan.rows, micro_batch_size=plan.rows, length_bucket=plan.length
     )
     objective = SftObjective(train, "chunked")
     held_out, batches = _batches(plan)
-
     ways = {name: Way(name, plan, objective) for name in WAYS}
     judge = Judge(plan, objective, held_out)
     before = judge.loss(ways["float32"].start)
-
     for step, batch in enumerate(batches, start=1):
         (arrays,) = objective.prepare(batch).micro
         for way in ways.values():
             way.take(arrays)
         watch(ways)
-
         if step % plan.every == 0 or step == plan.steps:
             weights = {
                 "masters": ways["bfloat16"].masters(),
@@ -191,7 +185,7 @@ def compare(plan: Plan, watch: Callable[[dict[str, Way]], None]) -> Iterator[Row
 
 
 def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
-    """Return held-out rows, and `plan.steps` full batches of the others, over as many epochs."""
+    """Return held-out rows, and `plan.steps` full batches of the others, epoch after epoch."""
     tokenizer = load_policy(ModelSettings(path=str(plan.model)), seed=0).tokenizer
     settings = ExampleData(path=plan.data, max_length=plan.length, eval_rows=4 * plan.rows)
     build = sequences(settings, tokenizer)
@@ -201,13 +195,13 @@ def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
         done = 0
         while done < plan.steps:
             batch = source.train.next_batch() or []
-            if len(batch) == plan.rows:  # another shape would be compiled again
+            if len(batch) == plan.rows:  # another shape would be compiled anew
                 done += 1
                 yield batch
             elif not done:
                 raise ValueError(
                     f"{plan.data} has fewer than {5 * plan.rows} rows of at most {plan.length} "
-                    "tokens: use smaller batches, longer rows or more data"
+                    "tokens: give smaller batches, longer rows or more data"
                 )
 
     return source.evaluation, full()
@@ -223,7 +217,6 @@ def _movement(way: Way, exact: Way) -> Movement:
         moved = weights[name].astype(mx.float32) != start
         sums = [ours.square().sum(), right.square().sum(), (ours * right).sum(), moved.sum()]
         parts.append(mx.stack([value.astype(mx.float32) for value in sums]))
-
     squared, reference, product, moved = (number(value) for value in mx.stack(parts).sum(axis=0))
     return Movement(
         norm=math.sqrt(squared),

@@ -26,7 +26,7 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
 
     from learner.model.batches import to_device, token_batch
     from learner.model.logprobs import completion_logprobs
-    from learner.model.shared_prompt import SharedPrompt, shared_prompt
+    from learner.model.shared_prompt import shared_prompt
     from learner.optim.step import Step, should_compile
     from protocol.config.settings import ModelSettings, OptimizerSettings
     from protocol.model.adapters import attach_adapters
@@ -54,13 +54,12 @@ def measure(args: argparse.Namespace, shape: str, shared: bool) -> tuple[float, 
     tokens = token_batch([start] * group, completions, length_bucket=32)
     arrays: dict[str, Any] = {**to_device(tokens)}
     if shared:
-        arrays |= shared_prompt(prompt, 32)._asdict()
+        arrays["prompt"] = shared_prompt(prompt, 32)
 
     def loss(model: nn.Module, arrays: dict[str, Any]) -> tuple[mx.array, dict[str, mx.array]]:
         tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
-        prompt = SharedPrompt.of(arrays)
         logprobs, *_ = completion_logprobs(
-            model, *tokens, prompt=prompt, head=args.head, entropy=True
+            model, *tokens, prompt=arrays.get("prompt"), head=args.head, entropy=True
         )
         return -(logprobs * arrays["mask"]).mean(), {}
 

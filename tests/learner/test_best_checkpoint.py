@@ -6,11 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, checkpoints, save_checkpoint
-from learner.interfaces import Arrays, Prepared
+from learner.interfaces import Prepared
+from learner.losses.metrics import Metrics
 from learner.optim.step import Step
 from learner.records import Records
 from learner.trainer import Schedule, Trainer
 from protocol.config.settings import OptimizerSettings
+
+Arrays = dict[str, mx.array]
 
 
 class Linear:
@@ -18,17 +21,11 @@ class Linear:
 
     num_iterations = 1
 
-    def prepare(self, batch: mx.array) -> Prepared:
+    def prepare(self, batch: mx.array) -> Prepared[Arrays]:
         return Prepared([{"x": batch}], {})
 
-    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
-        return model(arrays["x"]).mean(), {}
-
-    def merge(self, first: Arrays, second: Arrays) -> Arrays:
-        return {**first, **second}
-
-    def finish(self, metrics: Arrays) -> dict[str, float]:
-        return {}
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Metrics]:
+        return model(arrays["x"]).mean(), Metrics()
 
 
 class Ones:

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from learner.checkpoint import checkpoints, load_checkpoint
-from learner.interfaces import Arrays, Prepared
+from learner.interfaces import Prepared
+from learner.losses.metrics import Metrics
 from learner.optim.step import Step, Update
 from learner.records import Records
 from learner.trainer import Schedule, Trainer
 from protocol.config.settings import OptimizerSettings
 from protocol.errors import CheckpointError
 from protocol.model.snapshots import load_trainable, trainable
+
+Arrays = dict[str, mx.array]
 
 
 class Mean:
@@ -25,21 +28,15 @@ class Mean:
     def __init__(self, log: list[str], iterations: int = 1) -> None:
         self.log, self.num_iterations = log, iterations
 
-    def prepare(self, batch: int) -> Prepared:
+    def prepare(self, batch: int) -> Prepared[Arrays]:
         self.log.append(f"prepare {batch}")
         return Prepared(
             [{"x": mx.full((1, 2), batch)}], {"batch_tokens": 3.0}, step=batch != 0,
             rollouts=[{"batch": batch}],
         )  # fmt: skip
 
-    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
-        return model(arrays["x"]).mean(), {"seen": mx.array(1.0)}
-
-    def merge(self, first: Arrays, second: Arrays) -> Arrays:
-        return {"seen": first["seen"] + second["seen"]}
-
-    def finish(self, metrics: Arrays) -> dict[str, float]:
-        return {name: float(np.array(value)) for name, value in metrics.items()}
+    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Metrics]:
+        return model(arrays["x"]).mean(), Metrics(shares={"seen": mx.array(1.0)})
 
 
 class Numbers:
@@ -148,11 +145,11 @@ def test_the_model_trains_in_training_mode_and_is_left_in_eval_mode(tmp_path):
     modes: list[tuple[str, bool]] = []
     prepare, loss = made.objective.prepare, made.objective.loss
 
-    def noted_prepare(batch: int) -> Prepared:
+    def noted_prepare(batch: int) -> Prepared[Arrays]:
         modes.append(("prepare", made.model.training))
         return prepare(batch)
 
-    def noted_loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
+    def noted_loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, Metrics]:
         modes.append(("loss", model.training))
         return loss(model, arrays)
 
@@ -217,18 +214,18 @@ def test_every_further_pass_brings_the_batch_up_to_date_and_metrics_are_means(tm
     prepared = Mean([], 3).prepare(2)
     norms = [3.0, float("inf"), 1.0]
 
-    def again() -> None:
+    def refresh() -> None:
         seen.append((made.model.training, len(norms)))
 
     class Updater:
-        def accumulate(self, arrays: Arrays, loss_fn: Any) -> tuple[mx.array, Arrays]:
+        def accumulate(self, arrays: Arrays, loss_fn: Any) -> tuple[mx.array, Metrics]:
             return loss_fn(made.model, arrays)
 
         def apply(self) -> Update:
             norm = norms.pop(0)
             return Update(grad_norm=norm, learning_rate=0.1, applied=norm < 2)
 
-    prepared.again, made.updater = again, Updater()  # type: ignore[assignment]
+    prepared.refresh, made.updater = refresh, Updater()  # type: ignore[assignment]
     metrics = made._update(prepared)
     assert seen == [(False, 2), (False, 1)]  # in eval mode, before the second and third pass
     assert metrics["grad_norm"] == float("inf")

@@ -1,28 +1,34 @@
 """Recorded TRL runs as the learner's batches, with the recording's IDs, masks and advantages."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from learner.data.examples import PreferenceExample, SftExample, UnpairedExample
-from learner.interfaces import Arrays
 from learner.losses.grpo import grpo_normalisers
-from learner.model.batches import to_device, token_batch
-from learner.model.logprobs import completion_logprobs
+from learner.model.batches import TokenArrays, to_device, token_batch
 from learner.model.trials import choose_head
 from learner.objectives.advantages import advantages
-from learner.objectives.grpo import GrpoObjective
+from learner.objectives.base import frozen_logprobs
+from learner.objectives.grpo import GrpoArrays, GrpoObjective
+from learner.objectives.kto import KtoObjective
 from learner.objectives.preference import PreferenceObjective
 from learner.objectives.sft import SftObjective
-from protocol.config.settings import GrpoSettings, PreferenceSettings, TrainSettings
+from protocol.config.settings import (
+    GrpoRewards,
+    GrpoSettings,
+    PreferenceSettings,
+    SamplingSettings,
+    TrainSettings,
+)
 
-Objective = SftObjective | PreferenceObjective | GrpoObjective
+Objective = SftObjective | PreferenceObjective | KtoObjective | GrpoObjective
 OldLogps = dict[int, mx.array]
 METHODS = {"DPOTrainer": "dpo", "ORPOTrainer": "orpo", "CPOTrainer": "cpo", "KTOTrainer": "kto"}
 
@@ -67,11 +73,12 @@ def objective_of(
     if recording.trainer == "GRPOTrainer":
         names = ("loss_type", "beta", "num_iterations", "epsilon", "use_bias_correction_kl")
         settings = GrpoSettings(**{name: given[name] for name in names})
+        sampling = SamplingSettings(
+            temperature=given["temperature"], max_completion_length=given["max_completion_length"]
+        )
         return GrpoObjective(
-            settings, train, model, temperature=given["temperature"],
-            max_completion_length=given["max_completion_length"], weights=None, head=head,
-            describe=lambda *_: {}, reference=reference,
-        )  # fmt: skip
+            settings, train, sampling, GrpoRewards(), model, head, lambda *_: {}, reference
+        )
     method = METHODS[recording.trainer]
     values: dict[str, Any] = {"method": method, "beta": given["beta"]}
     if method != "orpo":
@@ -80,12 +87,13 @@ def objective_of(
     if method == "cpo":
         values |= {"cpo_alpha": given["cpo_alpha"], "simpo_gamma": given["simpo_gamma"]}
     settings = PreferenceSettings(**values)
-    return PreferenceObjective(settings, train, head, model, reference)
+    made = KtoObjective if method == "kto" else PreferenceObjective
+    return made(settings, train, head, model, reference)
 
 
 def micro_batches(
     recording: Recording, step: dict[str, Any], objective: Objective, old: OldLogps
-) -> list[Arrays]:
+) -> Sequence[Any]:
     """Return a step's micro-batches, prepared as training prepares them.
 
     `old` is kept from step to step: GRPO's log-probs of the rollouts in use.
@@ -95,10 +103,10 @@ def micro_batches(
         return _grpo(recording, step, objective, old)
     if isinstance(objective, SftObjective):
         return objective.prepare([e for part in inputs for e in _sft(part)]).micro
+    if isinstance(objective, KtoObjective):
+        return objective.prepare([e for part in inputs for e in _kto(part)]).micro
     if recording.trainer == "DPOTrainer":
         return objective.prepare([e for part in inputs for e in _dpo(part)]).micro
-    if recording.trainer == "KTOTrainer":
-        return objective.prepare([e for part in inputs for e in _kto(part)]).micro
     return objective.prepare([e for part in inputs for e in _odds(part)]).micro
 
 
@@ -160,28 +168,32 @@ def advantages_of(
 
 def _grpo(
     recording: Recording, step: dict[str, Any], objective: GrpoObjective, old: OldLogps
-) -> list[Arrays]:
+) -> list[GrpoArrays]:
     given = recording.arguments
     accumulation = given["gradient_accumulation_steps"]
     inputs = [part["inputs"] for part in step["micro"]]
     sums = np.array([sum(row) for part in inputs for row in part["completion_mask"]])
     values = grpo_normalisers(
         mask_sums=sums,
-        max_completion_length=objective.max_completion_length,
+        max_completion_length=objective.sampling.max_completion_length,
         generation_tokens=inputs[0]["num_items_in_batch"]
         * accumulation
         / generation_slices(recording),
     )
-    shared = {f"normaliser/{k}": mx.array(v, dtype=mx.float32) for k, v in values.items()}
+    normalisers = {k: mx.array(v, dtype=mx.float32) for k, v in values.items()}
     found = advantages_of(step["micro"], given["scale_rewards"])
-    micro: list[Arrays] = []
-    for number, (part, row_advantages) in enumerate(zip(inputs, found, strict=True)):
-        arrays = _tokens(part, objective) | shared
-        arrays["advantages"] = mx.array(row_advantages.astype(np.float32))
-        first = (step["step"] - 1) * accumulation
-        arrays["sampling_logprobs"] = _old_logprobs(recording, first + number, objective, old)
+    micro: list[GrpoArrays] = []
+    first = (step["step"] - 1) * accumulation
+    for number, (part, part_advantages) in enumerate(zip(inputs, found, strict=True)):
+        arrays: GrpoArrays = {
+            **_tokens(part, objective),
+            "normalisers": normalisers,
+            "advantages": mx.array(part_advantages.astype(np.float32)),
+            "sampling_logprobs": _old_logprobs(recording, first + number, objective, old),
+            "sequence_mask": mx.ones(len(part_advantages)),
+        }
         if objective.reference is not None:
-            arrays["ref_logprobs"] = frozen_logprobs(objective, objective.reference, arrays)
+            arrays["ref_logprobs"] = _logprobs(objective, objective.reference, arrays)
         mx.eval(arrays)
         micro.append(arrays)
     return micro
@@ -205,12 +217,12 @@ def _old_logprobs(
     if index % (slices * recording.arguments["num_iterations"]) == 0:
         parts = [micro["inputs"] for step in recording.data["steps"] for micro in step["micro"]]
         for number, part in enumerate(parts[index : index + slices]):
-            old[number] = frozen_logprobs(objective, objective.model, _tokens(part, objective))
+            old[number] = _logprobs(objective, objective.model, _tokens(part, objective))
         mx.eval(old)
     return old[index % slices]
 
 
-def _tokens(part: dict[str, Any], objective: GrpoObjective) -> Arrays:
+def _tokens(part: dict[str, Any], objective: GrpoObjective) -> TokenArrays:
     prompts = [
         [token for token, live in zip(ids, mask, strict=True) if live]
         for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
@@ -218,12 +230,8 @@ def _tokens(part: dict[str, Any], objective: GrpoObjective) -> Arrays:
     lengths = [sum(mask) for mask in part["completion_mask"]]
     completions = [ids[:n] for ids, n in zip(part["completion_ids"], lengths, strict=True)]
     tokens = token_batch(prompts, completions, length_bucket=objective.train.length_bucket)
-    return cast(Arrays, to_device(tokens))
+    return to_device(tokens)
 
 
-def frozen_logprobs(objective: GrpoObjective, model: nn.Module, arrays: Arrays) -> mx.array:
-    """Return (B, C) log-probs, nats, without a gradient."""
-    tokens = (arrays["input_ids"], arrays["positions"], arrays["targets"])
-    return completion_logprobs(
-        model, *tokens, temperature=objective.temperature, head=objective.head, gradient=False
-    )[0]
+def _logprobs(objective: GrpoObjective, model: nn.Module, arrays: TokenArrays) -> mx.array:
+    return frozen_logprobs(model, arrays, objective.head, objective.sampling.temperature)

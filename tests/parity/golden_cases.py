@@ -16,16 +16,11 @@ import numpy as np
 
 from learner.losses.dpo import DPO_LOSSES
 from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
+from learner.losses.kto import kto_kl, kto_loss, kto_loss_type
 from learner.losses.metrics import finish_metrics
 from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
-from learner.losses.preference import (
-    finish_kto,
-    kto_kl,
-    kto_loss,
-    kto_loss_type,
-    pair_normalisers,
-    preference_loss,
-)
+from learner.losses.pairs import pair_normalisers
+from learner.losses.preference import preference_loss
 from protocol.config.settings import GrpoSettings, PreferenceSettings
 
 GRPO_KEYS = {
@@ -163,7 +158,7 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     floats = partial(array, dtype=dtype)
     whole = np.asarray(data["completion_mask"], np.float64)
     mask, half = whole[:, 1:], len(whole) // 2
-    values = pair_normalisers(rows=half, chosen_tokens=float(mask[:half].sum()))
+    values = pair_normalisers(pairs=half, chosen_tokens=float(mask[:half].sum()))
 
     def loss_of(logprobs: mx.array) -> Any:
         return preference_loss(
@@ -206,13 +201,13 @@ def kto_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
             mask=floats(mask),
             labels=floats(data["labels"]),
             kl=mx.array(kl, dtype=dtype),
-            normalisers=scalars({"rows": float(len(mask))}, dtype),
+            normalisers=scalars({"answers": float(len(mask))}, dtype),
             settings=settings,
         )
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
     entropy = 1.0 if mask.any() else 0.0
-    ours = finish_kto(metrics) | {"num_tokens": float(whole.size), "entropy": entropy}
+    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": entropy}
     yield "loss", loss.item(), case["loss"]
     yield "grad", np.array(grad) * mask, masked(case["grad"], mask)
     for name in sorted((case["metrics"].keys() | ours.keys()) - STUBBED):

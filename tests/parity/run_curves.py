@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from learner.losses.metrics import finish_metrics, merge_metrics
 from learner.model.logprobs import Head
 from learner.model.reference import make_reference
 from learner.optim.step import Step
@@ -148,7 +149,7 @@ def replay(
         parts = [updater.accumulate(arrays, objective.loss) for arrays in micro]
         losses.append(sum(float(np.array(loss)) for loss, _ in parts))
         norms.append(updater.apply().grad_norm)
-        metrics = objective.finish(reduce(objective.merge, (found for _, found in parts)))
+        metrics = finish_metrics(reduce(merge_metrics, (found for _, found in parts)))
         metric = max(metric, metric_difference(recording, step, metrics))
     theirs = [[step[name] for step in steps] for name in ("loss", "grad_norm")]
     final = final_difference(recording, before, trainable(policy.model))

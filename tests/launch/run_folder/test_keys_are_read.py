@@ -24,7 +24,7 @@ from launch.processes.collect import Writer, collect
 from launch.processes.lifeline import Lifeline
 from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
-from learner.build.online import assemble_online
+from learner.build.online import OnlineAddresses, assemble_online
 from learner.data.prompts import Prompt
 from learner.online.experience import PromptGroup, TrainBatch
 from learner.online.source import OnlineSource
@@ -165,9 +165,8 @@ def test_grpo_reads_every_key_that_it_takes(
         reward_services(run, folder)
         actor_specs(run, "ipc://x")
         endpoint = f"ipc://{folder}/s"
-        args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
-        args.rewards = ["ipc://x"]
-        with assemble_online(args) as assembled:
+        addresses = OnlineAddresses([endpoint], f"{endpoint}2", ["ipc://x"])
+        with assemble_online(folder, addresses) as assembled:
             while not assembled.trainer.done:
                 assembled.trainer.advance(timeout_s=1.0)
     assert recorder.unread(GrpoRun) == ELSEWHERE

@@ -7,14 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from learner.losses.grpo import (
-    entropy_quantile,
-    grpo_loss,
-    grpo_normalisers,
-    importance_ratio,
-    k3,
-)
-from learner.losses.metrics import finish_metrics, merge_metrics, number
+from learner.losses.grpo import VARIANTS, entropy_quantile, grpo_loss, grpo_normalisers
+from learner.losses.importance import importance_ratio, k3
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics, number
 from protocol.config.settings import GrpoSettings
 
 LOSSES = get_args(get_type_hints(GrpoSettings)["loss_type"])
@@ -69,6 +64,10 @@ def run(data, settings, index=None):
     return number(value), np.array(grad), metrics
 
 
+def test_the_table_of_variants_has_the_losses_of_the_settings():
+    assert tuple(VARIANTS) == LOSSES
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -83,7 +82,7 @@ def test_micro_batches_add_up(loss_type, level, parts):
     summed = np.concatenate([piece[1] for piece in pieces])
     assert sum(piece[0] for piece in pieces) == pytest.approx(whole, rel=1e-5, abs=1e-7)
     assert np.linalg.norm(summed - grad) <= 1e-5 * np.linalg.norm(grad)
-    merged = {}
+    merged = Metrics()
     for piece in pieces:
         merged = merge_metrics(merged, piece[2])
     assert finish_metrics(merged) == pytest.approx(finish_metrics(metrics), rel=1e-5, abs=1e-6)

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 
 from learner.losses.dpo import DPO_LOSSES
-from learner.losses.metrics import finish_metrics, merge_metrics, number
-from learner.losses.orpo_cpo import log_sigmoid_odds
-from learner.losses.preference import (
-    kto_kl,
-    kto_loss,
-    kto_weight_advice,
-    needs_whole_batch,
-    pair_normalisers,
-    preference_loss,
-)
-from protocol.config.preference_checks import DPO_LOSSES as NAMED_LOSSES
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics, number
+from learner.losses.orpo_cpo import CPO_LOSSES, log_sigmoid_odds
+from learner.losses.pairs import pair_normalisers
+from learner.losses.preference import needs_whole_batch, preference_loss
+from protocol.config import preference_checks
 from protocol.config.settings import PreferenceSettings
 
 CPO = [("cpo", [name], alpha) for name in ("sigmoid", "hinge", "ipo") for alpha in (0.0, 0.25)]
@@ -42,7 +36,7 @@ def batch(pairs=8, width=6, seed=0):
 
 
 def call(logprobs, ref, mask, settings, rows, tokens):
-    values = pair_normalisers(rows=rows, chosen_tokens=tokens)
+    values = pair_normalisers(pairs=rows, chosen_tokens=tokens)
     return preference_loss(
         logprobs,
         mask=mx.array(mask),
@@ -128,7 +122,7 @@ def test_micro_batches_add_up(method, loss_type, alpha, parts):
     logprobs, ref, mask = batch()
     tokens = float(mask[:8].sum())
     whole, grad, metrics = gradient(logprobs, ref, mask, settings)
-    total, merged, summed = 0.0, {}, np.zeros_like(grad)
+    total, merged, summed = 0.0, Metrics(), np.zeros_like(grad)
     for first in range(0, 8, 8 // parts):
         index = np.r_[first : first + 8 // parts]
         index = np.concatenate([index, index + 8])
@@ -170,7 +164,7 @@ def test_orpo_ratio_of_certain_answers_is_its_limit():
 
 def test_preference_score_scales_a_pair():
     logprobs, ref, mask = batch(pairs=2)
-    values = pair_normalisers(rows=2, chosen_tokens=1.0)
+    values = pair_normalisers(pairs=2, chosen_tokens=1.0)
     arguments = {
         "mask": mx.array(mask),
         "ref_logprobs": mx.array(ref),
@@ -184,45 +178,6 @@ def test_preference_score_scales_a_pair():
     assert plain[2] == pytest.approx(2.0 * plain[0] + 0.5 * plain[1], rel=1e-6)
 
 
-def test_kto_by_hand_and_split():
-    logprobs = mx.array([[-1.0, -1.0], [-0.5, -9.0]])
-    mask = mx.array([[1.0, 1.0], [1.0, 0.0]])
-    ref, labels = mx.array([[-2.0, -1.0], [-1.5, 0.0]]), mx.array([1.0, 0.0])
-    kl = kto_kl(np.array([-1.0, -2.0]), np.array([-2.0, -2.0]))
-    assert kl == 0.5
-    assert kto_kl(np.array([-3.0]), np.array([-2.0])) == 0.0
-    settings = PreferenceSettings(method="kto", undesirable_weight=2.0)
-    normalisers = {"rows": mx.array(2.0)}
-
-    def loss(rows):
-        return kto_loss(
-            logprobs[rows], ref_logprobs=ref[rows], mask=mask[rows], labels=labels[rows],
-            kl=mx.array(kl), normalisers=normalisers, settings=settings,
-        )  # fmt: skip
-
-    # both ratios are 1: 1 - sigmoid(.1 * (1 - .5)) and 2 (1 - sigmoid(.1 * (.5 - 1)))
-    low = 1 / (1 + math.exp(0.05))
-    value, metrics = loss(slice(0, 2))
-    assert value.item() == pytest.approx((low + 2 * (1 - low)) / 2, rel=1e-6)
-    first, second = loss(slice(0, 1)), loss(slice(1, 2))
-    assert first[0].item() + second[0].item() == pytest.approx(value.item(), rel=1e-6)
-    merged = finish_metrics(merge_metrics(first[1], second[1]))
-    assert merged == pytest.approx(finish_metrics(metrics))
-    assert merged["rewards/chosen"] == pytest.approx(0.1)
-
-
 def test_every_named_loss_is_there():
-    assert tuple(DPO_LOSSES) == NAMED_LOSSES
-
-
-def test_kto_weights_that_do_not_balance_the_answers_are_named():
-    plain = PreferenceSettings(method="kto")
-    # 30 good, 10 bad: 10/30 and 1.33 x 10/30; 30/10/1.33 and 30/10
-    advice = kto_weight_advice(30, 10, plain)
-    assert "30 good and 10 bad" in advice
-    assert "desirable_weight in [0.33, 0.44]" in advice
-    assert "undesirable_weight in [2.26, 3.0]" in advice
-    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", undesirable_weight=3)) == ""
-    assert kto_weight_advice(30, 10, PreferenceSettings(method="kto", desirable_weight=0.4)) == ""
-    assert kto_weight_advice(10, 10, PreferenceSettings(method="kto", desirable_weight=9)) == ""
-    assert "7 good and 0 bad" in kto_weight_advice(7, 0, plain)
+    assert tuple(DPO_LOSSES) == preference_checks.DPO_LOSSES
+    assert tuple(CPO_LOSSES) == preference_checks.CPO_LOSSES

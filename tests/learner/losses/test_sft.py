@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from learner.data.examples import SftExample
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
 from learner.losses.sft import sft_loss
 from learner.model.logprobs import Head
 from learner.objectives.sft import SftObjective
@@ -37,10 +38,10 @@ def test_accuracy_is_of_the_tokens_that_count(head: Head):
         batch.append(SftExample(row, ids, mask))
     assert hits >= 5
     objective = SftObjective(TrainSettings(batch_size=5, micro_batch_size=2), head)
-    merged = {}
+    merged = Metrics()
     for arrays in objective.prepare(batch).micro:
-        merged = objective.merge(merged, objective.loss(model, arrays)[1])
-    accuracy = objective.finish(merged)["mean_token_accuracy"]
+        merged = merge_metrics(merged, objective.loss(model, arrays)[1])
+    accuracy = finish_metrics(merged)["mean_token_accuracy"]
     assert accuracy == pytest.approx(hits / counted, rel=1e-6)
     evaluator = HeldOutEvaluator(model, objective, batch, batch_size=3)
     evaluator.start(1)

@@ -1,6 +1,5 @@
 """A prompt computed once for all completions of a group, against whole sequences."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -10,16 +9,24 @@ import pytest
 from mlx.utils import tree_flatten
 
 from learner.data.prompts import Prompt
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
 from learner.model import chunked
 from learner.model.batches import to_device, token_batch
 from learner.model.layers import layer_by_layer
 from learner.model.logprobs import Head, completion_logprobs
-from learner.model.shared_prompt import SharedPrompt, after_prompt, group_batch, shared_prompt
+from learner.model.shared_prompt import after_prompt, group_batch, shared_prompt
 from learner.model.trials import choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
 from learner.online.experience import PromptGroup, TrainBatch
 from learner.optim.step import Step
-from protocol.config.settings import GrpoSettings, ModelSettings, OptimizerSettings, TrainSettings
+from protocol.config.settings import (
+    GrpoRewards,
+    GrpoSettings,
+    GrpoTrain,
+    ModelSettings,
+    OptimizerSettings,
+    SamplingSettings,
+)
 from protocol.errors import ModelError
 from protocol.messages.arrays import floats_bytes
 from protocol.model.adapters import attach_adapters
@@ -46,19 +53,18 @@ def policy(kind, **changes):
     return model
 
 
-def group_arrays(prompt_length, *, bucket=8, seed=0):
-    """Make a group as whole sequences, and as sequences from the last prompt token on."""
+def group_arrays(prompt_length, *, bucket=8, seed=0) -> tuple[Any, Any]:
+    """Make the same group as whole rows and as rows that go on from the last prompt token."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(2, VOCAB, prompt_length, dtype=np.int32)
     rows = [rng.integers(2, VOCAB, n, dtype=np.int32) for n in LENGTHS]
     whole = token_batch([prompt] * len(rows), rows, length_bucket=bucket)
     own = token_batch([prompt[-1:]] * len(rows), rows, length_bucket=bucket)
-    arrays: dict[str, Any] = {**to_device(own), **shared_prompt(prompt, bucket)._asdict()}
-    return to_device(whole), arrays
+    return to_device(whole), {**to_device(own), "prompt": shared_prompt(prompt, bucket)}
 
 
 def results(
-    model: nn.Module, arrays: Mapping[str, Any], *, recompute: bool = False,
+    model: nn.Module, arrays: Any, *, recompute: bool = False,
     head: Head = "chunked",
 ) -> tuple[mx.array, dict[str, mx.array]]:  # fmt: skip
     """Return log-probs and entropies (2, B, C), and gradients; no two tokens count alike."""
@@ -69,7 +75,7 @@ def results(
     def loss(model: nn.Module) -> tuple[mx.array, mx.array]:
         scores = completion_logprobs(
             model, arrays["input_ids"], arrays["positions"], arrays["targets"],
-            prompt=SharedPrompt.of(arrays), temperature=0.7, head=head, entropy_gradient=True,
+            prompt=arrays.get("prompt"), temperature=0.7, head=head, entropy_gradient=True,
         )  # fmt: skip
         values = mx.stack([scores.logprobs, scores.entropies])
         return (values * weights).sum(), values * mask
@@ -120,7 +126,7 @@ def test_all_logits_at_once_are_equal_too(changes):
 def test_gradients_reach_tokens_that_only_the_prompt_has(recompute):
     model = policy("full", tie_word_embeddings=False)
     whole, shared = group_arrays(6)
-    prefix = set(np.array(shared["prompt_ids"])[0, :5].tolist())
+    prefix = set(np.array(shared["prompt"].prompt_ids)[0, :5].tolist())
     prefix -= set(np.array(shared["input_ids"]).ravel().tolist())
     assert len(prefix) >= 2
     name = "model.embed_tokens.weight"
@@ -133,15 +139,17 @@ def test_gradients_reach_tokens_that_only_the_prompt_has(recompute):
 def test_padding_changes_nothing():
     model = policy("full")
     _, shared = group_arrays(5)
-    ids = np.array(shared["prompt_ids"])
+    ids = np.array(shared["prompt"].prompt_ids)
     assert ids.shape == (1, 8)
     ids[0, 4:] = [7, 9, 11, 13]
     values, grads = results(model, shared)
-    others = results(model, shared | {"prompt_ids": mx.array(ids)})
+    others = results(
+        model, {**shared, "prompt": shared["prompt"]._replace(prompt_ids=mx.array(ids))}
+    )
     assert mx.array_equal(values, others[0])
     assert_equal(others, (values, grads), 0.0, 1e-6)
     wide = group_arrays(5, bucket=32)[1]
-    assert wide["prompt_ids"].shape == (1, 32)
+    assert wide["prompt"].prompt_ids.shape == (1, 32)
     values = values[:, :, :20]
     wide_values, wide_grads = results(model, wide)
     assert_equal((wide_values[:, :, :20], wide_grads), (values, grads))
@@ -191,8 +199,9 @@ def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings)
     reference.freeze()
     model.train()
     made = GrpoObjective(
-        GrpoSettings(**settings), TrainSettings(micro_batch_size=size, length_bucket=4),
-        model, 0.8, 16, None, "chunked", lambda *_: {}, reference=reference, share_prompt=share,
+        GrpoSettings(**settings), GrpoTrain(micro_batch_size=size, length_bucket=4),
+        SamplingSettings(temperature=0.8, max_completion_length=16), GrpoRewards(),
+        model, "chunked", lambda *_: {}, reference=reference, share_prompt=share,
     )  # fmt: skip
     prepared = made.prepare(BATCH)
     assert prepared.step
@@ -204,8 +213,8 @@ def step_of(share, kind, *, size=1, recompute=False, compiled=False, **settings)
     for arrays in prepared.micro:
         loss, metrics = step.accumulate(arrays, made.loss)
         total += loss.item()
-        merged = metrics if merged is None else made.merge(merged, metrics)
-    return made, prepared.micro, total, made.finish(merged or {}), step.gradients()
+        merged = metrics if merged is None else merge_metrics(merged, metrics)
+    return made, prepared.micro, total, finish_metrics(merged or Metrics()), step.gradients()
 
 
 SETTINGS = {
@@ -222,7 +231,7 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
     made, micro, *shared = step_of(True, kind, recompute=recompute, **SETTINGS[case])
     _, plain_micro, *whole = step_of(False, kind, recompute=recompute, **SETTINGS[case])
     assert len(micro) == len(plain_micro)
-    assert all("prompt_ids" in arrays for arrays in micro)
+    assert all("prompt" in arrays for arrays in micro)
     assert micro[0]["input_ids"].shape[1] < plain_micro[0]["input_ids"].shape[1]
     assert shared[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-7)
     assert shared[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
@@ -232,14 +241,14 @@ def test_a_batch_has_the_same_loss_gradient_and_metrics(case, kind, recompute):
             with layer_by_layer(made.model, recompute=recompute):
                 logprobs, *_ = completion_logprobs(
                     made.model, arrays["input_ids"], arrays["positions"], arrays["targets"],
-                    prompt=SharedPrompt.of(arrays), temperature=0.8, entropy=True,
+                    prompt=arrays.get("prompt"), temperature=0.8, entropy=True,
                 )  # fmt: skip
             assert mx.array_equal(logprobs, arrays["old_logprobs"])
 
 
 def test_several_groups_and_groups_that_would_save_no_tokens_stay_whole():
     _, micro, *_ = step_of(True, "lora", size=3)
-    assert all("prompt_ids" not in arrays for arrays in micro)
+    assert all("prompt" not in arrays for arrays in micro)
     prompt, rows = [2, 3, 4, 5, 6], [[7, 8, 9]] * 3
     cases = [
         (prompt, rows, True),  # 4 + 3 * 4 tokens instead of 3 * 8
@@ -257,6 +266,10 @@ def test_several_groups_and_groups_that_would_save_no_tokens_stay_whole():
         assert group_batch(starts, completions, one_prompt=False, **given)[1] is None
 
 
+def flat(tree: Any) -> Any:
+    return tree_flatten(tree)
+
+
 @pytest.mark.slow  # a C++ compiler runs for each kernel on CPU
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_equals_eager(recompute):
@@ -266,6 +279,6 @@ def test_compiled_equals_eager(recompute):
     # Both groups have the same shapes, so that one trace serves prompts of 6 tokens and of 9.
     eager = step_of(True, "lora", recompute=recompute)
     compiled = step_of(True, "lora", recompute=recompute, compiled=True)
-    assert len({tuple(array.shape for array in arrays.values()) for arrays in eager[1]}) == 1
+    assert len({tuple(array.shape for _, array in flat(arrays)) for arrays in eager[1]}) == 1
     assert compiled[2] == eager[2]
     assert all(mx.array_equal(array, eager[4][name]) for name, array in compiled[4].items())

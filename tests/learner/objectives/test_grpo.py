@@ -1,15 +1,23 @@
 """Groups to arrays: which rows are left out, when no step is taken, None rewards, evaluation."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from learner.data.prompts import Prompt
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
 from learner.objectives.grpo import GrpoObjective
 from learner.online.evaluation import eval_metrics
 from learner.online.experience import EvalResult, PromptGroup, TrainBatch, reward_matrix
 from learner.online.rollout_lines import rollout_line
-from protocol.config.settings import GrpoSettings, TrainSettings
+from protocol.config.settings import (
+    GrpoRewards,
+    GrpoSettings,
+    GrpoTrain,
+    SamplingSettings,
+)
 from protocol.errors import RewardError
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.rewards import RewardFault
@@ -41,8 +49,10 @@ def group(
 def objective(weights: list[float] | None = None, **settings: object) -> GrpoObjective:
     return GrpoObjective(
         GrpoSettings(**settings),  # type: ignore[arg-type]
-        TrainSettings(micro_batch_size=1, length_bucket=4),
-        tiny_model(), 1.0, 8, weights, "full", lambda item, at: {"at": at},
+        GrpoTrain(micro_batch_size=1, length_bucket=4),
+        SamplingSettings(temperature=1.0, max_completion_length=8),
+        GrpoRewards(reward_weights=weights),
+        tiny_model(), "full", lambda item, at: {"at": at},
     )  # fmt: skip
 
 
@@ -58,8 +68,8 @@ def test_rows_without_advantage_are_left_out_but_counted_in_the_normalisers():
     np.testing.assert_allclose(
         np.array(micro["advantages"]), np.array([-1, 1]) / (deviation + 1e-4), rtol=1e-6
     )
-    assert micro["normaliser/generation_tokens"].item() == 10  # all four completions
-    assert micro["normaliser/sequences"].item() == 4
+    assert micro["normalisers"]["generation_tokens"].item() == 10  # all four completions
+    assert micro["normalisers"]["sequences"].item() == 4
     assert prepared.metrics["frac_reward_zero_std"] == 0.5
     assert prepared.metrics["completions/mean_length"] == 2.5
     assert (prepared.metrics["staleness/mean"], prepared.metrics["staleness/max"]) == (0.5, 1.0)
@@ -69,15 +79,15 @@ def test_rows_without_advantage_are_left_out_but_counted_in_the_normalisers():
 
 def clip_ratios(made: GrpoObjective, batch: TrainBatch) -> tuple[dict[str, float], int]:
     """Return what is logged of clipping, and the rows that went through the model."""
-    merged, rows = {}, 0
+    merged, rows = Metrics(), 0
     prepared = made.prepare(batch)
     for arrays in prepared.micro:
         place = mx.arange(arrays["mask"].shape[1])
         likely = mx.where(place % 2 == 0, -1.0, -9.0)  # the policy's log-probs are in between
         arrays["sampling_logprobs"] = mx.broadcast_to(likely, arrays["mask"].shape)
-        merged = made.merge(merged, made.loss(made.model, arrays)[1])
-        rows += int(np.array(arrays["rows"]).sum())
-    metrics = {**prepared.metrics, **made.finish(merged)}
+        merged = merge_metrics(merged, made.loss(made.model, arrays)[1])
+        rows += int(np.array(arrays["sequence_mask"]).sum())
+    metrics = {**prepared.metrics, **finish_metrics(merged)}
     return {name: metrics[name] for name in metrics if "clip_ratio" in name}, rows
 
 
@@ -123,7 +133,7 @@ def test_truncated_completions_are_masked_out():
     prepared = objective(mask_truncated_completions=True).prepare(TrainBatch([both], 3))
     (micro,) = prepared.micro
     np.testing.assert_array_equal(np.array(micro["mask"]).sum(axis=1), [2.0])
-    assert micro["normaliser/generation_tokens"].item() == 2
+    assert micro["normalisers"]["generation_tokens"].item() == 2
     assert prepared.metrics["completions/clipped_ratio"] == 0.5
     assert prepared.metrics["completions/mean_terminated_length"] == 2
     all_cut = group(0, [[0.0], [2.0]], [2, 3], cut=(0, 1))
@@ -135,7 +145,7 @@ def test_any_split_into_micro_batches_has_the_same_loss():
     batch = TrainBatch([group(i, [[0.0], [1.0 + i]], [2 + i, 3]) for i in range(3)], 3)
     made = objective()
     whole = objective()
-    whole.train = TrainSettings(micro_batch_size=3, length_bucket=4)
+    whole.train = GrpoTrain(micro_batch_size=3, length_bucket=4)
     parts = [made.loss(made.model, arrays)[0] for arrays in made.prepare(batch).micro]
     (one,) = [whole.loss(made.model, arrays)[0] for arrays in whole.prepare(batch).micro]
     assert len(parts) == 3
@@ -150,12 +160,12 @@ def test_rows_that_fill_a_batch_are_in_no_metric(loss_type):
         loss_type=loss_type, importance_sampling_level="sequence", old_logprobs="recompute",
         importance_sampling_correction=True, importance_sampling_mode="sequence_truncate",
     )  # fmt: skip
-    (arrays,) = made.prepare(batch).micro
+    arrays: Any = made.prepare(batch).micro[0]
     assert len(arrays["mask"]) == 10
     old = np.array(arrays["old_logprobs"], np.float64)[:9, :3]
     ratios = np.minimum(np.exp((old + 1.0).sum(axis=1)), 3.0)  # the sampler's log-probs are -1
     arrays["old_logprobs"] = arrays["old_logprobs"] + 1.0  # policy over old is 1 / e a token
-    metrics = made.finish(made.loss(made.model, arrays)[1])
+    metrics = finish_metrics(made.loss(made.model, arrays)[1])
     name = "sampling/importance_sampling_ratio"
     for part, value in (("min", ratios.min()), ("mean", ratios.mean()), ("max", ratios.max())):
         assert metrics[f"{name}/{part}"] == pytest.approx(value, rel=1e-5)
@@ -172,15 +182,15 @@ def test_every_pass_takes_the_entropy_quantile_of_the_policy_as_it_is():
     batch = TrainBatch([group(i, [[0.0], [1.0]], [3, 4]) for i in range(2)], 3)
     made = objective(top_entropy_quantile=0.5, num_iterations=2)
     prepared = made.prepare(batch)
-    before = [arrays["normaliser/entropy_threshold"].item() for arrays in prepared.micro]
+    before = [arrays["normalisers"]["entropy_threshold"].item() for arrays in prepared.micro]
     made.model.load_weights(list(tensors(tiny_model(seed=5)).items()))
-    assert prepared.again is not None
-    prepared.again()
+    assert prepared.refresh is not None
+    prepared.refresh()
     anew = made.prepare(batch).micro
     assert len(anew) == len(before) == 2
     for arrays, wanted, old in zip(prepared.micro, anew, before, strict=True):
-        threshold = arrays["normaliser/entropy_threshold"].item()
-        assert threshold == wanted["normaliser/entropy_threshold"].item() != old
+        threshold = arrays["normalisers"]["entropy_threshold"].item()
+        assert threshold == wanted["normalisers"]["entropy_threshold"].item() != old
 
 
 def test_the_third_batch_in_a_row_without_a_reward_ends_the_run_with_the_reason():

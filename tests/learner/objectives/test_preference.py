@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from learner.data.examples import PreferenceExample, UnpairedExample
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
 from learner.model.logprobs import Head
 from learner.model.reference import view
+from learner.objectives.kto import KtoObjective
 from learner.objectives.preference import PreferenceObjective
 from learner.offline.held_out import HeldOutEvaluator
 from learner.optim.step import Step
@@ -48,7 +50,8 @@ def answers(count=8):
 def objective_of(settings, model, micro=8, head: Head = "full"):
     train = TrainSettings(batch_size=8, micro_batch_size=micro, length_bucket=4)
     reference = view(tiny_model(seed=1), bypass_adapters=False)
-    return PreferenceObjective(settings, train, head, model, reference)
+    made: Any = KtoObjective if settings.method == "kto" else PreferenceObjective
+    return made(settings, train, head, model, reference)
 
 
 def gradients(settings, micro, head: Head = "full"):
@@ -56,12 +59,12 @@ def gradients(settings, micro, head: Head = "full"):
     objective = objective_of(settings, model, micro, head)
     step = Step(model, OptimizerSettings(), total_steps=1, compiled=False)
     batch = answers() if settings.method == "kto" else pairs(scored="aot" not in settings.loss_type)
-    merged, loss = {}, 0.0
+    merged, loss = Metrics(), 0.0
     for arrays in objective.prepare(batch).micro:
         value, metrics = step.accumulate(arrays, objective.loss)
         loss += float(np.array(value))
-        merged = objective.merge(merged, metrics)
-    return loss, step.gradients(), objective.finish(merged)
+        merged = merge_metrics(merged, metrics)
+    return loss, step.gradients(), finish_metrics(merged)
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: f"{s.method}-{s.loss_type[0]}")
@@ -89,13 +92,13 @@ def test_scores_are_refused_where_sorting_parts_pairs_from_them(loss):
 def test_dpo_begins_at_log_two_and_reports_ties_as_wrong():
     model = tiny_model(seed=1)
     objective = objective_of(PreferenceSettings(), model, 2)
-    losses, merged = [], {}
+    losses, merged = [], Metrics()
     for arrays in objective.prepare(pairs(scored=False)).micro:
         value, metrics = objective.loss(model, arrays)
         losses.append(float(np.array(value)))
-        merged = objective.merge(merged, metrics)
+        merged = merge_metrics(merged, metrics)
     assert sum(losses) == pytest.approx(0.693147, abs=1e-6)
-    assert objective.finish(merged)["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert finish_metrics(merged)["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
 
 
 def direct(model, prompt, completion):
@@ -135,10 +138,10 @@ def test_logits_and_accuracy_are_means_over_completion_tokens(method, head):
     evaluator.start(1)
     result = evaluator.poll()
     assert result is not None
-    merged = {}
+    merged = Metrics()
     for arrays in objective.prepare(batch).micro:
-        merged = objective.merge(merged, objective.loss(model, arrays)[1])
-    for prefix, metrics in (("", objective.finish(merged)), ("eval/", result[1])):
+        merged = merge_metrics(merged, objective.loss(model, arrays)[1])
+    for prefix, metrics in (("", finish_metrics(merged)), ("eval/", result[1])):
         for name, good in (("chosen", True), ("rejected", False)):
             wanted = np.mean(means[good])
             assert metrics[f"{prefix}logits/{name}"] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
@@ -189,7 +192,7 @@ def test_orpo_counts_the_prompt_in_its_likelihood():
         tokens += len(rest)
         total -= logprobs.sum()
         means.append(logprobs[len(pair.prompt_ids) - 1 :].mean())
-    finished = objective.finish(metrics)
+    finished = finish_metrics(metrics)
     assert finished["nll_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert finished["logps/chosen"] == pytest.approx(np.mean(means), rel=1e-5)
 
@@ -200,12 +203,14 @@ def test_a_batch_of_good_answers_only_has_no_margin():
     good = [UnpairedExample(e.row, e.prompt_ids, e.completion_ids, True) for e in answers(2)]
     value, metrics = objective.loss(model, objective.prepare(good).micro[0])
     assert np.isfinite(value.item())
-    assert not {"rewards/rejected", "rewards/margins"} & objective.finish(metrics).keys()
+    assert not {"rewards/rejected", "rewards/margins"} & finish_metrics(metrics).keys()
 
 
 def test_a_missing_reference_is_refused():
     with pytest.raises(ConfigError, match="reference_free"):
         PreferenceObjective(PreferenceSettings(), TrainSettings(), "full", tiny_model())
+    with pytest.raises(ConfigError, match="method = 'kto' needs a reference policy"):
+        KtoObjective(PreferenceSettings(method="kto"), TrainSettings(), "full", tiny_model())
     free = PreferenceSettings(reference_free=True)
     model = tiny_model()
     objective = PreferenceObjective(free, TrainSettings(), "full", model)

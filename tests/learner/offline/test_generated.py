@@ -11,7 +11,8 @@ from mlx_lm.utils import load
 
 from learner.data.examples import PreferenceExample, SftExample, sequences, with_rows
 from learner.data.filter import Report
-from learner.interfaces import Arrays, Prepared
+from learner.interfaces import Prepared
+from learner.losses.metrics import Metrics
 from learner.offline.generated import Answers, prompt_of
 from learner.offline.held_out import HeldOutEvaluator
 from protocol.config.settings import ExampleData
@@ -25,17 +26,11 @@ class Rows:
 
     num_iterations = 1
 
-    def prepare(self, batch: list[PreferenceExample]) -> Prepared:
+    def prepare(self, batch: list[PreferenceExample]) -> Prepared[dict[str, mx.array]]:
         return Prepared([{"rows": mx.array(len(batch))}], {})
 
-    def loss(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, Arrays]:
-        return mx.array(2.0), {}
-
-    def merge(self, first: Arrays, second: Arrays) -> Arrays:
-        return first
-
-    def finish(self, metrics: Arrays) -> dict[str, float]:
-        return {}
+    def loss(self, model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, Metrics]:
+        return mx.array(2.0), Metrics()
 
 
 def greedy(model, prompt: list[int], count: int) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 from msgspec import structs
 
 from learner.data.examples import PreferenceExample, SftExample, UnpairedExample
+from learner.objectives.kto import KtoObjective
 from learner.objectives.preference import PreferenceObjective
 from learner.objectives.sft import SftObjective
 from learner.offline.held_out import HeldOutEvaluator
@@ -34,7 +35,7 @@ def evaluate(objective, model, examples, batch_size):
 
 
 def kto(model, **settings):
-    return PreferenceObjective(
+    return KtoObjective(
         PreferenceSettings(method="kto", **settings), TRAIN, "full", model, tiny_model(1)
     )
 

@@ -20,7 +20,7 @@ from learner.data.prompts import Prompt, PromptSource
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.losses.metrics import number
-from learner.objectives.completions import gather_rows
+from learner.objectives.completions import gather_completions
 from learner.objectives.grpo import GrpoObjective
 from learner.online.coordinator import Coordinator
 from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
@@ -29,11 +29,13 @@ from learner.records import Records
 from learner.trainer import Schedule, Trainer
 from protocol.config.settings import (
     DataSettings,
+    GrpoRewards,
     GrpoSettings,
+    GrpoTrain,
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
-    TrainSettings,
+    SamplingSettings,
 )
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.messages import ActorMessage, Policy, TaskKind
@@ -192,9 +194,15 @@ def build(
     def describe(item: PromptGroup, trained_at: int) -> dict[str, Any]:
         return {"kind": "train", "trained_at": trained_at, "task": item.group.task.number}
 
-    train = TrainSettings(batch_size=batch, micro_batch_size=2, length_bucket=8)
+    train = GrpoTrain(batch_size=batch, micro_batch_size=2, length_bucket=8)
     objective = GrpoObjective(
-        GrpoSettings(), train, learner.model, temperature, length, None, "full", describe
+        GrpoSettings(),
+        train,
+        SamplingSettings(temperature=temperature, max_completion_length=length),
+        GrpoRewards(),
+        learner.model,
+        "full",
+        describe,
     )
     step = Step(
         learner.model, OptimizerSettings(learning_rate=1e-2), total_steps=10, compiled=False
@@ -246,12 +254,12 @@ def test_sampling_logprobs_are_those_of_the_learners_forward(tmp_path, temperatu
         batch = batch or loop.poll()
     assert batch is not None
     gaps: list[np.ndarray] = []
-    rows = gather_rows(batch.groups)
-    masks = [np.ones(len(c), np.float32) for c in rows.completions]
-    for start in range(0, len(masks), 8):
+    completions = gather_completions(batch.groups)
+    count = len(completions.groups)
+    for start in range(0, count, 8):
         index = list(range(start, start + 8))
-        arrays = objective._arrays(rows, masks, np.ones(len(masks)), index)
-        ours = objective._scores(trainer.model, arrays).logprobs
+        arrays = objective.arrays_of(completions, np.ones(count), index, {})
+        ours = objective.scores(trainer.model, arrays).logprobs
         gap = np.abs(np.array(ours) - np.array(arrays["sampling_logprobs"]))
         gaps.append(gap[np.array(arrays["mask"]) > 0])
     flat = np.concatenate(gaps)
