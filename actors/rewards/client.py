@@ -25,7 +25,7 @@ from actors.rewards.replies import merged, misfit, nothing
 from protocol.messages.parts import RewardResult, RewardService
 from protocol.messages.rewards import ScoreProgress, ScoreRefusal, ScoreReply, ScoreRequest
 from protocol.transport import endpoints
-from protocol.transport.keys import load_client_keys
+from protocol.transport.curve_keys import load_client_keys
 
 log = logging.getLogger("pippin.rewards")
 

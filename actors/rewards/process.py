@@ -17,7 +17,7 @@ import anyio.abc
 import msgspec
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from actors.rewards.worker import MAX_LINE, Job, Note
+from actors.rewards.function_worker import MAX_LINE, Job, Note
 from protocol.errors import RewardError
 
 LOAD_TIMEOUT_S = 300.0
@@ -82,7 +82,13 @@ class WorkerProcess:
         self.names = note.names
 
     async def _open(self, guarded: int) -> None:
-        command = [sys.executable, "-m", "actors.rewards.worker", str(guarded), *self._functions]
+        command = [
+            sys.executable,
+            "-m",
+            "actors.rewards.function_worker",
+            str(guarded),
+            *self._functions,
+        ]
         process = await anyio.open_process(
             command,
             stdin=subprocess.PIPE,

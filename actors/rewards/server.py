@@ -18,9 +18,9 @@ import anyio
 import msgspec
 import zmq
 
+from actors.rewards.function_worker import Job, Note
 from actors.rewards.process import WorkerDied, WorkerProcess
 from actors.rewards.queue import FairQueue, Waiting
-from actors.rewards.worker import Job, Note
 from protocol.messages.rewards import (
     REWARD_PROTOCOL_VERSION,
     RewardFault,
@@ -31,7 +31,7 @@ from protocol.messages.rewards import (
     ScoreRequest,
 )
 from protocol.transport import endpoints
-from protocol.transport.keys import load_server_keys
+from protocol.transport.curve_keys import load_server_keys
 
 log = logging.getLogger("pippin.rewards")
 

@@ -18,7 +18,7 @@ from protocol.errors import ChannelError, WireError
 from protocol.messages import wire
 from protocol.messages.messages import ActorMessage, LearnerMessage, Refuse
 from protocol.transport import endpoints
-from protocol.transport.keys import load_client_keys, load_server_keys
+from protocol.transport.curve_keys import load_client_keys, load_server_keys
 from protocol.transport.peers import Peers
 
 OUTBOX_BOUND = 1024
@@ -62,7 +62,7 @@ class ClientChannel(Protocol):
 class Server:
     """A ROUTER bound to `endpoints`, which may be `ipc://path` and `tcp://host:port`.
 
-    `keys` is a folder of `protocol.transport.keys`; it guards tcp endpoints. Frames that are no
+    `keys` is a folder of `curve_keys.make_keys`; it guards tcp endpoints. Frames that are no
     message are refused, counted in `refusals` by kind, and answered within a rate limit. ZMQ
     routing IDs are new on each connection; who a peer is, `Hello` says. Memory is bounded by the
     number of connections times (16 received + `outbox_bound` outgoing) messages.

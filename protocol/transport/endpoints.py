@@ -19,7 +19,7 @@ import zmq.asyncio
 import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
-from protocol.transport.keys import ClientKeys, ServerKeys
+from protocol.transport.curve_keys import ClientKeys, ServerKeys
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"

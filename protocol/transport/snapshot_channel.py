@@ -20,7 +20,7 @@ from protocol.errors import SnapshotError, WireError, only_leaf
 from protocol.messages import wire
 from protocol.messages.messages import Chunk, Fetch, Policy
 from protocol.transport import endpoints
-from protocol.transport.keys import load_client_keys, load_server_keys
+from protocol.transport.curve_keys import load_client_keys, load_server_keys
 
 CHUNK_BYTES = 4 * wire.MIB
 TIMEOUT_S = 60.0

@@ -16,8 +16,8 @@ import zmq
 from actors.rewards.queue import FairQueue, Waiting
 from actors.rewards.server import MAX_REQUEST_BYTES, RewardServer
 from protocol.errors import ChannelError, RewardError
+from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import connect, ipc_folder, open_socket
-from protocol.transport.keys import load_client_keys, make_keys
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")

@@ -12,8 +12,8 @@ import zmq.asyncio
 from protocol.errors import ChannelError, WireError
 from protocol.messages.messages import Hello, Refuse, Release, Stop
 from protocol.transport.channel import Client, Server
+from protocol.transport.curve_keys import make_keys
 from protocol.transport.endpoints import check_endpoint, ipc_folder, is_loopback
-from protocol.transport.keys import make_keys
 
 pytestmark = pytest.mark.anyio
 HELLO = Hello(protocol_version=2, actor_id="a", actor_incarnation="i")

@@ -1,4 +1,6 @@
-"""The process that runs reward functions: `python -m actors.rewards.worker PIPE FUNCTION…`.
+"""The process that runs reward functions.
+
+Run as `python -m actors.rewards.function_worker PIPE FUNCTION…`.
 
 Started and, where a function hangs, killed by `actors/rewards/process.py`. Jobs come and outcomes
 go over standard input and output, one JSON message per line; what functions print goes to standard
