@@ -1,10 +1,10 @@
-"""The I/O thread's program over an in-memory channel: commands in, events out."""
+"""The I/O thread's program over a fake channel: commands in, events out."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import msgspec
@@ -26,10 +26,16 @@ from actors.bridge_messages import (
 from actors.io import ActorIo, IoThreadHandle
 from protocol.errors import ChannelError, RewardError
 from protocol.messages.arrays import floats_bytes
-from protocol.messages.messages import Heartbeat, Policy, Request, Stop
+from protocol.messages.messages import (
+    ActorMessage,
+    Heartbeat,
+    LearnerMessage,
+    Policy,
+    Request,
+    Stop,
+)
 from protocol.messages.parts import RewardResult, RewardService, TaskId
 from protocol.transport.bridge import Bridge, BridgeClosed
-from protocol.transport.memory_channel import MemoryServer
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 
@@ -52,6 +58,27 @@ class FakeBridge:
 
     def end(self) -> None:
         self.inward.put_nowait(None)
+
+
+@dataclass
+class FakeChannel:
+    """A client channel: `sent` is what the learner gets, `incoming` what it says."""
+
+    sent: asyncio.Queue[ActorMessage] = field(default_factory=asyncio.Queue)
+    incoming: asyncio.Queue[LearnerMessage] = field(default_factory=asyncio.Queue)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def send(self, message: ActorMessage) -> bool:
+        self.sent.put_nowait(message)
+        return True
+
+    async def receive(self) -> LearnerMessage:
+        return await self.incoming.get()
 
 
 @dataclass
@@ -78,14 +105,13 @@ class House:
     """The program with its fakes on one event loop."""
 
     def __init__(self) -> None:
-        self.server = MemoryServer()
-        self.client = self.server.connect()
+        self.channel = FakeChannel()
         self.bridge = FakeBridge()
         self.scorer = FakeScorer()
         self.opened: list[list[RewardService]] = []
         self.heartbeat: Heartbeat | None = None
         self.io = ActorIo(
-            connect=lambda: self.client,
+            connect=lambda: self.channel,
             make_scorer=self.make_scorer,
             heartbeat=lambda: self.heartbeat,
             heartbeat_s=0.001,
@@ -117,12 +143,11 @@ def score(text: str, number: int = 1) -> ScoreGroup:
 def test_messages_pass_both_ways_and_heartbeats_follow_the_main_thread():
     async def scenario(house: House) -> None:
         house.bridge.inward.put_nowait(Send(Request(free_completions=4)))
-        peer, message = await house.server.receive()
-        assert message == Request(free_completions=4)
-        house.server.send(peer, Stop(reason="done"))
+        assert await house.channel.sent.get() == Request(free_completions=4)
+        house.channel.incoming.put_nowait(Stop(reason="done"))
         assert await house.bridge.outward.get() == MessageReceived(Stop(reason="done"))
         house.heartbeat = Heartbeat(progress=7, groups_held=2)
-        assert await house.server.receive() == (peer, Heartbeat(progress=7, groups_held=2))
+        assert await house.channel.sent.get() == Heartbeat(progress=7, groups_held=2)
 
     house = House()
     anyio.run(house.run, scenario)
@@ -199,7 +224,7 @@ def test_over_a_real_bridge_errors_reach_the_main_thread():
         main_thread()
 
 
-def test_a_port_keeps_what_it_waited_for():
+def test_the_handle_keeps_what_it_waited_for():
     async def announce(bridge: Any) -> None:
         await bridge.aput(MessageReceived(Stop(reason="1")))
         await bridge.aput(MessageReceived(Stop(reason="2")))
