@@ -2,11 +2,12 @@
 
 Run as `python -m actors.rewards.function_worker PIPE FUNCTION…`.
 
-Started and, where a function hangs, killed by `actors/rewards/process.py`. Jobs come and outcomes
-go over standard input and output, one JSON message per line; what functions print goes to standard
-error. Synchronous functions run on the main thread outside any event loop, as in TRL, so that one
-may call `asyncio.run`; the asynchronous ones run after them, concurrently, on a loop that lasts.
-PIPE is a descriptor at whose end the process group is killed.
+`actors/rewards/process.py` starts it, and kills it when a function hangs. Jobs arrive on standard
+input and outcomes leave on standard output, one JSON message per line; what functions print goes
+to standard error. Synchronous functions run on the main thread outside any event loop, as in TRL,
+so that they may call `asyncio.run`. The asynchronous ones run after them, concurrently, on one
+event loop that is kept between jobs. PIPE is a file descriptor: when the pipe closes, the process
+group is killed.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
-from actors.rewards.contract import Call, Outcome
+from actors.rewards.contract import RewardCall, RewardOutcome
 from actors.rewards.loader import RewardFunction, load_rewards
 from protocol.errors import RewardError
 from protocol.messages.rewards import RewardFault, ScoreRequest
@@ -26,15 +27,18 @@ MAX_LINE = 64 << 20
 MAX_LOGGED = 4 << 20
 
 
-class Job(msgspec.Struct, frozen=True):
-    """A `ScoreRequest` as JSON, and the functions that are to score it, by index."""
+class ScoreJob(msgspec.Struct, frozen=True):
+    """A `ScoreRequest` as JSON, and the indices of the functions that score it."""
 
     request: msgspec.Raw
     only: list[int]
 
 
-class Note(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a worker says. `started`: index of the function (-1: the asynchronous ones)."""
+class WorkerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker writes: "ready" or "refused", then "started", "outcome" and "done" per job.
+
+    `index` is the function's; -1 with "started" means all asynchronous ones.
+    """
 
     kind: Literal["ready", "refused", "started", "outcome", "done"]
     names: list[str] = []
@@ -42,30 +46,33 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str = ""
     rewards: list[float | None] | None = None
     fault: RewardFault | None = None
-    where: str = ""  # where a fault arose: its kind, for showing it once
+    where: str = ""  # where a fault arose; faults are logged once per place
     traceback: str = ""
     log_extra: dict[str, list[object]] = {}
     log_metric: dict[str, list[float]] = {}
 
 
 def main() -> int:
-    """Load the functions, say so, and score jobs until the parent closes the pipe."""
+    """Load the functions, report that, and score jobs until the parent closes standard input."""
     source, sink = _private_pipes()
     _die_with_parent(int(sys.argv[1]))
+
     try:
         functions = load_rewards(sys.argv[2:])
     except RewardError as error:
-        _say(sink, Note("refused", message=str(error)))
+        _write(sink, WorkerMessage("refused", message=str(error)))
         return 1
-    _say(sink, Note("ready", names=[f.name for f in functions]))
+
+    _write(sink, WorkerMessage("ready", names=[f.name for f in functions]))
+
     with asyncio.Runner() as runner:
         for line in source:
-            _score(msgspec.json.decode(line, type=Job), functions, runner, sink)
+            _score(msgspec.json.decode(line, type=ScoreJob), functions, runner, sink)
     return 0
 
 
 def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Keep the pipes to the parent from user code: its input is empty, its prints are the log."""
+    """Hide the pipes to the parent from user code, which reads nothing and prints to the log."""
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
@@ -74,39 +81,43 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _die_with_parent(pipe: int) -> None:
-    """Have the group killed when the pipe ends, by a process that no user code can block."""
+    """Start a process, out of reach of user code, that kills the group when the pipe closes."""
     subprocess.Popen(["/bin/sh", "-c", "read -r _; kill -KILL 0"], stdin=pipe)
     os.close(pipe)
 
 
 def _score(
-    job: Job, functions: list[RewardFunction], runner: asyncio.Runner, sink: BinaryIO
+    job: ScoreJob, functions: list[RewardFunction], runner: asyncio.Runner, sink: BinaryIO
 ) -> None:
     request = msgspec.json.decode(job.request, type=ScoreRequest)
-    calls = [Call(index, functions[index], request) for index in job.only]
+    calls = [RewardCall(index, functions[index], request) for index in job.only]
+
     for call in calls:
         if not call.function.is_async:
-            _say(sink, Note("started", index=call.index))
-            _say(sink, _note(call.function, call.run()))
-    waiting = [call for call in calls if call.function.is_async]
-    if waiting:
-        _say(sink, Note("started", index=-1))
-        runner.run(_gather(waiting, sink))
-    _say(sink, Note("done"))
+            _write(sink, WorkerMessage("started", index=call.index))
+            _write(sink, _outcome_message(call.function, call.run()))
+
+    asynchronous = [call for call in calls if call.function.is_async]
+    if asynchronous:
+        _write(sink, WorkerMessage("started", index=-1))
+        runner.run(_gather(asynchronous, sink))
+
+    _write(sink, WorkerMessage("done"))
 
 
-async def _gather(calls: list[Call], sink: BinaryIO) -> None:
-    async def finish(call: Call) -> None:
-        _say(sink, _note(call.function, await call.run_async()))
+async def _gather(calls: list[RewardCall], sink: BinaryIO) -> None:
+    async def finish(call: RewardCall) -> None:
+        _write(sink, _outcome_message(call.function, await call.run_async()))
 
     await asyncio.gather(*(finish(call) for call in calls))
 
 
-def _note(function: RewardFunction, outcome: Outcome) -> Note:
+def _outcome_message(function: RewardFunction, outcome: RewardOutcome) -> WorkerMessage:
+    """Build the message for one outcome; a function that logged too much is at fault."""
     fault = None
     if outcome.kind is not None:
         fault = RewardFault(function=function.name, kind=outcome.kind, message=outcome.message)
-    note = Note(
+    message = WorkerMessage(
         "outcome",
         index=outcome.function,
         rewards=outcome.rewards,
@@ -116,16 +127,18 @@ def _note(function: RewardFunction, outcome: Outcome) -> Note:
         log_extra=outcome.log_extra,
         log_metric=outcome.log_metric,
     )
-    logged = len(msgspec.json.encode((note.log_extra, note.log_metric), enc_hook=str))
+
+    logged = len(msgspec.json.encode((message.log_extra, message.log_metric), enc_hook=str))
     if logged <= MAX_LOGGED:
-        return note
-    message = f"logged {logged} bytes for one group; at most {MAX_LOGGED} are taken, log less"
-    fault = RewardFault(function=function.name, kind="contract", message=message)
-    return Note("outcome", index=outcome.function, fault=fault, where="logged")
+        return message
+
+    problem = f"logged {logged} bytes for one group, but at most {MAX_LOGGED} are kept; log less"
+    fault = RewardFault(function=function.name, kind="contract", message=problem)
+    return WorkerMessage("outcome", index=outcome.function, fault=fault, where="logged")
 
 
-def _say(sink: BinaryIO, note: Note) -> None:
-    sink.write(msgspec.json.encode(note, enc_hook=str) + b"\n")
+def _write(sink: BinaryIO, message: WorkerMessage) -> None:
+    sink.write(msgspec.json.encode(message, enc_hook=str) + b"\n")
     sink.flush()
 
 
