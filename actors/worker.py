@@ -80,6 +80,7 @@ class Worker:
         self._decode = decode
         self._load = load
         self._clock = clock
+
         self._policies = PolicyStore(engine.wants_policy)
         self._progress = 0
         self._tokens = 0

@@ -19,34 +19,17 @@ from collections.abc import Callable, Hashable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationBatch, StopSequences
+from mlx_lm.generate import StopSequences
 
 from actors.engine.active import ActiveCompletion, ActiveRequest
 from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
 from actors.engine.batch_sampler import BatchSampler
+from actors.engine.decoding import DecodingBatch, Float32Logits, new_batch
 from actors.engine.prefill import Prefiller, PromptCache, merge
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
 PREFILL_TOKENS = 8192  # most prompt tokens, padding included, read in one pass
-
-
-class _DecodingBatch(GenerationBatch):
-    """Completions that decode together; the cache of a finished one is not kept."""
-
-    def extract_cache(self, idx: int) -> PromptCache:
-        return []
-
-
-class _Float32Logits(nn.Module):
-    """The model with its logits cast to float32, in which tokens are sampled and recorded."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def __call__(self, inputs: mx.array, cache: PromptCache) -> mx.array:
-        return self.model(inputs, cache=cache).astype(mx.float32)
 
 
 class MlxEngine:
@@ -73,20 +56,25 @@ class MlxEngine:
                 "actors.max_concurrent_completions must be at least 1, got "
                 f"{max_concurrent_completions}"
             )
+
         self._model = model
-        self._decoder = _Float32Logits(model)
+        self._decoder = Float32Logits(model)
         self._stop = StopSequences([[token] for token in stop_token_ids])
         self._vocab_size = vocab_size
         self._max_concurrent_completions = max_concurrent_completions
         self._context_length = context_length
         self._clock = clock
+
         self._prefiller = Prefiller(model, prefill_step_size)
         self._requests: dict[Hashable, ActiveRequest] = {}
-        self._batches: list[tuple[_DecodingBatch, list[ActiveCompletion]]] = []
+        self._batches: list[tuple[DecodingBatch, list[ActiveCompletion]]] = []
         self._version = NO_POLICY
         self._digest = ""
         self._steps = 0
-        self._sampler = BatchSampler(vocab_size)  # one object: mlx-lm calls it once a step
+        self._sampler = BatchSampler(
+            vocab_size
+        )  # one object, so that mlx-lm calls it once per step
+
         model.eval()
 
     # ---- the interface -------------------------------------------------------------------
@@ -211,8 +199,8 @@ class MlxEngine:
             )
 
     def _without(
-        self, batch: _DecodingBatch, completions: list[ActiveCompletion], removed: ActiveRequest
-    ) -> tuple[_DecodingBatch, list[ActiveCompletion]]:
+        self, batch: DecodingBatch, completions: list[ActiveCompletion], removed: ActiveRequest
+    ) -> tuple[DecodingBatch, list[ActiveCompletion]]:
         keep = [i for i, completion in enumerate(completions) if completion.parent is not removed]
         if len(keep) < len(completions):
             batch.filter(keep)
@@ -282,27 +270,14 @@ class MlxEngine:
         else:
             self._batches.append((batch, list(completions)))
 
-    def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> _DecodingBatch:
+    def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> DecodingBatch:
         self._sampler.expect(completions, self._version, self._digest)
-        requests = [completion.parent.request for completion in completions]
-        # Its constructor already draws a first token, for which the sampler was told above.
-        return _DecodingBatch(
-            self._decoder,
-            uids=list(range(len(completions))),
-            inputs=mx.array([request.prompt_ids[-1] for request in requests]),
-            prompt_cache=cache,
-            tokens=[[] for _ in completions],
-            samplers=[self._sampler] * len(completions),
-            fallback_sampler=self._sampler,
-            logits_processors=[[] for _ in completions],
-            stop_sequences=[self._stop] * len(completions),
-            max_tokens=[request.sampling.max_completion_length for request in requests],
-        )
+        return new_batch(self._decoder, completions, cache, self._sampler, self._stop)
 
     # ---- decoding ------------------------------------------------------------------------
 
     def _decode(
-        self, batch: _DecodingBatch, completions: list[ActiveCompletion]
+        self, batch: DecodingBatch, completions: list[ActiveCompletion]
     ) -> list[GenerationResult]:
         """Deliver one token per completion; finished ones leave `completions`."""
         # `next` delivers the pending tokens and draws the ones after them, so note the draws now.
