@@ -1,1 +1,7 @@
-"""Makes experience: samples completions and has them scored. It imports `protocol` alone."""
+"""Makes experience: samples completions and has them scored. It imports only `protocol`.
+
+worker    the main thread: drives the engine, acts on what the session decides
+session   the conversation with the learner, as a state machine without sockets or MLX
+io        the I/O thread: the learner's socket, reward servers, snapshots
+engine/   samples completions          rewards/  runs reward functions
+"""

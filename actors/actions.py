@@ -1,4 +1,4 @@
-"""What an actor's session wants done: the actions that its worker carries out, in order."""
+"""Actions: what a `Session` asks its worker to do, in order."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ from protocol.messages.messages import ActorMessage, Policy, Task, Welcome
 
 
 @dataclass(frozen=True)
-class Say:
-    """Send this message."""
+class SendToLearner:
+    """Send this message to the learner."""
 
     message: ActorMessage
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Give this request to the engine."""
+    """Add this request to the engine."""
 
     request: GenerationRequest
 
 
 @dataclass(frozen=True)
-class Abandon:
+class CancelSampling:
     """Cancel this request in the engine."""
 
     key: Hashable
 
 
 @dataclass(frozen=True)
-class HaveScored:
+class RequestScores:
     """Have this group's completions scored."""
 
     task: Task
@@ -37,25 +37,28 @@ class HaveScored:
 
 
 @dataclass(frozen=True)
-class Announced:
-    """A policy can be fetched."""
+class NotePolicy:
+    """Note that this policy can be fetched."""
 
     policy: Policy
 
 
 @dataclass(frozen=True)
-class Joined:
-    """The learner accepted; its terms. `anew`: another incarnation, whose versions begin anew."""
+class JoinRun:
+    """Work on the learner's terms.
+
+    `new_incarnation`: it is not the learner that we knew, so requests and policies are void.
+    """
 
     welcome: Welcome
-    anew: bool
+    new_incarnation: bool
 
 
 @dataclass(frozen=True)
-class Leave:
-    """The run is over."""
+class LeaveRun:
+    """Stop, because the run is over."""
 
     reason: str
 
 
-Action = Say | Sample | Abandon | HaveScored | Announced | Joined | Leave
+Action = SendToLearner | Sample | CancelSampling | RequestScores | NotePolicy | JoinRun | LeaveRun

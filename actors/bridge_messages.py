@@ -1,7 +1,13 @@
-"""What the actor's main thread and its I/O thread say to each other.
+"""What the actor's main thread and its I/O thread say to each other over the bridge.
 
-Events come to the main thread, commands leave it. They carry bytes, numbers and text, never MLX
-arrays, which stay on the main thread.
+                       commands: Send, FetchSnapshot, ScoreGroup, UseRewards
+    main thread  ──────────────────────────────────────────────────────────────▶  I/O thread
+    (Worker, MLX)                                                                  (ActorIo)
+                 ◀──────────────────────────────────────────────────────────────
+                       events: MessageReceived, SnapshotFetched, SnapshotFetchFailed,
+                               GroupScored, GroupScoreFailed, NotSent
+
+They carry bytes, numbers and text, never MLX arrays, which stay on the main thread.
 """
 
 from collections.abc import Iterable
@@ -14,32 +20,35 @@ from protocol.messages.parts import RewardResult, RewardService, TaskId
 LeaseKey = tuple[TaskId, int]  # a task and its attempt
 
 
+# ---- events: I/O thread to main thread ----------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Received:
-    """The learner said something."""
+class MessageReceived:
+    """A message arrived from the learner."""
 
     message: LearnerMessage
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A snapshot is here, as the bytes of its file."""
+class SnapshotFetched:
+    """A snapshot arrived; `data` are the bytes of its file."""
 
     policy: Policy
     data: bytes
 
 
 @dataclass(frozen=True)
-class FetchFailed:
-    """A snapshot could not be had."""
+class SnapshotFetchFailed:
+    """A snapshot could not be fetched."""
 
     policy: Policy
     reason: str
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The rewards of a group, and the seconds that they took."""
+class GroupScored:
+    """A group has its rewards; scoring took `elapsed_s`."""
 
     key: LeaseKey
     reward: RewardResult
@@ -47,8 +56,8 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class ScoreFailed:
-    """A group could not be scored, for a reason that is not the reward functions'."""
+class GroupScoreFailed:
+    """A group could not be scored, through no fault of the reward functions."""
 
     key: LeaseKey
     reason: str
@@ -56,32 +65,42 @@ class ScoreFailed:
 
 @dataclass(frozen=True)
 class NotSent:
-    """A group is larger than a message may be."""
+    """A group was not sent because it is larger than a message may be."""
 
     key: LeaseKey
     reason: str
 
 
-Event = NotSent | Received | Fetched | FetchFailed | Scored | ScoreFailed
+Event = (
+    MessageReceived
+    | SnapshotFetched
+    | SnapshotFetchFailed
+    | GroupScored
+    | GroupScoreFailed
+    | NotSent
+)
+
+
+# ---- commands: main thread to I/O thread --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Send:
-    """Say this to the learner."""
+    """Send this message to the learner."""
 
     message: ActorMessage
 
 
 @dataclass(frozen=True)
-class Fetch:
-    """Get this snapshot."""
+class FetchSnapshot:
+    """Fetch this policy's snapshot."""
 
     policy: Policy
 
 
 @dataclass(frozen=True)
-class Score:
-    """Have a group scored. `completions` are G strings, or G lists of messages."""
+class ScoreGroup:
+    """Score a group. `completions` are G strings, or G lists of messages."""
 
     key: LeaseKey
     row: bytes
@@ -97,14 +116,14 @@ class UseRewards:
     services: list[RewardService]
 
 
-Command = Send | Fetch | Score | UseRewards
+Command = Send | FetchSnapshot | ScoreGroup | UseRewards
 
 
-class Port(Protocol):
-    """The main thread's end. Errors of the I/O thread are raised by both methods."""
+class IoThread(Protocol):
+    """The I/O thread as the main thread sees it. Both methods raise what it raised."""
 
     def poll(self) -> Iterable[Event]:
-        """Return what has come, without waiting."""
+        """Return the events that have come, without waiting."""
         ...
 
     def put(self, command: Command) -> None:

@@ -1,7 +1,7 @@
-"""The actor's I/O thread: the learner's socket, reward servers, snapshots. Bytes and numpy only.
+"""The actor's I/O thread: the learner's socket, reward servers, snapshots. No MLX here.
 
-The main thread's commands come in through the bridge and events go out through it. Scoring and
-fetching run concurrently with everything else, so a slow reward delays its own group alone.
+The main thread's commands come in through the bridge and events go back through it. Scoring and
+fetching run concurrently with everything else, so a slow reward delays only its own group.
 """
 
 import time
@@ -16,15 +16,15 @@ import anyio.abc
 from actors.bridge_messages import (
     Command,
     Event,
-    Fetch,
-    Fetched,
-    FetchFailed,
+    FetchSnapshot,
+    GroupScored,
+    GroupScoreFailed,
+    MessageReceived,
     NotSent,
-    Received,
-    Score,
-    Scored,
-    ScoreFailed,
+    ScoreGroup,
     Send,
+    SnapshotFetched,
+    SnapshotFetchFailed,
     UseRewards,
 )
 from protocol.errors import PippinError, SnapshotError, WireError
@@ -38,8 +38,8 @@ from protocol.transport.snapshot_channel import fetch_snapshot
 HEARTBEAT_S = 2.0
 
 
-class Scorer(Protocol):
-    """What the I/O thread needs of `reward_client.RewardClient`."""
+class GroupScorer(Protocol):
+    """The part of `rewards.client.RewardClient` that the I/O thread uses."""
 
     async def score(
         self,
@@ -48,15 +48,15 @@ class Scorer(Protocol):
         completion_ids: list[list[int]],
         trainer_state: dict[str, Any],
     ) -> RewardResult:
-        """Return the rewards of one group; raises PippinError if none can be had."""
+        """Return the rewards of one group; raises PippinError if it cannot be scored."""
         ...
 
 
-class IoBridge(Protocol):
-    """The I/O side of `protocol.transport.bridge.Bridge`."""
+class IoEnd(Protocol):
+    """The I/O thread's end of `protocol.transport.bridge.Bridge`."""
 
     async def aget(self) -> Command:
-        """Take the main thread's next command; BridgeClosed at its end."""
+        """Take the main thread's next command; raises BridgeClosed once it has ended."""
         ...
 
     async def aput(self, item: Event) -> None:
@@ -68,21 +68,21 @@ class IoBridge(Protocol):
 class ActorIo:
     """Serves one actor until its main thread closes the bridge.
 
-    `heartbeat` returns what the main thread last said of itself, or None while nothing is to be
-    said; it goes out every `heartbeat_s`, however busy the main thread is.
+    `heartbeat` returns the main thread's latest report, or None before it has one; the report is
+    sent every `heartbeat_s`, however busy the main thread is.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[ClientChannel]]
-    make_scorer: Callable[[list[RewardService]], AbstractAsyncContextManager[Scorer]]
+    make_scorer: Callable[[list[RewardService]], AbstractAsyncContextManager[GroupScorer]]
     heartbeat: Callable[[], Heartbeat | None]
     keys: str | None = None
     heartbeat_s: float = HEARTBEAT_S
     endpoint: str = ""  # the learner's, as this actor reaches it
-    _services: list[RewardService] = field(default_factory=list)
-    _scorer: Scorer | None = None
+    _services: list[RewardService] = field(default_factory=list[RewardService])
+    _scorer: GroupScorer | None = None
 
-    async def run(self, bridge: IoBridge) -> None:
-        """Serve; errors of any part end all of it and are raised at the main thread."""
+    async def run(self, bridge: IoEnd) -> None:
+        """Serve; an error in any part ends the whole thread and is raised in the main thread."""
         async with self.connect() as channel, anyio.create_task_group() as tasks:
             tasks.start_soon(self._receive, channel, bridge)
             tasks.start_soon(self._beat, channel)
@@ -92,9 +92,9 @@ class ActorIo:
             except BridgeClosed:
                 tasks.cancel_scope.cancel()
 
-    async def _receive(self, channel: ClientChannel, bridge: IoBridge) -> None:
+    async def _receive(self, channel: ClientChannel, bridge: IoEnd) -> None:
         while True:
-            await bridge.aput(Received(await channel.receive()))
+            await bridge.aput(MessageReceived(await channel.receive()))
 
     async def _beat(self, channel: ClientChannel) -> None:
         while True:
@@ -107,15 +107,15 @@ class ActorIo:
         self,
         command: Command,
         channel: ClientChannel,
-        bridge: IoBridge,
+        bridge: IoEnd,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
         match command:
             case Send():
                 self._send(command, channel, bridge, tasks)
-            case Fetch(policy):
+            case FetchSnapshot(policy):
                 tasks.start_soon(self._fetch, policy, bridge)
-            case Score():
+            case ScoreGroup():
                 tasks.start_soon(self._score, command, bridge)
             case UseRewards(services):
                 if services != self._services:
@@ -126,10 +126,11 @@ class ActorIo:
         self,
         command: Send,
         channel: ClientChannel,
-        bridge: IoBridge,
+        bridge: IoEnd,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
-        # A full outbox means that the learner is away: what matters is sent again later.
+        # A full outbox drops the message: the learner is away, and the session sends again what
+        # matters.
         try:
             channel.send(command.message)
         except WireError as error:
@@ -139,36 +140,37 @@ class ActorIo:
             tasks.start_soon(bridge.aput, NotSent(key, str(error)))
 
     async def _serve_scorer(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        """Hold a scorer open for as long as the actor runs: groups may still be in its hands."""
+        """Keep a scorer open until the thread ends: a replaced one may still be scoring groups."""
         async with self.make_scorer(self._services) as scorer:
             self._scorer = scorer
             task_status.started()
             await anyio.sleep_forever()
 
-    async def _score(self, command: Score, bridge: IoBridge) -> None:
+    async def _score(self, command: ScoreGroup, bridge: IoEnd) -> None:
         start = time.perf_counter()
         if self._scorer is None:
-            await bridge.aput(ScoreFailed(command.key, "the run has no reward service"))
+            await bridge.aput(GroupScoreFailed(command.key, "the run has no reward service"))
             return
+
         try:
             reward = await self._scorer.score(
                 command.row, command.completions, command.completion_ids, command.trainer_state
             )
         except PippinError as error:
-            await bridge.aput(ScoreFailed(command.key, str(error)))
+            await bridge.aput(GroupScoreFailed(command.key, str(error)))
         else:
-            await bridge.aput(Scored(command.key, reward, time.perf_counter() - start))
+            await bridge.aput(GroupScored(command.key, reward, time.perf_counter() - start))
 
-    async def _fetch(self, policy: Policy, bridge: IoBridge) -> None:
+    async def _fetch(self, policy: Policy, bridge: IoEnd) -> None:
         try:
             data = await self._snapshot(policy)
         except PippinError as error:
-            await bridge.aput(FetchFailed(policy, str(error)))
+            await bridge.aput(SnapshotFetchFailed(policy, str(error)))
         else:
-            await bridge.aput(Fetched(policy, data))
+            await bridge.aput(SnapshotFetched(policy, data))
 
     async def _snapshot(self, policy: Policy) -> bytes:
-        """Return a snapshot's bytes: from its file on the learner's host, else over the wire."""
+        """Return a snapshot's bytes: from its file if this host has it, else over the wire."""
         problem = "the learner named neither a file nor an endpoint"
         if policy.path:
             try:
@@ -179,22 +181,24 @@ class ActorIo:
                 if len(data) == policy.size:
                     return data
                 problem = f"{policy.path} holds {len(data)} bytes, not {policy.size}"
+
         if policy.endpoint:
             keys = self.keys if policy.endpoint.startswith("tcp://") else None
             endpoint = reachable(policy.endpoint, self.endpoint)
             return await fetch_snapshot(endpoint, policy, keys=keys)
+
         raise SnapshotError(f"policy version {policy.version} cannot be fetched: {problem}")
 
 
-class BridgePort:
-    """The main thread's end of a bridge, as the worker's `Port`."""
+class IoThreadHandle:
+    """The main thread's handle on the I/O thread, over a bridge: the worker's `IoThread`."""
 
     def __init__(self, bridge: Bridge[Command, Event]) -> None:
         self._bridge = bridge
         self._first: Event | None = None
 
     def poll(self) -> list[Event]:
-        """Return what has come, without waiting."""
+        """Return the events that have come, without waiting."""
         events = [] if self._first is None else [self._first]
         self._first = None
         while (event := self._bridge.get()) is not None:
@@ -206,6 +210,6 @@ class BridgePort:
         self._bridge.put(command)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until there is something to poll, or `timeout_s` has passed."""
+        """Wait until there is an event to poll, or `timeout_s` has passed."""
         if self._first is None:
             self._first = self._bridge.get(timeout_s)

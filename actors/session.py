@@ -1,15 +1,27 @@
-"""The actor's side of the conversation with its learner, without a socket, clock or MLX.
+"""The actor's side of the conversation with its learner: a state machine.
 
-Messages and results go in; what must be done comes out of `take_actions`, in order. Every lease is
-in one of three stages: it is being sampled, being scored, or owed: its message is sent again until
-the learner acknowledges it. Time is passed in.
+Messages and results go in; what to do about them comes out of `take_actions`, in order. There is no
+socket, clock or MLX here; time is passed in. Every lease passes through three stages:
+
+    Task ──▶ sampling ──generated──▶ scoring ──scored──▶ owed ──Ack──▶ (forgotten)
+
+While its group is owed, it is sent again and again until the learner acknowledges it.
 """
 
 import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
+from actors.actions import (
+    Action,
+    CancelSampling,
+    JoinRun,
+    LeaveRun,
+    NotePolicy,
+    RequestScores,
+    Sample,
+    SendToLearner,
+)
 from actors.bridge_messages import LeaseKey
 from actors.engine.base import GenerationRequest, GenerationResult
 from protocol.errors import RefusedError
@@ -40,8 +52,8 @@ RESEND_S = 5.0
 
 
 @dataclass(frozen=True)
-class Identity:
-    """Who the actor is, and what it loaded."""
+class ActorIdentity:
+    """Who the actor is, and which model and tokenizer it loaded."""
 
     actor_id: str
     incarnation: str
@@ -51,7 +63,7 @@ class Identity:
 
 
 @dataclass
-class _Lease:
+class _HeldLease:
     task: Task
     stage: Literal["sampling", "scoring", "owed"] = "sampling"
     result: GenerationResult | None = None
@@ -61,34 +73,34 @@ class _Lease:
 
 @dataclass
 class Session:
-    """The state of one actor towards its learner."""
+    """One actor's view of its learner: whether it has joined, and the leases that it holds."""
 
-    identity: Identity
+    identity: ActorIdentity
     resend_s: float = RESEND_S
     welcome: Welcome | None = None
     joined: bool = False
-    _leases: dict[LeaseKey, _Lease] = field(default_factory=dict)
-    _actions: list[Action] = field(default_factory=list)
+    _leases: dict[LeaseKey, _HeldLease] = field(default_factory=dict[LeaseKey, _HeldLease])
+    _actions: list[Action] = field(default_factory=list[Action])
     _hello_at: float = 0.0
     _offered: int = 0  # completions that the learner may still lease to us
 
     @property
     def groups_held(self) -> int:
-        """Leases in any stage."""
+        """How many leases are held, in any stage."""
         return len(self._leases)
 
     def take_actions(self) -> list[Action]:
-        """Return and clear what must be done, in order."""
+        """Return the actions that are due, in order, and clear them."""
         actions, self._actions = self._actions, []
         return actions
 
     # ---- joining and leaving -------------------------------------------------------------
 
     def hello(self, now: float) -> None:
-        """Say who we are; until the learner welcomes us nothing else is said."""
+        """Say who we are; nothing else is sent until the learner welcomes us."""
         self.joined = False
         self._hello_at = now
-        self._say(
+        self._send(
             Hello(
                 protocol_version=PROTOCOL_VERSION,
                 actor_id=self.identity.actor_id,
@@ -101,14 +113,14 @@ class Session:
 
     def leave(self, reason: str) -> None:
         """Give the leases back."""
-        self._say(Release(reason=reason))
+        self._send(Release(reason=reason))
         self._leases.clear()
         self.joined = False
 
     # ---- the learner's messages ----------------------------------------------------------
 
     def receive(self, message: LearnerMessage, now: float) -> None:
-        """Act on one message. Raises RefusedError when trying again will not help."""
+        """Act on one message; raises RefusedError when trying again will not help."""
         match message:
             case Welcome():
                 self._welcomed(message, now)
@@ -123,21 +135,23 @@ class Session:
                 if lease is not None and lease.stage == "owed":
                     del self._leases[message.task, message.attempt]
             case Policy():
-                self._actions.append(Announced(message))
+                self._actions.append(NotePolicy(message))
             case Stop():
-                self._actions.append(Leave(message.reason))
+                self._actions.append(LeaveRun(message.reason))
 
     def _welcomed(self, welcome: Welcome, now: float) -> None:
         known, self.welcome = self.welcome, welcome
-        anew = known is None or known.incarnation != welcome.incarnation
-        if anew:
+        new_incarnation = known is None or known.incarnation != welcome.incarnation
+
+        if new_incarnation:
             for key in list(self._leases):
                 self._cancelled(key)
-        self._actions.append(Joined(welcome, anew))
-        if known is not None and anew:
-            log.info("the learner is a new one (%s): starting over", welcome.incarnation)
+        self._actions.append(JoinRun(welcome, new_incarnation))
+        if known is not None and new_incarnation:
+            log.info("the learner was restarted (%s): starting over", welcome.incarnation)
             self.hello(now)
             return
+
         self.joined = True
         self._offered = 0
         for lease in self._leases.values():
@@ -147,7 +161,7 @@ class Session:
         if refuse.fatal:
             raise RefusedError(f"the learner refused this actor ({refuse.code}): {refuse.reason}")
         if refuse.code == "hello_required":
-            # Answers to several messages of ours may be on their way: one Hello is enough.
+            # Several of our messages may be refused in a row: one Hello is enough.
             if self.joined:
                 self.hello(now)
         else:
@@ -159,7 +173,8 @@ class Session:
         if held is not None:
             self._send_owed(held, now)
             return
-        self._leases[key] = _Lease(task)
+
+        self._leases[key] = _HeldLease(task)
         self._offered = max(0, self._offered - task.sampling.num_generations)
         self._actions.append(
             Sample(
@@ -177,26 +192,28 @@ class Session:
     def _cancelled(self, key: LeaseKey) -> None:
         lease = self._leases.pop(key, None)
         if lease is not None and lease.stage == "sampling":
-            self._actions.append(Abandon(key))
+            self._actions.append(CancelSampling(key))
 
     # ---- results -------------------------------------------------------------------------
 
     def generated(self, key: LeaseKey, result: GenerationResult, now: float) -> None:
-        """Have a sampled group scored, or send it where the run has no rewards."""
+        """Have a sampled group scored, or send it at once if the run has no rewards."""
         lease = self._leases.get(key)
         if lease is None:
             return
+
         lease.stage, lease.result = "scoring", result
         if self.welcome is not None and self.welcome.rewards:
-            self._actions.append(HaveScored(lease.task, result))
+            self._actions.append(RequestScores(lease.task, result))
         else:
             self.scored(key, RewardResult(names=[], rewards=b""), 0.0, now)
 
     def scored(self, key: LeaseKey, reward: RewardResult, elapsed_s: float, now: float) -> None:
-        """Send the finished group; a lease that was cancelled meanwhile is nobody's."""
+        """Send the finished group, unless its lease was cancelled in the meantime."""
         lease = self._leases.get(key)
         if lease is None or lease.stage != "scoring" or lease.result is None:
             return
+
         result = lease.result
         lease.message = Group(
             task=lease.task.task,
@@ -211,10 +228,11 @@ class Session:
             generation_s=result.generation_s,
             reward_s=elapsed_s,
         )
+
         self._owe(lease, now)
 
     def failed(self, key: LeaseKey, reason: str, now: float) -> None:
-        """Report an attempt that gives no group, for a reason on our side."""
+        """Report an attempt that gave no group, for a reason on our side."""
         lease = self._leases.get(key)
         if lease is None or lease.stage == "owed":
             return
@@ -223,20 +241,20 @@ class Session:
         self._owe(lease, now)
 
     def not_sent(self, key: LeaseKey, reason: str, now: float) -> None:
-        """Report a failure in the place of a group that no message can hold."""
+        """Report a failure instead of a group that is too large for a message."""
         lease = self._leases.get(key)
         if lease is not None and isinstance(lease.message, Group):
             lease.message = Failed(task=key[0], attempt=key[1], reason=reason)
             self._owe(lease, now)
 
     def applied(self, version: int, digest: str) -> None:
-        """Tell which policy is in force."""
-        self._say(Applied(version=version, digest=digest))
+        """Tell the learner which policy we sample with now."""
+        self._send(Applied(version=version, digest=digest))
 
     # ---- time and credit -----------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Send again what was not answered in time."""
+        """Send again whatever was not answered in time."""
         if not self.joined:
             if now - self._hello_at >= self.resend_s:
                 self.hello(now)
@@ -246,19 +264,19 @@ class Session:
                 self._send_owed(lease, now)
 
     def credit(self, free_completions: int) -> None:
-        """Ask for work when there is more room than the learner knows of."""
+        """Ask for more tasks when there is more room than the learner was told of."""
         if self.joined and free_completions > self._offered:
             self._offered = free_completions
-            self._say(Request(free_completions=free_completions))
+            self._send(Request(free_completions=free_completions))
 
-    def _owe(self, lease: _Lease, now: float) -> None:
+    def _owe(self, lease: _HeldLease, now: float) -> None:
         lease.stage, lease.result = "owed", None
         self._send_owed(lease, now)
 
-    def _send_owed(self, lease: _Lease, now: float) -> None:
+    def _send_owed(self, lease: _HeldLease, now: float) -> None:
         if self.joined and lease.stage == "owed" and lease.message is not None:
             lease.sent_at = now
-            self._say(lease.message)
+            self._send(lease.message)
 
-    def _say(self, message: ActorMessage) -> None:
-        self._actions.append(Say(message))
+    def _send(self, message: ActorMessage) -> None:
+        self._actions.append(SendToLearner(message))

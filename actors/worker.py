@@ -3,8 +3,9 @@
     learner ──Task──▶ Session ──▶ Engine ──groups──▶ scoring (I/O thread) ──▶ Session ──Group──▶
             ◀─credit─            ◀─weights─ PolicyStore ◀─snapshots (I/O thread)
 
-What is held is bounded by the credit that the session gives: the engine's free rows. A group stays
-until the learner acknowledges it. The worker does not own the process: a program calls `advance`.
+What an actor holds is bounded by the credit that its session gives, which is the engine's free
+completions. A group is kept until the learner acknowledges it. The worker does not own the process:
+the program around it calls `advance` in a loop.
 """
 
 import logging
@@ -14,21 +15,30 @@ from typing import Any, cast
 
 import msgspec
 
-from actors.actions import Abandon, Action, Announced, HaveScored, Joined, Leave, Sample, Say
+from actors.actions import (
+    Action,
+    CancelSampling,
+    JoinRun,
+    LeaveRun,
+    NotePolicy,
+    RequestScores,
+    Sample,
+    SendToLearner,
+)
 from actors.bridge_messages import (
     Command,
     Event,
-    Fetch,
-    Fetched,
-    FetchFailed,
+    FetchSnapshot,
+    GroupScored,
+    GroupScoreFailed,
+    IoThread,
     LeaseKey,
+    MessageReceived,
     NotSent,
-    Port,
-    Received,
-    Score,
-    Scored,
-    ScoreFailed,
+    ScoreGroup,
     Send,
+    SnapshotFetched,
+    SnapshotFetchFailed,
     UseRewards,
 )
 from actors.engine.base import Engine, GenerationResult
@@ -44,19 +54,19 @@ RATE_WINDOW_S = 2.0
 
 
 class Worker:
-    """Drives an engine for a learner through a port to the I/O thread.
+    """Drives an engine for a learner, which it talks to through the I/O thread.
 
     `decode` turns completion token IDs into text for the rewards. `load(data, digest)` reads a
-    snapshot's bytes, checks its digest, and returns what puts it into the model; it
-    raises SnapshotError. `heartbeat`, None until the learner has welcomed us, may be read by
-    another thread at any time.
+    snapshot's bytes, checks its digest, and returns a function that puts it into the model; it
+    raises SnapshotError. `heartbeat` is None until the learner has welcomed us; another thread may
+    read it at any time.
     """
 
     def __init__(
         self,
         engine: Engine,
         session: Session,
-        port: Port,
+        io: IoThread,
         *,
         decode: Callable[[list[int]], str],
         load: Callable[[bytes, str], Callable[[], None]],
@@ -66,10 +76,11 @@ class Worker:
         self.stopped: str | None = None  # why the run is over, once it is
         self._engine = engine
         self._session = session
-        self._port = port
+        self._io = io
         self._decode = decode
         self._load = load
         self._clock = clock
+
         self._policies = PolicyStore(engine.wants_policy)
         self._progress = 0
         self._tokens = 0
@@ -86,24 +97,28 @@ class Worker:
         Raises RefusedError, SnapshotError, and what the I/O thread raised.
         """
         now = self._clock()
+
         busy = False
-        for event in self._port.poll():
+        for event in self._io.poll():
             busy = True
             self._take(event, now)
             self._perform()
-        self._swap()
-        busy = self._step(now) or busy
+
+        self._swap_policy()
+        busy = self._step_engine(now) or busy
+
         self._session.tick(now)
         self._session.credit(self._engine.free_completions)
         policy = self._policies.next_fetch(now)
         if policy is not None:
-            self._port.put(Fetch(policy))
+            self._io.put(FetchSnapshot(policy))
+
         self._perform()
-        self._beat()
+        self._update_heartbeat()
         return busy
 
     def leave(self, reason: str) -> None:
-        """Give the leases back; the engine's work is dropped."""
+        """Give the leases back and drop the engine's requests."""
         self._session.leave(reason)
         self._engine.reset()
         self._perform()
@@ -112,34 +127,35 @@ class Worker:
 
     def _take(self, event: Event, now: float) -> None:
         match event:
-            case Received(message):
+            case MessageReceived(message):
                 self._session.receive(message, now)
-            case Fetched(policy, source):
-                self._policies.arrived(policy, source)
-            case FetchFailed(policy, reason):
+            case SnapshotFetched(policy, data):
+                self._policies.fetched(policy, data)
+            case SnapshotFetchFailed(policy, reason):
                 self._policies.failed(policy, reason, now)
-            case Scored(key, reward, elapsed_s):
+            case GroupScored(key, reward, elapsed_s):
                 self._session.scored(key, reward, elapsed_s, now)
-            case ScoreFailed(key, reason):
+            case GroupScoreFailed(key, reason):
                 self._session.failed(key, f"scoring failed: {reason}", now)
             case NotSent(key, reason):
                 self._session.not_sent(key, reason, now)
 
-    def _swap(self) -> None:
-        """Put a fetched policy in force, between two decode steps."""
+    def _swap_policy(self) -> None:
+        """Give a fetched policy to the engine, between two decode steps."""
         taken = self._policies.take()
         if taken is None:
             return
-        policy, source = taken
-        self._engine.set_policy(self._load(source, policy.digest), policy.version, policy.digest)
+
+        policy, data = taken
+        self._engine.set_policy(self._load(data, policy.digest), policy.version, policy.digest)
         self._session.applied(policy.version, policy.digest)
 
-    def _step(self, now: float) -> bool:
+    def _step_engine(self, now: float) -> bool:
         step = self._engine.step()
         self._tokens += step.tokens
         for result in step.finished:
             self._session.generated(cast(LeaseKey, result.key), result, now)
-        return step.progressed
+        return step.made_progress
 
     # ---- actions -------------------------------------------------------------------------
 
@@ -150,31 +166,31 @@ class Worker:
 
     def _act(self, action: Action) -> None:
         match action:
-            case Say(message):
-                self._port.put(Send(message))
+            case SendToLearner(message):
+                self._io.put(Send(message))
             case Sample(request):
                 try:
                     self._engine.add(request)
                 except (DataError, ModelError) as error:
                     key = cast(LeaseKey, request.key)
                     self._session.failed(key, str(error), self._clock())
-            case Abandon(key):
+            case CancelSampling(key):
                 self._engine.cancel(key)
-            case HaveScored(task, result):
-                self._port.put(self._score(task, result))
-            case Announced(policy):
+            case RequestScores(task, result):
+                self._io.put(self._score(task, result))
+            case NotePolicy(policy):
                 self._policies.announce(policy)
-            case Joined(welcome, anew):
-                if anew:
+            case JoinRun(welcome, new_incarnation):
+                if new_incarnation:
                     self._engine.reset()
                     self._policies.reset()
-                self._port.put(UseRewards(welcome.rewards))
-            case Leave(reason):
+                self._io.put(UseRewards(welcome.rewards))
+            case LeaveRun(reason):
                 self.stopped = reason
 
     def _score(self, task: Task, result: GenerationResult) -> Command:
         ids = [ids_view(completion.token_ids).tolist() for completion in result.completions]
-        return Score(
+        return ScoreGroup(
             key=(task.task, task.attempt),
             row=task.row,
             completions=as_answers(task.row, [self._decode(tokens) for tokens in ids]),
@@ -182,28 +198,29 @@ class Worker:
             trainer_state=task.trainer_state,
         )
 
-    def _beat(self) -> None:
-        # Turns of this loop count, not decode steps alone: a group that is being scored is alive.
+    def _update_heartbeat(self) -> None:
+        # Every turn of the loop counts, not only decode steps: a group being scored is progress.
         self._progress += 1
         if not self._session.joined:
             self.heartbeat = None
             return
+
         self.heartbeat = Heartbeat(
             progress=self._progress,
             tokens_sampled=self._tokens,
-            tokens_per_s=self._rate.of(self._tokens, self._clock()),
+            tokens_per_s=self._rate.update(self._tokens, self._clock()),
             groups_held=self._session.groups_held,
             oldest_version=self._engine.oldest_version,
         )
 
 
 class _Rate:
-    """Tokens a second over the last window."""
+    """Tokens per second over the last window."""
 
     def __init__(self, now: float) -> None:
         self._since, self._tokens, self._rate = now, 0, 0.0
 
-    def of(self, tokens: int, now: float) -> float:
+    def update(self, tokens: int, now: float) -> float:
         elapsed = now - self._since
         if elapsed >= RATE_WINDOW_S:
             self._rate = (tokens - self._tokens) / elapsed
@@ -216,7 +233,7 @@ class _Prompt(msgspec.Struct):
 
 
 def as_answers(row: bytes, texts: list[str]) -> list[Any]:
-    """Return completions as reward functions take them: strings or messages, as the prompt is."""
+    """Return completions as reward functions take them: strings, or messages if the prompt is."""
     prompt = msgspec.json.decode(row, type=_Prompt).prompt
     if not isinstance(prompt, list):
         return list(texts)

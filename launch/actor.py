@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from actors.bridge_messages import Command, Event, Received, Send
-from actors.io import ActorIo, BridgePort
-from actors.session import Identity, Session
+from actors.bridge_messages import Command, Event, MessageReceived, Send
+from actors.io import ActorIo, IoThreadHandle
+from actors.session import ActorIdentity, Session
 from actors.worker import Worker
 from launch.processes.lifeline import Lifeline
 from launch.processes.start import begin
@@ -67,7 +67,7 @@ def main() -> int:
     try:
         with Bridge[Command, Event]() as bridge:
             bridge.start(_io(args, lambda: worker[0].heartbeat if worker else None).run, "actor-io")
-            _work(args, BridgePort(bridge), lifeline, worker)
+            _work(args, IoThreadHandle(bridge), lifeline, worker)
     except PippinError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 1
@@ -96,12 +96,12 @@ def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> 
 
 
 def _work(
-    args: argparse.Namespace, port: BridgePort, lifeline: Lifeline, made: list[Worker]
+    args: argparse.Namespace, io_thread: IoThreadHandle, lifeline: Lifeline, made: list[Worker]
 ) -> None:
     """Load what the learner names, then advance the worker until the run is over."""
     name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
     incarnation = uuid.uuid4().hex
-    welcome = enquire(port, name, incarnation, args.connect, lifeline)
+    welcome = enquire(io_thread, name, incarnation, args.connect, lifeline)
     if welcome is None:
         return
     from protocol.model.policy import load_policy
@@ -110,17 +110,17 @@ def _work(
     if args.model:
         settings = msgspec.structs.replace(settings, path=args.model)
     policy = load_policy(settings, seed=welcome.seed)
-    identity = Identity(
+    identity = ActorIdentity(
         name, incarnation, platform.node(), policy.model_digest, policy.tokenizer_digest
     )
-    worker = _worker(args, policy, identity, port)
+    worker = _worker(args, policy, identity, io_thread)
     made.append(worker)
     worker.start()
     log.info("actor %s joins run %s at %s", name, welcome.run, args.connect)
     try:
         while worker.stopped is None and not lifeline.stop_requested:
             if not worker.advance():
-                port.wait(IDLE_S)
+                io_thread.wait(IDLE_S)
     except KeyboardInterrupt:
         log.info("interrupted: leaving")
     reason = worker.stopped or "asked to leave"
@@ -129,7 +129,7 @@ def _work(
 
 
 def enquire(
-    port: BridgePort, name: str, incarnation: str, endpoint: str, lifeline: Lifeline
+    io_thread: IoThreadHandle, name: str, incarnation: str, endpoint: str, lifeline: Lifeline
 ) -> Welcome | None:
     """Ask the learner for its terms until it answers; None if we are asked to leave first.
 
@@ -147,11 +147,11 @@ def enquire(
         if time.monotonic() >= ask_at:
             if asked == 1:
                 log.info("no answer yet from %s; going on asking", endpoint)
-            port.put(Send(hello))
+            io_thread.put(Send(hello))
             asked, ask_at = asked + 1, time.monotonic() + ENQUIRE_S
-        port.wait(IDLE_S)
-        for event in port.poll():
-            message = event.message if isinstance(event, Received) else None
+        io_thread.wait(IDLE_S)
+        for event in io_thread.poll():
+            message = event.message if isinstance(event, MessageReceived) else None
             if isinstance(message, Welcome):
                 return message
             if isinstance(message, Refuse) and message.fatal:
@@ -162,7 +162,10 @@ def enquire(
 
 
 def _worker(
-    args: argparse.Namespace, policy: "LoadedPolicy", identity: Identity, port: BridgePort
+    args: argparse.Namespace,
+    policy: "LoadedPolicy",
+    identity: ActorIdentity,
+    io_thread: IoThreadHandle,
 ) -> Worker:
     from actors.engine.mlx_engine import MlxEngine
     from protocol.model.snapshots import apply_snapshot, read_snapshot
@@ -188,7 +191,7 @@ def _worker(
     def decode(token_ids: list[int]) -> str:
         return policy.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    return Worker(engine, Session(identity), port, decode=decode, load=load)
+    return Worker(engine, Session(identity), io_thread, decode=decode, load=load)
 
 
 if __name__ == "__main__":

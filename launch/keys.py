@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from protocol.errors import ChannelError
-from protocol.transport.keys import ACTOR_PUBLIC, ACTOR_SECRET, SERVER_PUBLIC, make_keys
+from protocol.transport.curve_keys import ACTOR_PUBLIC, ACTOR_SECRET, SERVER_PUBLIC, make_keys
 
 
 def main(arguments: list[str] | None = None) -> int:

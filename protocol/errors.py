@@ -1,4 +1,4 @@
-"""The hierarchy of errors, each named after its cause.
+"""Every error that Pippin raises on purpose, each class named after its cause.
 
 Every message says what was required, what was got, where, and what to do next.
 """
@@ -25,7 +25,7 @@ class ModelError(PippinError):
 
 
 class SnapshotError(PippinError):
-    """Weights whose names, shapes, dtypes or digest are not those required."""
+    """Weights with other names, shapes, dtypes or another digest than required."""
 
 
 class CheckpointError(PippinError):
@@ -33,8 +33,11 @@ class CheckpointError(PippinError):
 
 
 class WireError(PippinError):
-    """A message that cannot be accepted; `kind` says why: "oversized", "undecodable" (not
-    msgpack), "unknown" (no message of this wire has that tag) or "invalid" (fields or sizes)."""
+    """A message that cannot be accepted.
+
+    `kind` says why: "oversized", "undecodable" (not msgpack), "unknown" (no message of this wire
+    has that tag) or "invalid" (fields or sizes).
+    """
 
     def __init__(self, message: str, *, kind: str = "invalid") -> None:
         super().__init__(message)
@@ -46,7 +49,7 @@ class ChannelError(PippinError):
 
 
 class RefusedError(PippinError):
-    """The peer refused us, and trying again will not help."""
+    """A peer's refusal that trying again will not change."""
 
 
 class RewardError(PippinError):
@@ -54,27 +57,27 @@ class RewardError(PippinError):
 
 
 class TrainingError(PippinError):
-    """Training that cannot go on, such as gradients that are never finite."""
+    """Training that cannot continue, for example because gradients are never finite."""
 
 
 class LedgerError(PippinError):
-    """An event that the ledger's rules exclude: a fault in the program, never in the input."""
+    """An event that the ledger's rules exclude: a bug in Pippin, never bad input."""
 
 
 def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return a clause that names the valid name nearest to `name`, or "" where none is near."""
+    """Return "; did you mean 'x'?" for the valid name nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def require(condition: bool, field: str, rule: str, got: object) -> None:
-    """Raise ConfigError, naming the field, where the condition does not hold."""
+    """Raise ConfigError that names the field, unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field} {rule}, got {got!r}")
 
 
 def only_leaf(error: BaseException) -> BaseException:
-    """Return the single exception inside nested groups, or the group where there are several."""
+    """Return the only exception inside nested groups, or the group itself if there are several."""
     while isinstance(error, BaseExceptionGroup):
         inner = cast("BaseExceptionGroup[BaseException]", error).exceptions
         if len(inner) != 1:

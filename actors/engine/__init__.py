@@ -1,4 +1,5 @@
-"""Sampling: many completions at once over one mlx-lm model, keyed and with exact log-probs.
+"""Samples completions: many at once over one mlx-lm model, with keyed random numbers and log-probs.
 
-`base` is the interface, which loads no MLX; the worker drives an engine through it.
+`base` is the interface and loads no MLX; the worker drives an engine through it. Imported by the
+rest of `actors` and by the programs in `launch`.
 """

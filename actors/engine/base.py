@@ -1,6 +1,6 @@
-"""The interface between an actor's work and whatever samples its completions.
+"""The interface between the actor's worker and the engine that samples its completions.
 
-Nothing here loads MLX. An engine is driven by one thread: `add` requests, call `step` until the
+Nothing here loads MLX. One thread drives an engine: `add` requests, then call `step` until the
 groups come out. `set_policy` may be called between any two steps.
 """
 
@@ -10,16 +10,16 @@ from typing import Protocol
 
 from protocol.messages.parts import Completion, Sampling
 
-NO_POLICY = -1  # the version of an engine that was given no policy; nothing is sampled with it
+NO_POLICY = -1  # an engine's version before its first policy; it samples nothing then
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One prompt and how its completions are sampled. Example: 8 completions of one question.
 
-    `key` names the request until its result is out. Completion i draws from a stream of random
-    numbers that depends on `seed` and i alone. No token is sampled by a policy older than
-    `min_policy_version`; `pinned_version` allows that version alone.
+    `key` names the request until its result is out. The random numbers of completion i depend on
+    `seed` and i only. No token is sampled by a policy older than `min_policy_version`;
+    `pinned_version` allows that version only.
     """
 
     key: Hashable
@@ -46,15 +46,15 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What one step did: groups that became complete, tokens delivered, prompt tokens read."""
+class EngineStep:
+    """What one step did: groups completed, completion tokens delivered, prompt tokens read."""
 
-    finished: list[GenerationResult] = field(default_factory=list)
+    finished: list[GenerationResult] = field(default_factory=list[GenerationResult])
     tokens: int = 0
     prefilled: int = 0
 
     @property
-    def progressed(self) -> bool:
+    def made_progress(self) -> bool:
         """Whether anything was computed."""
         return self.tokens > 0 or self.prefilled > 0
 
@@ -63,18 +63,13 @@ class Engine(Protocol):
     """Samples completions of many requests at once."""
 
     @property
-    def version(self) -> int:
-        """Version of the policy in force, or NO_POLICY."""
-        ...
-
-    @property
     def free_completions(self) -> int:
-        """Completions that could be added now and start at once."""
+        """How many completions could be added now and start at once."""
         ...
 
     @property
     def oldest_version(self) -> int:
-        """Oldest version that sampled a token of an unfinished group; NO_POLICY without any."""
+        """Oldest version that sampled a token of an unfinished group, or NO_POLICY."""
         ...
 
     def add(self, request: GenerationRequest) -> None:
@@ -86,21 +81,21 @@ class Engine(Protocol):
         ...
 
     def cancel(self, key: Hashable) -> bool:
-        """Drop a request; its result never comes. False if it is not held."""
+        """Drop a request, whose result will never come; False if there is no such request."""
         ...
 
     def wants_policy(self, version: int) -> bool:
-        """Whether `set_policy` would take this version now: newer, and no pinned row forbids it."""
+        """Whether `set_policy` would take it now: it is newer and no pinned request needs ours."""
         ...
 
     def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
         """Swap weights between two steps without draining: `apply` changes the model in place."""
         ...
 
-    def step(self) -> Step:
-        """Start what can be started and decode one token of every running row."""
+    def step(self) -> EngineStep:
+        """Start what can be started and decode one token of every running completion."""
         ...
 
     def reset(self) -> None:
-        """Drop every request and forget the policy's version (versions begin anew)."""
+        """Drop every request and the policy's version: another learner counts from 0 again."""
         ...

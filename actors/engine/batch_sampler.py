@@ -1,46 +1,56 @@
-"""The sampler that mlx-lm calls once a step, told which rows it samples for."""
+"""The sampler that mlx-lm calls once per step, told which completions it samples for."""
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from actors.engine.active import Row, Sampled
-from actors.engine.sampling import RowParameters, draw, token_keys
+from actors.engine.active import ActiveCompletion, StampedDraw
+from actors.engine.base import NO_POLICY
+from actors.engine.sampling import SamplingParameters, draw, token_keys
 
 
-class RowSampler:
-    """Draws the next tokens of the rows named last; each row's `pending` is its draw."""
+class BatchSampler:
+    """Draws the next token of every completion named in the last `expect`.
+
+    mlx-lm calls a sampler with log-probs alone, so `expect` says beforehand whose they are. Each
+    completion's `pending` is its draw.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._rows: list[Row] = []
-        self._policy = (-1, "")
-        self._parameters: tuple[list[Row], RowParameters, np.ndarray] | None = None
+        self._expected: list[ActiveCompletion] = []
+        self._policy = (NO_POLICY, "")
+        self._columns_of: list[ActiveCompletion] = []
+        self._columns: tuple[SamplingParameters, npt.NDArray[np.uint64]] | None = None
 
-    def expect(self, rows: list[Row], version: int, digest: str) -> None:
-        """Say whom the next call is for, and under which policy."""
-        self._rows = rows
+    def expect(self, completions: list[ActiveCompletion], version: int, digest: str) -> None:
+        """Set the completions that the next call samples for, and the policy that it samples."""
+        self._expected = completions
         self._policy = (version, digest)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """Draw the next tokens (B,) of the B rows from log-probs (B, V)."""
-        rows = self._rows
-        parameters, seeds = self._row_parameters(rows)
-        keys = token_keys(seeds, np.array([row.drawn for row in rows]))
+        """Draw the next tokens (B,) of the B expected completions from log-probs (B, V)."""
+        completions = self._expected
+        parameters, seeds = self._parameters(completions)
+        keys = token_keys(seeds, np.array([completion.drawn for completion in completions]))
+
         drawn = draw(logprobs, keys, parameters)
         kept = [] if drawn.kept_logmass is None else [drawn.kept_logmass]
-        mx.async_eval(drawn.tokens, drawn.logprobs, *kept)
-        sampled = Sampled(drawn, *self._policy)
-        for i, row in enumerate(rows):
-            row.pending = (sampled, i)
-            row.drawn += 1
+        mx.async_eval(drawn.tokens, drawn.logprobs, *kept)  # pyright: ignore[reportUnknownMemberType]
+
+        stamped = StampedDraw(drawn, *self._policy)
+        for i, completion in enumerate(completions):
+            completion.pending = (stamped, i)
+            completion.drawn += 1
         return drawn.tokens
 
-    def _row_parameters(self, rows: list[Row]) -> tuple[RowParameters, np.ndarray]:
-        """Return the rows' parameters and seeds, made anew only when the rows change."""
-        if self._parameters is None or self._parameters[0] != rows:
-            parameters = RowParameters.of(
-                [row.work.request.sampling for row in rows], self._vocab_size
-            )
-            seeds = np.array([row.seed for row in rows], dtype=np.uint64)
-            self._parameters = (list(rows), parameters, seeds)
-        return self._parameters[1], self._parameters[2]
+    def _parameters(
+        self, completions: list[ActiveCompletion]
+    ) -> tuple[SamplingParameters, npt.NDArray[np.uint64]]:
+        """Return sampling parameters and seeds, rebuilt only when the completions change."""
+        if self._columns is None or self._columns_of != completions:
+            samplings = [completion.parent.request.sampling for completion in completions]
+            seeds = np.array([completion.seed for completion in completions], dtype=np.uint64)
+            self._columns = SamplingParameters.of(samplings, self._vocab_size), seeds
+            self._columns_of = list(completions)
+        return self._columns

@@ -1,53 +1,43 @@
 """Continuous batching on mlx-lm: every group that the actor holds shares one decoding batch.
 
-It is built from the two halves of mlx-lm's `BatchGenerator` (`PromptProcessingBatch` for prompts,
-`GenerationBatch` for decoding) rather than from that class: its sampler is not told which rows it
-samples for, which keyed sampling and exact policy spans need.
+    add ──▶ waiting ──prefill──▶ decoding batch ──one token per step──▶ done ──▶ EngineStep.finished
 
-Decoding is pipelined: while a token is delivered, the next one of each row has been drawn already.
-A draw carries the policy it was made with, so a swap between two steps is stamped exactly.
+It is built from the two halves of mlx-lm's `BatchGenerator` (`PromptProcessingBatch` for prompts,
+`GenerationBatch` for decoding) rather than from that class, whose sampler is not told which
+completions it samples for; keyed sampling and exact policy spans need that.
+
+Decoding is pipelined: while a token is delivered, the next one of each completion has already been
+drawn. A draw carries the policy that it was made with, so spans stay exact across a swap.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
 
 import time
 from collections.abc import Callable, Hashable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationBatch, StopSequences
+from mlx_lm.generate import StopSequences
 
-from actors.engine.active import Row, Work
-from actors.engine.base import NO_POLICY, GenerationRequest, GenerationResult, Step
-from actors.engine.batch_sampler import RowSampler
+from actors.engine.active import ActiveCompletion, ActiveRequest
+from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
+from actors.engine.batch_sampler import BatchSampler
+from actors.engine.decoding import DecodingBatch, Float32Logits, new_batch
 from actors.engine.prefill import Prefiller, PromptCache, merge
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
-PREFILL_TOKENS = 8192  # prompt tokens, padding included, that are read in one pass
-
-
-class _Lane(GenerationBatch):
-    """Rows that decode together; a finished row's cache is not kept."""
-
-    def extract_cache(self, idx: int) -> PromptCache:
-        return []
-
-
-class _Float32Logits(nn.Module):
-    """The model with float32 logits, so that what is sampled and recorded is in float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def __call__(self, inputs: mx.array, cache: PromptCache) -> mx.array:
-        return self.model(inputs, cache=cache).astype(mx.float32)
+PREFILL_TOKENS = 8192  # most prompt tokens, padding included, read in one pass
 
 
 class MlxEngine:
     """An `Engine` over an mlx-lm model. Use it from the thread that owns MLX.
 
-    Rows of all groups share one batch of at most `max_concurrent_completions`. Models whose caches
-    mlx-lm cannot batch decode row by row, each from a copy of its group's prompt cache.
+    Completions of all groups share one batch of at most `max_concurrent_completions`. Where mlx-lm
+    cannot batch a model's caches, each completion is a batch by itself, which starts from a copy
+    of its group's prompt cache.
     """
 
     def __init__(
@@ -66,48 +56,49 @@ class MlxEngine:
                 "actors.max_concurrent_completions must be at least 1, got "
                 f"{max_concurrent_completions}"
             )
+
         self._model = model
-        self._decoder = _Float32Logits(model)
+        self._decoder = Float32Logits(model)
         self._stop = StopSequences([[token] for token in stop_token_ids])
         self._vocab_size = vocab_size
         self._max_concurrent_completions = max_concurrent_completions
         self._context_length = context_length
         self._clock = clock
+
         self._prefiller = Prefiller(model, prefill_step_size)
-        self._works: dict[Hashable, Work] = {}
-        self._lanes: list[tuple[_Lane, list[Row]]] = []
+        self._requests: dict[Hashable, ActiveRequest] = {}
+        self._batches: list[tuple[DecodingBatch, list[ActiveCompletion]]] = []
         self._version = NO_POLICY
         self._digest = ""
         self._steps = 0
-        self._sampler = RowSampler(vocab_size)  # one object: mlx-lm calls it once a step
+        self._sampler = BatchSampler(
+            vocab_size
+        )  # one object, so that mlx-lm calls it once per step
+
         model.eval()
 
     # ---- the interface -------------------------------------------------------------------
 
     @property
-    def version(self) -> int:
-        """Version of the policy in force, or NO_POLICY."""
-        return self._version
-
-    @property
     def free_completions(self) -> int:
-        """Completions that could be added now and start at once."""
-        held = sum(len(work.waiting) + len(work.running) for work in self._works.values())
+        """How many completions could be added now and start at once."""
+        active = self._requests.values()
+        held = sum(len(request.waiting) + len(request.running) for request in active)
         return max(0, self._max_concurrent_completions - held)
 
     @property
     def oldest_version(self) -> int:
-        """Oldest version that sampled a token of an unfinished group; NO_POLICY without any."""
-        spans = [
+        """Oldest version that sampled a token of an unfinished group, or NO_POLICY."""
+        versions = [
             spans[0].version
-            for work in self._works.values()
+            for active in self._requests.values()
             for spans in (
-                *(row.spans for row in work.running),
-                *(completion.policy_spans for completion in work.done.values()),
+                *(completion.spans for completion in active.running),
+                *(completion.policy_spans for completion in active.done.values()),
             )
             if spans
         ]
-        return min(spans, default=NO_POLICY)
+        return min(versions, default=NO_POLICY)
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request.
@@ -117,65 +108,74 @@ class MlxEngine:
         """
         self._check(request)
         positions = list(range(request.sampling.num_generations))
-        self._works[request.key] = Work(request, waiting=positions)
+        self._requests[request.key] = ActiveRequest(request, waiting=positions)
 
     def cancel(self, key: Hashable) -> bool:
-        """Drop a request; its result never comes. False if it is not held."""
-        work = self._works.pop(key, None)
-        if work is None:
+        """Drop a request, whose result will never come; False if there is no such request."""
+        active = self._requests.pop(key, None)
+        if active is None:
             return False
-        self._lanes = [
-            kept for lane, rows in self._lanes if (kept := self._without(lane, rows, work))[1]
+
+        self._batches = [
+            kept
+            for batch, completions in self._batches
+            if (kept := self._without(batch, completions, active))[1]
         ]
         return True
 
     def wants_policy(self, version: int) -> bool:
-        """Whether `set_policy` would take this version now: newer, and no pinned row forbids it."""
-        pins = (work.request.pinned_version for work in self._works.values())
+        """Whether `set_policy` would take it now: it is newer and no pinned request needs ours."""
+        pins = (active.request.pinned_version for active in self._requests.values())
         return version > self._version and all(p is None or p >= version for p in pins)
 
     def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
         """Swap weights between two steps without draining: `apply` changes the model in place.
 
-        What `apply` raises is passed on and leaves the engine at its policy.
+        If `apply` raises, the engine keeps its policy and the exception propagates.
         """
         if not self.wants_policy(version):
             raise ModelError(
                 f"the engine is at policy version {self._version} and cannot take {version}: "
-                "versions ascend, and rows pinned to a version must finish first"
+                "versions ascend, and requests pinned to a version must finish first"
             )
+
         apply()
         self._model.eval()
         self._version, self._digest = version, digest
-        for work in self._works.values():
-            work.prefix = None
+
+        # A prefix cache belongs to one policy: waiting completions are prefilled again.
+        for active in self._requests.values():
+            active.prefix = None
 
     def reset(self) -> None:
-        """Drop every request and forget the policy's version (versions begin anew)."""
-        self._works.clear()
-        self._lanes.clear()
-        self._sampler = RowSampler(self._vocab_size)
+        """Drop every request and the policy's version: another learner counts from 0 again."""
+        self._requests.clear()
+        self._batches.clear()
+        self._sampler = BatchSampler(self._vocab_size)
         self._version, self._digest = NO_POLICY, ""
 
-    def step(self) -> Step:
-        """Start what can be started and decode one token of every running row."""
-        prefilled = self._admit()
+    def step(self) -> EngineStep:
+        """Start what can be started and decode one token of every running completion."""
+        prefilled = self._start_waiting()
+
         finished: list[GenerationResult] = []
         tokens = 0
-        for lane, rows in self._lanes:
-            tokens += len(rows)
-            finished.extend(self._decode(lane, rows))
-        self._lanes = [(lane, rows) for lane, rows in self._lanes if rows]
+        for batch, completions in self._batches:
+            tokens += len(completions)
+            finished += self._decode(batch, completions)
+        self._batches = [(batch, running) for batch, running in self._batches if running]
+
         self._steps += 1
         if self._steps % CLEAR_CACHE_STEPS == 0:
             mx.clear_cache()
-        return Step(finished=finished, tokens=tokens, prefilled=prefilled)
+        return EngineStep(finished=finished, tokens=tokens, prefilled=prefilled)
 
     # ---- requests ------------------------------------------------------------------------
 
     def _check(self, request: GenerationRequest) -> None:
-        if request.key in self._works:
-            raise DataError(f"request {request.key} is held already")
+        if request.key in self._requests:
+            raise DataError(f"request {request.key} was already added")
+
         ids = request.prompt_ids
         if not ids:
             raise DataError(f"request {request.key}: the prompt must hold at least one token")
@@ -183,112 +183,119 @@ class MlxEngine:
             worst = min(ids) if min(ids) < 0 else max(ids)
             raise DataError(
                 f"request {request.key}: prompt token IDs must lie in [0, {self._vocab_size}), "
-                f"got {worst}; is the tokenizer that of the model?"
+                f"got {worst}; does the tokenizer belong to the model?"
             )
         if self._context_length is not None and len(ids) >= self._context_length:
             raise ModelError(
                 f"request {request.key}: the prompt must be shorter than the model's context of "
                 f"{self._context_length} tokens, got {len(ids)}; set data.max_prompt_length"
             )
+
         pinned = request.pinned_version
         if pinned is not None and pinned < self._version:
             raise ModelError(
-                f"request {request.key} is pinned to policy version {pinned}, which has passed: "
-                f"the engine is at {self._version}"
+                f"request {request.key} is pinned to policy version {pinned}, but the engine is "
+                f"already at {self._version}"
             )
 
-    def _without(self, lane: _Lane, rows: list[Row], work: Work) -> tuple[_Lane, list[Row]]:
-        keep = [i for i, row in enumerate(rows) if row.work is not work]
-        if len(keep) < len(rows):
-            lane.filter(keep)
-        return lane, [rows[i] for i in keep]
+    def _without(
+        self, batch: DecodingBatch, completions: list[ActiveCompletion], removed: ActiveRequest
+    ) -> tuple[DecodingBatch, list[ActiveCompletion]]:
+        keep = [i for i, completion in enumerate(completions) if completion.parent is not removed]
+        if len(keep) < len(completions):
+            batch.filter(keep)
+        return batch, [completions[i] for i in keep]
 
-    # ---- starting rows -------------------------------------------------------------------
+    # ---- starting completions ------------------------------------------------------------
 
-    def _admit(self) -> int:
-        """Start waiting rows while there is room; returns the prompt tokens read."""
-        room = self._max_concurrent_completions - sum(len(rows) for _, rows in self._lanes)
-        chosen: list[Work] = []
-        planned = longest = 0
-        for work in self._works.values():
-            if planned >= room:
-                break
-            if not work.may_start(self._version):
-                continue
-            longest = max(longest, len(work.request.prompt_ids))
-            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
-                break
-            chosen.append(work)
-            planned += len(work.waiting)
+    def _start_waiting(self) -> int:
+        """Start waiting completions while there is room; returns the prompt tokens read."""
+        room = self._max_concurrent_completions - sum(len(running) for _, running in self._batches)
+        chosen = self._choose(room)
         if not chosen:
             return 0
+
         now = self._clock()
         prefilled = self._prefill(chosen)
-        rows: list[Row] = []
+
+        completions: list[ActiveCompletion] = []
         caches: list[PromptCache] = []
-        for work in chosen:
-            started = work.start(room - len(rows), now)
-            assert work.prefix is not None
-            rows.extend(started)
-            caches.extend(self._prefiller.rows(work.prefix, len(started)))
-            if not work.waiting:
-                work.prefix = None
-        self._launch(rows, caches)
+        for active in chosen:
+            started = active.start(room - len(completions), now)
+            assert active.prefix is not None
+            completions.extend(started)
+            caches.extend(self._prefiller.share(active.prefix, len(started)))
+            if not active.waiting:
+                active.prefix = None  # nothing else will start from it
+
+        self._join(completions, caches)
         return prefilled
 
-    def _prefill(self, works: list[Work]) -> int:
-        """Read the prompts of groups that have no prefix cache of this policy."""
-        fresh = [work for work in works if work.prefix is None]
-        prompts = [work.request.prompt_ids for work in fresh]
-        for work, cache in zip(fresh, self._prefiller.run(prompts), strict=True):
-            work.prefix = cache
+    def _choose(self, room: int) -> list[ActiveRequest]:
+        """Return the oldest requests that may start, within `room` and one prefill pass."""
+        chosen: list[ActiveRequest] = []
+        planned = longest = 0
+        for active in self._requests.values():
+            if planned >= room:
+                break
+            if not active.may_start(self._version):
+                continue
+            longest = max(longest, len(active.request.prompt_ids))
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            chosen.append(active)
+            planned += len(active.waiting)
+        return chosen
+
+    def _prefill(self, chosen: list[ActiveRequest]) -> int:
+        """Read the prompts of requests that have no prefix cache of this policy."""
+        fresh = [active for active in chosen if active.prefix is None]
+        prompts = [active.request.prompt_ids for active in fresh]
+        for active, cache in zip(fresh, self._prefiller.run(prompts), strict=True):
+            active.prefix = cache
         return sum(len(prompt) for prompt in prompts)
 
-    def _launch(self, rows: list[Row], caches: list[PromptCache]) -> None:
-        """Draw the first token of new rows, and let them join the running batch."""
+    def _join(self, completions: list[ActiveCompletion], caches: list[PromptCache]) -> None:
+        """Draw the first token of new completions and add them to the running batch."""
         if not self._prefiller.mergeable:
-            for row, cache in zip(rows, caches, strict=True):
-                self._lanes.append((self._lane([row], cache), [row]))
+            for completion, cache in zip(completions, caches, strict=True):
+                self._batches.append((self._new_batch([completion], cache), [completion]))
             return
-        lane = self._lane(rows, merge(caches))
-        if self._lanes:
-            running, members = self._lanes[0]
-            running.extend(lane)
-            members.extend(rows)
-        else:
-            self._lanes.append((lane, list(rows)))
 
-    def _lane(self, rows: list[Row], cache: PromptCache) -> _Lane:
-        self._sampler.expect(rows, self._version, self._digest)
-        requests = [row.work.request for row in rows]
-        return _Lane(
-            self._decoder,
-            uids=list(range(len(rows))),
-            inputs=mx.array([request.prompt_ids[-1] for request in requests]),
-            prompt_cache=cache,
-            tokens=[[] for _ in rows],
-            samplers=[self._sampler] * len(rows),
-            fallback_sampler=self._sampler,
-            logits_processors=[[] for _ in rows],
-            stop_sequences=[self._stop] * len(rows),
-            max_tokens=[request.sampling.max_completion_length for request in requests],
-        )
+        batch = self._new_batch(completions, merge(caches))
+        if self._batches:
+            running, members = self._batches[0]
+            running.extend(batch)
+            members.extend(completions)
+        else:
+            self._batches.append((batch, list(completions)))
+
+    def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> DecodingBatch:
+        self._sampler.expect(completions, self._version, self._digest)
+        return new_batch(self._decoder, completions, cache, self._sampler, self._stop)
 
     # ---- decoding ------------------------------------------------------------------------
 
-    def _decode(self, lane: _Lane, rows: list[Row]) -> list[GenerationResult]:
-        """Deliver one token a row; finished rows leave `rows`."""
-        sources = [row.pending for row in rows]
-        self._sampler.expect(rows, self._version, self._digest)
+    def _decode(
+        self, batch: DecodingBatch, completions: list[ActiveCompletion]
+    ) -> list[GenerationResult]:
+        """Deliver one token per completion; finished ones leave `completions`."""
+        # `next` delivers the pending tokens and draws the ones after them, so note the draws now.
+        sources = [completion.pending for completion in completions]
+        self._sampler.expect(completions, self._version, self._digest)
+
         finished: list[GenerationResult] = []
-        keep: list[Row] = []
-        for row, source, response in zip(rows, sources, lane.next(), strict=True):
+        keep: list[ActiveCompletion] = []
+        for completion, source, response in zip(completions, sources, batch.next(), strict=True):
             assert source is not None
-            row.take(response.token, source)
+            completion.record(response.token, source)
             if response.finish_reason is None:
-                keep.append(row)
-            elif row.work.finish(row, "stop" if response.finish_reason == "stop" else "length"):
-                del self._works[row.work.key]
-                finished.append(row.work.result(self._clock()))
-        rows[:] = keep
+                keep.append(completion)
+                continue
+            reason = "stop" if response.finish_reason == "stop" else "length"
+            if completion.parent.finish(completion, reason):
+                del self._requests[completion.parent.key]
+                finished.append(completion.parent.result(self._clock()))
+
+        completions[:] = keep
         return finished

@@ -1,4 +1,8 @@
-"""Prompts through the model, once a group, and the caches that every completion starts from."""
+"""Reads each prompt once per group, into the cache that every completion of it starts from."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
 
 import copy
 from collections.abc import Sequence
@@ -9,11 +13,11 @@ import mlx.nn as nn
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-PromptCache = list[Any]  # one cache object a layer, of whatever kinds the model uses
+PromptCache = list[Any]  # one cache object per layer, of the kinds that the model uses
 
 
 def mergeable(cache: PromptCache) -> bool:
-    """Whether caches of these kinds can be put together into a batch."""
+    """Whether mlx-lm can join caches of these kinds into one batch."""
     for layer in cache:
         if isinstance(layer, CacheList):
             if not mergeable(list(layer.caches)):
@@ -25,47 +29,49 @@ def mergeable(cache: PromptCache) -> bool:
 
 
 def merge(caches: Sequence[PromptCache]) -> PromptCache:
-    """Return one batched cache with a row for each of `caches`, which are copied."""
+    """Copy `caches`, each of batch size 1, into one cache of batch size `len(caches)`."""
     return [layers[0].merge(list(layers)) for layers in zip(*caches, strict=True)]
 
 
 class Prefiller:
-    """Runs `prompt[:-1]`; the last prompt token is the first input of decoding."""
+    """Runs `prompt[:-1]` through the model; the last token is the first input of decoding."""
 
     def __init__(self, model: nn.Module, step_size: int) -> None:
         self._model = model
         self._step_size = step_size
-        blank = make_prompt_cache(model)
-        self.mergeable = mergeable(blank)
+        empty = make_prompt_cache(model)
+        self.mergeable = mergeable(empty)
         # Right padding is exact for plain attention caches; other kinds go one prompt at a time.
-        self._batchable = all(type(layer) is KVCache for layer in blank)
+        self._batchable = all(type(layer) is KVCache for layer in empty)
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         """Return a cache of batch size 1 for each prompt (P tokens), holding P - 1 of them."""
         prefixes = [list(prompt[:-1]) for prompt in prompts]
         caches: list[PromptCache] = [make_prompt_cache(self._model) for _ in prompts]
-        together = [i for i, prefix in enumerate(prefixes) if prefix]
-        if not self._batchable or len(together) == 1:
-            for i in together:
-                self._alone(prefixes[i], caches[i])
-        elif together:
+        filled = [i for i, prefix in enumerate(prefixes) if prefix]  # one-token prompts have none
+
+        if not self._batchable or len(filled) == 1:
+            for i in filled:
+                self._run_one(prefixes[i], caches[i])
+        elif filled:
             batch = PromptProcessingBatch(
                 self._model,
-                uids=list(range(len(together))),
-                caches=[caches[i] for i in together],
+                uids=list(range(len(filled))),
+                caches=[caches[i] for i in filled],
                 prefill_step_size=self._step_size,
             )
-            batch.prompt([prefixes[i] for i in together])
-            for row, i in enumerate(together):
-                caches[i] = batch.extract_cache(row)
+            batch.prompt([prefixes[i] for i in filled])
+            for index, i in enumerate(filled):
+                caches[i] = batch.extract_cache(index)
+
         return caches
 
-    def _alone(self, prefix: list[int], cache: PromptCache) -> None:
+    def _run_one(self, prefix: list[int], cache: PromptCache) -> None:
         tokens = mx.array(prefix)[None]
         for start in range(0, len(prefix), self._step_size):
             self._model(tokens[:, start : start + self._step_size], cache=cache)
             mx.eval([layer.state for layer in cache])
 
-    def rows(self, cache: PromptCache, count: int) -> list[PromptCache]:
-        """Return `count` references to a mergeable cache, or else copies of their own."""
+    def share(self, cache: PromptCache, count: int) -> list[PromptCache]:
+        """Return one cache per completion: `cache` itself if `merge` copies it, else copies."""
         return [cache if self.mergeable else copy.deepcopy(cache) for _ in range(count)]

@@ -1,8 +1,11 @@
-"""Keyed sampling of a batch of rows, with the log-probs of what was sampled.
+"""Samples one token per completion of a batch: temperature, top-k, top-p, min-p, keyed draw.
 
-A row's random numbers depend on its seed and the token's index alone, so that a completion does
-not depend on what it is batched with. Filters apply in the order of transformers' generate (which
-TRL uses): temperature, top-k, top-p of what top-k left, min-p; ties with the last kept token stay.
+`draw` is the whole step; `_filter_threshold` applies top-k, top-p and min-p. They apply in the
+order of transformers' generate, which TRL uses: temperature, top-k, top-p of what top-k left,
+min-p. Tokens tied with the last one kept are kept too.
+
+The random numbers of a completion depend on its seed and the token's index only, so a completion
+does not depend on what it is batched with.
 """
 
 import math
@@ -11,37 +14,42 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from protocol.messages.parts import Sampling
 
+UInt64Array = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def splitmix64(values: np.ndarray) -> np.ndarray:
-    """Mix (N,) uint64 into (N,) uint64 (Steele, Lea and Flood 2014, the output function)."""
+def splitmix64(values: UInt64Array) -> UInt64Array:
+    """Mix (N,) uint64 into (N,) uint64: SplitMix64's output function (Steele et al., 2014)."""
     z = values + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def row_seed(seed: int, position: int) -> int:
+def completion_seed(seed: int, position: int) -> int:
     """Return the 64-bit seed of completion `position` of a task."""
     mixed = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     return int(splitmix64(mixed + np.uint64(position))[0])
 
 
-def token_keys(seeds: np.ndarray, indices: np.ndarray) -> mx.array:
-    """Return the keys of the tokens at `indices` (N,) of rows `seeds` (N,): (N, 2) uint32."""
+def token_keys(seeds: UInt64Array, indices: npt.NDArray[np.integer]) -> mx.array:
+    """Return the random keys (N, 2) uint32 of the tokens at `indices` (N,), one per seed (N,)."""
     mixed = splitmix64(seeds ^ splitmix64(indices.astype(np.uint64)))
     return mx.array(mixed.view(np.uint32).reshape(-1, 2))
 
 
 @dataclass(frozen=True)
-class RowParameters:
-    """How the B rows of a batch are sampled, as columns (B, 1). None: off for every row."""
+class SamplingParameters:
+    """How the B completions of a batch are sampled, as columns (B, 1).
 
-    scale: mx.array | None  # 1 / temperature, 1 for greedy rows
+    A column is None where no completion of the batch uses it.
+    """
+
+    scale: mx.array | None  # 1 / temperature, 1 for greedy completions
     greedy: mx.array | None
     all_greedy: bool
     top_k: mx.array | None
@@ -49,33 +57,38 @@ class RowParameters:
     log_min_p: mx.array | None
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], vocab_size: int) -> "RowParameters":
-        """Gather the parameters of the rows of a batch."""
+    def of(cls, samplings: Sequence[Sampling], vocab_size: int) -> "SamplingParameters":
+        """Gather the parameters of a batch's completions."""
+        greedy = [s.temperature == 0 for s in samplings]
+        drawn = [s for s in samplings if s.temperature > 0]  # greedy ones ignore the filters
 
-        def column(values: list[float]) -> mx.array:
-            return mx.array(values, dtype=mx.float32)[:, None]
+        scale = top_k = top_p = log_min_p = None
+        if any(s.temperature not in (0, 1) for s in samplings):
+            scale = _column([1 / s.temperature if s.temperature else 1.0 for s in samplings])
+        if any(s.top_k for s in drawn):
+            top_k = mx.array([min(s.top_k or vocab_size, vocab_size) for s in samplings])[:, None]
+        if any(s.top_p < 1 for s in drawn):
+            top_p = _column([s.top_p for s in samplings])
+        if any(s.min_p for s in drawn):
+            log_min_p = _column([math.log(s.min_p) if s.min_p else -math.inf for s in samplings])
 
-        greedy = [s.temperature == 0 for s in rows]
-        top_k = [min(s.top_k or vocab_size, vocab_size) for s in rows]
-        min_p = [s.min_p or 0.0 for s in rows]
-        drawn = [s for s in rows if s.temperature > 0]
         return cls(
-            scale=column([1 / s.temperature if s.temperature else 1.0 for s in rows])
-            if any(s.temperature not in (0, 1) for s in rows)
-            else None,
+            scale=scale,
             greedy=mx.array(greedy) if any(greedy) else None,
             all_greedy=all(greedy),
-            top_k=mx.array(top_k)[:, None] if any(s.top_k for s in drawn) else None,
-            top_p=column([s.top_p for s in rows]) if any(s.top_p < 1 for s in drawn) else None,
-            log_min_p=column([math.log(p) if p else -math.inf for p in min_p])
-            if any(s.min_p for s in drawn)
-            else None,
+            top_k=top_k,
+            top_p=top_p,
+            log_min_p=log_min_p,
         )
 
     @property
     def filtered(self) -> bool:
-        """Whether a filter is in force in any row."""
+        """Whether top-k, top-p or min-p is on for any completion."""
         return not (self.top_k is None and self.top_p is None and self.log_min_p is None)
+
+
+def _column(values: list[float]) -> mx.array:
+    return mx.array(values, dtype=mx.float32)[:, None]
 
 
 @dataclass(frozen=True)
@@ -93,27 +106,30 @@ def has_filter(sampling: Sampling) -> bool:
     return sampling.temperature > 0 and filters
 
 
-def draw(logprobs: mx.array, keys: mx.array, rows: RowParameters) -> Draw:
-    """Sample one token a row with `keys` (B, 2); greedy rows take the argmax.
+def draw(logprobs: mx.array, keys: mx.array, parameters: SamplingParameters) -> Draw:
+    """Sample one token per completion with `keys` (B, 2); greedy ones take the argmax.
 
     `logprobs` (B, V) float32, nats, are normalised, at temperature 1. The log-probs returned are
-    those of the distribution at the row's temperature (1 for greedy rows), before any filter.
+    those of the distribution at the completion's temperature (1 where greedy), before any filter.
     """
-    if rows.scale is not None:
-        scaled = logprobs * rows.scale
+    if parameters.scale is not None:
+        scaled = logprobs * parameters.scale
         logprobs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+
     kept_logmass = None
     candidates = logprobs
-    if rows.filtered and not rows.all_greedy:
-        kept = logprobs >= _threshold(logprobs, rows)
+    if parameters.filtered and not parameters.all_greedy:
+        kept = logprobs >= _filter_threshold(logprobs, parameters)
         candidates = mx.where(kept, logprobs, -mx.inf)
         kept_logmass = mx.logsumexp(candidates, axis=-1)
-    if rows.all_greedy:
+
+    if parameters.all_greedy:
         tokens = mx.argmax(logprobs, axis=-1)
     else:
         tokens = mx.vmap(_categorical)(candidates, keys)
-        if rows.greedy is not None:
-            tokens = mx.where(rows.greedy, mx.argmax(logprobs, axis=-1), tokens)
+        if parameters.greedy is not None:
+            tokens = mx.where(parameters.greedy, mx.argmax(logprobs, axis=-1), tokens)
+
     chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Draw(tokens, chosen, kept_logmass)
 
@@ -122,23 +138,37 @@ def _categorical(logprobs: mx.array, key: mx.array) -> mx.array:
     return mx.random.categorical(logprobs, key=key)
 
 
-def _threshold(logprobs: mx.array, rows: RowParameters) -> mx.array:
-    """Return the log-prob (B, 1) below which tokens are left out."""
+def _filter_threshold(logprobs: mx.array, parameters: SamplingParameters) -> mx.array:
+    """Return the log-prob (B, 1) below which top-k, top-p and min-p drop a token."""
     threshold = mx.full((logprobs.shape[0], 1), -mx.inf)
-    if rows.top_k is not None or rows.top_p is not None:
+
+    if parameters.top_k is not None or parameters.top_p is not None:
         ordered = -mx.sort(-logprobs, axis=-1)
         count = mx.full(threshold.shape, logprobs.shape[-1], dtype=mx.int32)
-        if rows.top_k is not None:
-            count = rows.top_k
-        if rows.top_p is not None:
-            rank = mx.arange(logprobs.shape[-1])[None]
-            mass = mx.where(rank < count, mx.exp(ordered), 0.0)
-            cumulative = mx.cumsum(mass, axis=-1)
-            before = (cumulative - mass) / cumulative[:, -1:]
-            # A row without top-p (1.0) must not lose tokens to the rounding of the sum.
-            inside = (before < rows.top_p) | (rows.top_p >= 1)
-            count = mx.minimum(mx.maximum(inside.sum(axis=-1, keepdims=True), 1), count)
+        if parameters.top_k is not None:
+            count = parameters.top_k
+        if parameters.top_p is not None:
+            count = _top_p_count(ordered, count, parameters.top_p)
         threshold = mx.take_along_axis(ordered, count - 1, axis=-1)
-    if rows.log_min_p is not None:
-        threshold = mx.maximum(threshold, logprobs.max(axis=-1, keepdims=True) + rows.log_min_p)
+
+    if parameters.log_min_p is not None:
+        highest = logprobs.max(axis=-1, keepdims=True)
+        threshold = mx.maximum(threshold, highest + parameters.log_min_p)
+
     return threshold
+
+
+def _top_p_count(ordered: mx.array, count: mx.array, top_p: mx.array) -> mx.array:
+    """Return how many of the first `count` (B, 1) tokens top-p keeps: the fewest that hold it.
+
+    `ordered` (B, V) are log-probs in descending order; masses are relative to those of the first
+    `count` tokens.
+    """
+    rank = mx.arange(ordered.shape[-1])[None]
+    mass = mx.where(rank < count, mx.exp(ordered), 0.0)
+    cumulative = mx.cumsum(mass, axis=-1)
+    before = (cumulative - mass) / cumulative[:, -1:]
+
+    # A completion without top-p (1.0) must not lose tokens to the rounding of the sum.
+    inside = (before < top_p) | (top_p >= 1)
+    return mx.minimum(mx.maximum(inside.sum(axis=-1, keepdims=True), 1), count)

@@ -1,4 +1,4 @@
-"""Rewards: user functions in a process that can be killed, a server before it, a client to ask it.
+"""Rewards: a client asks a server, which runs user functions in a process that it can kill.
 
-Nothing here loads MLX, and nothing else of `actors` is imported here.
+Nothing here loads MLX or imports the rest of `actors`; programs in `launch` import it.
 """

@@ -1,7 +1,7 @@
-"""TRL 1.16.0's contract with a reward function: what it is given, what it may return.
+"""TRL 1.16.0's contract with a reward function: its arguments, and what it may return.
 
 f(prompts=, completions=, completion_ids=, <every other column>=, trainer_state=, log_extra=,
-log_metric=) gives exactly N floats or None. A group's function is called once, with the N
+log_metric=) returns exactly N values, each a float or None. It is called once per group, with the N
 completions of that group.
 """
 
@@ -11,7 +11,7 @@ import itertools
 import reprlib
 import traceback
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -25,8 +25,8 @@ MAX_MESSAGE_CHARS = 2_000
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one function gave for a group: N rewards, or a fault and where it arose."""
+class RewardOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one function for a group: N rewards, or a fault and where it arose."""
 
     function: int
     rewards: list[float | None] | None = None
@@ -39,7 +39,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainerState:
-    """Attribute access to the trainer's state: `global_step`, `max_steps`, `epoch` and others."""
+    """The trainer's state as attributes: `global_step`, `max_steps`, `epoch` and others."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.__dict__.update({"global_step": 0, "max_steps": 0, "epoch": 0.0} | values)
@@ -48,8 +48,8 @@ class TrainerState:
         raise AttributeError(f"trainer_state has no {name!r}; it has {', '.join(vars(self))}")
 
 
-class Call:
-    """One function's call for one group: its arguments, what it logged, its outcome."""
+class RewardCall:
+    """One call of one function for one group: its arguments, what it logged, its outcome."""
 
     def __init__(self, index: int, function: RewardFunction, request: ScoreRequest) -> None:
         self.index = index
@@ -67,7 +67,7 @@ class Call:
             "log_metric": self._metric,
         }
 
-    def run(self) -> Outcome:
+    def run(self) -> RewardOutcome:
         """Call a synchronous function."""
         try:
             self._check_signature()
@@ -78,7 +78,7 @@ class Call:
             return self._fault(error)
         return self._success(rewards)
 
-    async def run_async(self) -> Outcome:
+    async def run_async(self) -> RewardOutcome:
         """Call an asynchronous function."""
         try:
             self._check_signature()
@@ -97,7 +97,7 @@ class Call:
             signature.bind(**self.arguments)
         except TypeError as error:
             raise RewardError(
-                f"reward function {self.function.name}{signature}: {error}; it is given "
+                f"reward function {self.function.name}{signature}: {error}; it is called with "
                 f"{', '.join(sorted(self.arguments))}: add **kwargs for those it does not use, "
                 "and name columns as the dataset does"
             ) from error
@@ -107,28 +107,31 @@ class Call:
 
     def _metric(self, name: str, value: float) -> None:
         number = float(value)
-        if abs(number) <= _MAX_FLOAT32:  # a mean over what is not finite says nothing
+        if abs(number) <= _MAX_FLOAT32:  # a mean over infinities or NaN is useless
             self._log_metric.setdefault(str(name), []).append(number)
 
-    def _success(self, rewards: list[float | None]) -> Outcome:
-        return Outcome(
+    def _success(self, rewards: list[float | None]) -> RewardOutcome:
+        return RewardOutcome(
             function=self.index,
             rewards=rewards,
             log_extra=self._log_extra,
             log_metric=self._log_metric,
         )
 
-    def _fault(self, error: BaseException) -> Outcome:
+    def _fault(self, error: BaseException) -> RewardOutcome:
         if isinstance(error, RewardError):
             message = str(error)[:MAX_MESSAGE_CHARS]
-            return Outcome(
+            return RewardOutcome(
                 function=self.index, kind="contract", message=message, where=self.function.name
             )
-        frames = error.__traceback__.tb_next if error.__traceback__ else None  # without ours
+
+        # The first frame is our own call of the function.
+        frames = error.__traceback__.tb_next if error.__traceback__ else None
         places = traceback.extract_tb(frames)
         place = f"{places[-1].filename}:{places[-1].lineno}" if places else self.function.name
         shown = "".join(traceback.format_exception(type(error), error, frames))
-        return Outcome(
+
+        return RewardOutcome(
             function=self.index,
             kind="exception",
             message=f"{type(error).__name__}: {error} ({place})"[:MAX_MESSAGE_CHARS],
@@ -138,10 +141,10 @@ class Call:
 
 
 def check_rewards(name: str, returned: object, count: int) -> list[float | None]:
-    """Return exactly `count` floats or None; raise `RewardError` that names the function.
+    """Return `count` rewards, each a float or None; raise `RewardError` that names the function.
 
-    NaN means None, as in TRL. Booleans and the scalars of numpy and torch are numbers; strings
-    and infinities are not rewards.
+    NaN means None, as in TRL. Booleans and the scalars of numpy and torch count as numbers;
+    strings and infinities are refused.
     """
     if inspect.iscoroutine(returned):
         returned.close()
@@ -151,27 +154,32 @@ def check_rewards(name: str, returned: object, count: int) -> list[float | None]
     if isinstance(returned, str | bytes | dict) or not isinstance(returned, Iterable):
         raise RewardError(
             f"reward function {name!r}: required a list of {count} floats or None, "
-            f"got {type(returned).__name__} {reprlib.repr(returned)}"
+            f"got {type(cast(object, returned)).__name__} {reprlib.repr(cast(object, returned))}"
         )
-    values = list(itertools.islice(returned, count + 1))
+
+    # One more than required, so that an endless generator is refused and not exhausted.
+    values = list(itertools.islice(cast(Iterable[object], returned), count + 1))
     if len(values) != count:
         got = f"more than {count}" if len(values) > count else str(len(values))
         raise RewardError(
-            f"reward function {name!r} returned {got} rewards, but {count} were required: one a "
+            f"reward function {name!r} returned {got} rewards, but {count} were required: one per "
             "completion, with None for those that it does not score"
         )
+
     return [_reward(name, index, value) for index, value in enumerate(values)]
 
 
 def _reward(name: str, index: int, value: Any) -> float | None:  # noqa: ANN401 - checked here
     if value is None:
         return None
+
     number: float | None = None
     if not isinstance(value, str | bytes | bytearray) and getattr(value, "shape", ()) == ():
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = None
+
     if number is None:
         raise RewardError(
             f"reward function {name!r}: reward {index} must be a float or None, "
@@ -187,7 +195,7 @@ def _reward(name: str, index: int, value: Any) -> float | None:  # noqa: ANN401 
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a function logs
-    """Return a value that JSON can carry; what it cannot is shown as text."""
+    """Return the value as JSON can hold it; anything else becomes text."""
     item = getattr(value, "item", None)
     try:
         plain = item() if callable(item) else value

@@ -1,6 +1,6 @@
-"""From names such as `package.module:function` to reward functions.
+"""Imports reward functions by names such as `package.module:function`.
 
-Runs in the reward worker alone: importing a reward function runs its author's code.
+Only the worker process does this, because importing a reward function runs its author's code.
 """
 
 import ast
@@ -32,7 +32,7 @@ ALWAYS_PASSED = (
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A reward function, the name that its column has, and whether it is asynchronous."""
+    """A reward function, its name in the columns of rewards, and whether it is asynchronous."""
 
     name: str
     call: Callable[..., Any]
@@ -40,14 +40,15 @@ class RewardFunction:
 
 
 def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
-    """Import the named functions; raise `RewardError` that names what is missing, and where.
+    """Import the named functions; raise `RewardError` that says what is missing, and where.
 
-    A spec is `package.module:function` or `path/to/file.py:function`. A factory, or a class whose
-    instances are called, takes literal arguments: `trl.rewards:get_soft_overlong_punishment(100,
-    20)`. A name that occurs twice gets `_2`, `_3`, ... so that every column has its own.
+    A spec is `package.module:function` or `path/to/file.py:function`. A factory, or a class with
+    callable instances, takes literal arguments: `trl.rewards:get_soft_overlong_punishment(100,
+    20)`. A name that occurs again gets `_2`, `_3`, ... so that column names are unique.
     """
     if not specs:
         raise RewardError("rewards: required at least one function, got none; name one")
+
     functions: list[RewardFunction] = []
     taken: set[str] = set()
     for spec in specs:
@@ -62,11 +63,11 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
 
 
 def is_async_callable(function: Callable[..., Any]) -> bool:
-    """Say whether a call returns a coroutine; sees through partials and instances, as TRL does."""
+    """Whether a call returns a coroutine; sees through partials and instances, as TRL does."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - the method itself is looked at
+        getattr(function, "__call__", None)  # noqa: B004 - it is the method that is inspected
     )
 
 
@@ -76,6 +77,7 @@ def _load(spec: str) -> RewardFunction:
         raise RewardError(
             f"reward {spec!r}: required package.module:function or path/to/file.py:function"
         )
+
     module = _module(spec, match["where"])
     value: Any = module
     for part in match["attribute"].split("."):
@@ -85,6 +87,7 @@ def _load(spec: str) -> RewardFunction:
                 f"it defines {', '.join(_callables(module)) or 'no functions'}"
             )
         value = getattr(value, part)
+
     if match["call"] is not None:
         value = _construct(spec, value, match["call"])
     if inspect.isclass(value) or not callable(value):
@@ -92,6 +95,7 @@ def _load(spec: str) -> RewardFunction:
             f"reward {spec!r}: required a function, got {type(value).__name__}; "
             "a class or factory needs its arguments, such as module:Class()"
         )
+
     _check_signature(spec, value)
     name = _column_name(value, match["attribute"].rpartition(".")[2])
     return RewardFunction(name, value, is_async_callable(value))
@@ -115,14 +119,18 @@ def _file_module(spec: str, path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise RewardError(f"reward {spec!r}: there is no file {path}; correct the path")
+
+    # One module per path, so that two functions of one file share its globals.
     name = f"reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
+
     definition = importlib.util.spec_from_file_location(name, path)
     if definition is None or definition.loader is None:
         raise RewardError(f"reward {spec!r}: {path} is not a Python file")
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # as for a script: its neighbours can be imported
+        sys.path.append(str(path.parent))  # as for a script, so that it can import its neighbours
+
     module = importlib.util.module_from_spec(definition)
     sys.modules[name] = module
     definition.loader.exec_module(module)
@@ -145,6 +153,7 @@ def _construct(spec: str, factory: Callable[..., object], call: str) -> object:
         raise RewardError(
             f"reward {spec!r}: arguments must be literals, such as (100, cache=20); got {call}"
         ) from error
+
     try:
         return factory(*args, **kwargs)
     except Exception as error:
@@ -154,21 +163,21 @@ def _construct(spec: str, factory: Callable[..., object], call: str) -> object:
 
 
 def _check_signature(spec: str, function: Callable[..., Any]) -> None:
-    """Refuse what cannot take the arguments that every call has."""
+    """Refuse a function that cannot take the arguments passed in every call."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # a builtin without a signature: its calls will tell
+        return  # a builtin without a signature is checked when it is called
     try:
         signature.bind_partial(**dict.fromkeys(ALWAYS_PASSED))
     except TypeError as error:
         raise RewardError(
-            f"reward {spec!r}: {error}. Every call passes {', '.join(ALWAYS_PASSED)} and each "
+            f"reward {spec!r}: {error}. Every call passes {', '.join(ALWAYS_PASSED)} and every "
             f"other dataset column by keyword; add **kwargs to the signature, got {signature}"
         ) from error
 
 
 def _column_name(function: Callable[..., Any], attribute: str) -> str:
-    """`__name__`, as in TRL; for lambdas, partials and nameless instances what the spec says."""
+    """Return `__name__`, as TRL does; for lambdas and unnamed callables, the name in the spec."""
     name = getattr(function, "__name__", None)
     return name if isinstance(name, str) and name != "<lambda>" else attribute

@@ -1,8 +1,8 @@
-"""A reward server's worker process: started, talked to, and killed with all that it started.
+"""Starts a reward server's worker process, talks to it, and kills it with all that it started.
 
-The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that this
-process alone holds open, so that nothing outlives a server that is killed (`reward_worker.py` has
-the other end guarded by a process that user code cannot block).
+The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that only
+this process holds open, so that nothing outlives a server that is killed. In `function_worker.py`,
+a process that user code cannot block watches the other end of the pipe.
 """
 
 import os
@@ -17,7 +17,7 @@ import anyio.abc
 import msgspec
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from actors.rewards.worker import MAX_LINE, Job, Note
+from actors.rewards.function_worker import MAX_LINE, ScoreJob, WorkerMessage
 from protocol.errors import RewardError
 
 LOAD_TIMEOUT_S = 300.0
@@ -25,11 +25,11 @@ MAX_STARTS = 3
 
 
 class WorkerDied(Exception):
-    """The worker process ended, or said what cannot be read, while something was asked of it."""
+    """The worker process ended, or wrote something unreadable, while it had work."""
 
 
 class WorkerProcess:
-    """One worker at a time: `ensure` starts it where none runs, `kill` ends it."""
+    """One worker at a time: `ensure_running` starts it unless it runs, `kill` ends it."""
 
     def __init__(self, functions: Sequence[str]) -> None:
         self._functions = list(functions)
@@ -40,13 +40,14 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process ID, which is its group's too."""
+        """The worker's process ID, which is also its group's."""
         return None if self._process is None else self._process.pid
 
-    async def ensure(self) -> None:
-        """Have a worker with its functions loaded, or raise RewardError."""
+    async def ensure_running(self) -> None:
+        """Start a worker and load its functions, unless one runs; raise RewardError on failure."""
         if self._process is not None and self._process.returncode is None:
             return
+
         for _ in range(MAX_STARTS):
             await self.kill()
             try:
@@ -54,35 +55,44 @@ class WorkerProcess:
             except WorkerDied:
                 continue
             return
+
         await self.kill()
         raise RewardError(
-            f"importing {', '.join(self._functions)} ended the process that did it, {MAX_STARTS} "
-            "times; see what it printed above"
+            f"importing {', '.join(self._functions)} ended the worker process {MAX_STARTS} times; "
+            "see what it printed above"
         )
 
     async def _start(self) -> None:
         guarded, self._lifeline = os.pipe()
         try:
-            with anyio.CancelScope(shield=True):  # a process half started could not be killed
+            with anyio.CancelScope(shield=True):  # a half-started process could not be killed
                 await self._open(guarded)
         finally:
             os.close(guarded)
+
         try:
             with anyio.fail_after(LOAD_TIMEOUT_S):
-                note = await self.hear()
+                message = await self.receive()
         except TimeoutError:
             await self.kill()
             raise RewardError(
                 f"the reward functions {', '.join(self._functions)} were not imported within "
                 f"{LOAD_TIMEOUT_S:g} s; do slow work at the first call, not at import"
             ) from None
-        if note.kind == "refused":
+
+        if message.kind == "refused":
             await self.kill()
-            raise RewardError(note.message)
-        self.names = note.names
+            raise RewardError(message.message)
+        self.names = message.names
 
     async def _open(self, guarded: int) -> None:
-        command = [sys.executable, "-m", "actors.rewards.worker", str(guarded), *self._functions]
+        command = [
+            sys.executable,
+            "-m",
+            "actors.rewards.function_worker",
+            str(guarded),
+            *self._functions,
+        ]
         process = await anyio.open_process(
             command,
             stdin=subprocess.PIPE,
@@ -95,8 +105,8 @@ class WorkerProcess:
         self._process = process
         self._output = BufferedByteReceiveStream(process.stdout)
 
-    async def tell(self, job: Job) -> None:
-        """Send a job."""
+    async def send(self, job: ScoreJob) -> None:
+        """Send a job; raise WorkerDied if the worker has ended."""
         if self._process is None or self._process.stdin is None:
             raise WorkerDied
         try:
@@ -104,12 +114,13 @@ class WorkerProcess:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise WorkerDied from error
 
-    async def hear(self) -> Note:
-        """Wait for the worker's next note."""
+    async def receive(self) -> WorkerMessage:
+        """Wait for the worker's next message; raise WorkerDied if none will come."""
         if self._output is None:
             raise WorkerDied
         try:
-            return msgspec.json.decode(await self._output.receive_until(b"\n", MAX_LINE), type=Note)
+            line = await self._output.receive_until(b"\n", MAX_LINE)
+            return msgspec.json.decode(line, type=WorkerMessage)
         except (
             anyio.EndOfStream,
             anyio.IncompleteRead,
@@ -120,9 +131,10 @@ class WorkerProcess:
             raise WorkerDied from error
 
     async def kill(self) -> None:
-        """End the worker and what it started at once, whatever they are doing."""
+        """Kill the worker and everything that it started, whatever they are doing."""
         process, self._process, self._output = self._process, None, None
         lifeline, self._lifeline = self._lifeline, -1
+
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

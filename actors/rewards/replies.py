@@ -1,4 +1,4 @@
-"""Replies of reward services: checked one by one, then put side by side as a group's result."""
+"""Checks the replies of reward services and merges them into a group's result."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,12 +12,12 @@ from protocol.messages.rewards import RewardFault, ScoreReply
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-def misfit(reply: ScoreReply, names: list[str], count: int) -> str:
-    """Say what is wrong with a reply that could be read, or nothing."""
+def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
+    """Return what is wrong with a reply that could be decoded, or ""."""
     if names and reply.names != names:
-        return f"answered for the functions {reply.names}, which were {names}; start the run anew"
+        return f"answered for the functions {reply.names}, which were {names}; restart the run"
     if not reply.names or len(set(reply.names)) != len(reply.names):
-        return f"answered with the names {reply.names}; required at least one, each its own"
+        return f"answered with the names {reply.names}; required at least one, all different"
     if len(reply.rewards) != len(reply.names):
         return f"answered with {len(reply.rewards)} lists of rewards for {len(reply.names)} names"
     for name, column in zip(reply.names, reply.rewards, strict=True):
@@ -29,14 +29,14 @@ def misfit(reply: ScoreReply, names: list[str], count: int) -> str:
     return ""
 
 
-def nothing(
+def empty_reply(
     names: list[str],
     where: str,
     count: int,
     kind: Literal["unreachable", "contract"],
     message: str,
 ) -> ScoreReply:
-    """Give None for every function of the service at `where`; its names may be unknown as yet."""
+    """Return None for every function of the service at `where`, whose names may be unknown."""
     return ScoreReply(
         id="",
         names=names,
@@ -47,17 +47,18 @@ def nothing(
     )
 
 
-def merged(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
-    """Put the services' functions side by side, in order; a name that occurs twice gets `_2`.
+def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
+    """Join the functions of all services, in order; a name that occurs again gets `_2`.
 
-    Where a service has never been heard of, nobody knows which columns are whose: there are none
-    then, and the group counts as None for every function.
+    While the names of any service are unknown, the columns cannot be told apart: the result has
+    none, and the group counts as None for every function.
     """
     complete = all(reply.names for reply in replies)
     columns = [c for r in replies for c in r.rewards] if complete else []
     table = np.full((count, len(columns)), np.nan, np.float32)
     for place, column in enumerate(columns):
         table[:, place] = [np.nan if value is None else value for value in column]
+
     extra: dict[str, list[Any]] = {}
     metrics: dict[str, list[float]] = {}
     for reply in replies:
@@ -65,6 +66,7 @@ def merged(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> Rewar
             extra.setdefault(column, []).extend(values)
         for name, value in reply.log_metric.items():
             metrics.setdefault(name, []).append(value)
+
     return RewardResult(
         names=_unique([n for r in replies for n in r.names]) if complete else [],
         rewards=floats_bytes(table.reshape(-1)),

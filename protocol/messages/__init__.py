@@ -1,4 +1,4 @@
-"""What processes say to each other: the messages, their parts, and how they become bytes.
+"""What processes say to each other: messages, their parts, and their encoding as bytes.
 
-Nothing here loads MLX. Imported by every package, and by `protocol.transport`.
+Start with `messages.py`. Nothing here loads MLX; every package may import it.
 """

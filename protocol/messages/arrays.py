@@ -1,7 +1,7 @@
 """Arrays in messages: little-endian bytes, of the dtype that the field's name implies.
 
-Token IDs are int32, log-probs and rewards float32. Lists of floats would cost some 300 times as
-much to decode; `ids_view` and `floats_view` decode without a copy.
+Token IDs are int32, log-probs and rewards float32. `ids_view` and `floats_view` decode without a
+copy; lists of floats would take about 300 times as long to decode.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ def ids_bytes(token_ids: Iterable[int] | Int32Array) -> bytes:
 
 
 def ids_view(data: bytes | memoryview) -> Int32Array:
-    """Token IDs of `ids_bytes`, as a read-only view (N,) int32."""
+    """Decode `ids_bytes` as a read-only view (N,) int32."""
     return np.frombuffer(data, dtype="<i4")
 
 
@@ -31,5 +31,5 @@ def floats_bytes(values: Sequence[float] | Float32Array) -> bytes:
 
 
 def floats_view(data: bytes | memoryview) -> Float32Array:
-    """Values of `floats_bytes`, as a read-only view (N,) float32."""
+    """Decode `floats_bytes` as a read-only view (N,) float32."""
     return np.frombuffer(data, dtype="<f4")

@@ -1,9 +1,28 @@
-"""Every message between the learner and its actors: tagged, frozen msgspec Structs.
+"""Every message between the learner and its actors, as tagged, frozen msgspec Structs.
 
-They travel as msgpack, and unknown fields are refused. What they are made of is in
-`protocol/messages/parts.py`; the reward wire has messages of its own, in
-`protocol/messages/rewards.py`.
-Added fields need defaults; a change of meaning needs a new `PROTOCOL_VERSION`.
+    actor                                                          learner
+      │── Hello: who I am, what I loaded ───────────────────────────────▶│
+      │◀───────────────── Welcome: the run's terms; or Refuse: why not ──│
+      │                                                                  │
+      │◀─────────────────────── Policy: a snapshot that can be fetched ──│
+      │── Fetch, to the snapshot socket ────────────────────────────────▶│
+      │◀────────────────────────────────── Chunk: part of the snapshot ──│
+      │── Applied: I now sample with this policy ───────────────────────▶│
+      │                                                                  │
+      │── Request: room for N more completions ─────────────────────────▶│
+      │◀────────────────── Task: a lease, to sample and score a prompt ──│
+      │── Heartbeat: progress, which renews the leases ─────────────────▶│
+      │◀────────────────────────────── Cancel: stop work on this lease ──│
+      │── Group: completions and rewards; or Failed: why not ───────────▶│
+      │◀───────────────────────────────── Ack: it is stored, forget it ──│
+      │                                                                  │
+      │◀──────────────────────────────────────── Stop: the run is over ──│
+      │── Release: I am leaving, my leases are free ────────────────────▶│
+
+Messages travel as msgpack; unknown fields are refused. Their parts are in
+`protocol/messages/parts.py`; the reward wire has its own messages, in
+`protocol/messages/rewards.py`. New fields need defaults; a change of meaning needs a new
+`PROTOCOL_VERSION`.
 """
 
 from typing import Any, Literal
@@ -16,7 +35,7 @@ from protocol.messages.parts import (
     RewardService,
     Sampling,
     TaskId,
-    require,
+    require_valid,
 )
 
 PROTOCOL_VERSION = 2
@@ -25,15 +44,21 @@ TaskKind = Literal["train", "eval"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Base of the messages between our own processes."""
+    """Base of the messages between Pippin's own processes."""
 
 
 # ---- actor to learner -------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """The first word of an actor. Without digests it is an enquiry: the learner answers `Welcome`,
-    and the actor says Hello again, with digests, when it has loaded its model."""
+    """Actor → learner: introduces the actor, and what it loaded.
+
+    Without digests it only asks for the terms: the learner answers `Welcome`, and the actor sends
+    Hello again, with digests, once it has loaded its model. A restarted actor keeps its
+    `actor_id` and has a new `actor_incarnation`.
+
+    Example: Hello(protocol_version=2, actor_id="studio-412", actor_incarnation="9f3c", ...)
+    """
 
     protocol_version: int
     actor_id: str
@@ -44,19 +69,25 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Request(Message, frozen=True, kw_only=True):
-    """Credit: the actor has room for this many more completions."""
+    """Actor → learner: credit; the actor has room for this many more completions.
+
+    Example: with 8 completions per prompt, Request(free_completions=32) asks for four tasks.
+    """
 
     free_completions: int
 
 
 class Release(Message, frozen=True, kw_only=True):
-    """The actor is leaving: its leases may be given to others at once."""
+    """Actor → learner: the actor is leaving, and its leases can go to others at once."""
 
     reason: str
 
 
 class Group(Message, frozen=True, kw_only=True):
-    """A finished task: its G completions and their rewards."""
+    """Actor → learner: a finished task, with its G completions and their rewards.
+
+    It is sent again until the learner acknowledges it. Times are wall-clock seconds.
+    """
 
     task: TaskId
     attempt: int
@@ -72,12 +103,12 @@ class Group(Message, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         expected = 4 * len(self.completions) * len(self.reward.names)
-        require(bool(self.completions), "Group.completions must not be empty")
-        require(len(self.reward.rewards) == expected, "Group.reward.rewards must be (G, F)")
+        require_valid(bool(self.completions), "Group.completions must not be empty")
+        require_valid(len(self.reward.rewards) == expected, "Group.reward.rewards must be (G, F)")
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """A task attempt that gave no group."""
+    """Actor → learner: this attempt at a task gave no group; `reason` says why."""
 
     task: TaskId
     attempt: int
@@ -85,15 +116,18 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class Applied(Message, frozen=True, kw_only=True):
-    """The actor now samples with this policy."""
+    """Actor → learner: the actor now samples with this policy."""
 
     version: int
     digest: str
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """Signs of life. `progress` counts decode steps of the actor's main thread; leases are renewed
-    only when it moved. Rates for the display travel along."""
+    """Actor → learner: a sign of life, every few seconds, with rates for the display.
+
+    `progress` counts turns of the actor's main loop; leases are renewed only when it has grown.
+    `oldest_version` is the oldest policy in an unfinished group, -1 if there is none.
+    """
 
     progress: int
     tokens_sampled: int = 0
@@ -106,8 +140,11 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The learner accepts; what an actor needs to know of the run. `model` is `ModelConfig` as a
-    builtin mapping, so that an actor needs no configuration of its own."""
+    """Learner → actor: the actor is accepted; what it needs to know about the run.
+
+    `model` holds the fields of `protocol.config.settings.ModelSettings`, so that an actor needs no
+    configuration of its own.
+    """
 
     protocol_version: int
     run: str
@@ -121,7 +158,12 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class Refuse(Message, frozen=True, kw_only=True):
-    """The learner does not accept what came. `fatal`: trying again will not help."""
+    """Learner → actor: something that the actor sent was not accepted.
+
+    `fatal` means that trying again will not help.
+
+    Example: Refuse(code="model", reason="the learner has digest 1a2b, got 3c4d", fatal=True)
+    """
 
     code: Literal[
         "hello_required",
@@ -137,10 +179,12 @@ class Refuse(Message, frozen=True, kw_only=True):
 
 
 class Task(Message, frozen=True, kw_only=True):
-    """A lease: sample and score this prompt. `row` is the dataset row as JSON text, with `prompt`.
+    """Learner → actor: a lease; sample this prompt and score its completions.
 
-    `seed` does not depend on the attempt. No token is sampled by a policy older than
-    `min_policy_version`; `pinned_version` (evaluation) allows that version alone.
+    `prompt_ids` are (P,) int32; `row` is the dataset row as JSON text, with its `prompt`. `seed` is
+    the same for every attempt. No token is sampled by a policy older than `min_policy_version`;
+    `pinned_version` (evaluation) allows that version only. The lease expires after `lease_s`
+    without progress, and the task is leased again as the next attempt.
     """
 
     task: TaskId
@@ -157,25 +201,28 @@ class Task(Message, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         n = len(self.prompt_ids)
-        require(n > 0 and n % 4 == 0, "Task.prompt_ids must hold at least one int32")
+        require_valid(n > 0 and n % 4 == 0, "Task.prompt_ids must hold at least one int32")
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Stop work on this attempt; nothing is owed for it."""
+    """Learner → actor: stop working on this attempt; no answer is expected."""
 
     task: TaskId
     attempt: int
 
 
 class Ack(Message, frozen=True, kw_only=True):
-    """The group (or failure) of this attempt was taken; it need not be sent again."""
+    """Learner → actor: this attempt's group (or failure) is stored and need not be sent again."""
 
     task: TaskId
     attempt: int
 
 
 class Policy(Message, frozen=True, kw_only=True):
-    """A policy can be fetched: `path` on the learner's host, `endpoint` for everyone else."""
+    """Learner → actor: a policy can be fetched, from `path` on the learner's host, else `endpoint`.
+
+    `size` is the snapshot's in bytes.
+    """
 
     version: int
     digest: str
@@ -185,7 +232,7 @@ class Policy(Message, frozen=True, kw_only=True):
 
 
 class Stop(Message, frozen=True, kw_only=True):
-    """The run is over; the actor may leave."""
+    """Learner → actor: the run is over, and the actor may leave."""
 
     reason: str
 
@@ -194,7 +241,7 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 class Fetch(Message, frozen=True, kw_only=True):
-    """Ask for part of a snapshot."""
+    """Actor → snapshot socket: asks for `length` bytes of a snapshot, from `offset`."""
 
     version: int
     digest: str
@@ -203,7 +250,10 @@ class Fetch(Message, frozen=True, kw_only=True):
 
 
 class Chunk(Message, frozen=True, kw_only=True):
-    """Part of a snapshot of `total` bytes. Empty `data` at `total` 0: no longer served."""
+    """Snapshot socket → actor: part of a snapshot of `total` bytes.
+
+    `total` 0 (with empty `data`) means that the snapshot is no longer served.
+    """
 
     version: int
     digest: str

@@ -1,6 +1,6 @@
-"""What messages between our own processes are made of, each checked when it is built or decoded.
+"""The parts of which messages are made; each is checked when it is built or decoded.
 
-Arrays in them are bytes, of `protocol/messages/arrays.py`.
+Arrays in them are bytes, encoded by `protocol/messages/arrays.py`.
 """
 
 from typing import Any, Literal
@@ -12,18 +12,18 @@ from protocol.messages.rewards import RewardFault
 FinishReason = Literal["stop", "length"]
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError, which msgspec reports as a fault of the message, unless `condition`."""
+def require_valid(condition: bool, message: str) -> None:
+    """Raise ValueError, which msgspec reports as an invalid message, unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what messages are made of."""
+    """Base of the parts of messages."""
 
 
 class TaskId(Part, frozen=True, kw_only=True, order=True):
-    """A task's identity, never reused: the run, the learner's incarnation, a number."""
+    """Identifies a task: the run, the learner's incarnation, a number. Never reused."""
 
     run: str
     incarnation: str
@@ -31,7 +31,7 @@ class TaskId(Part, frozen=True, kw_only=True, order=True):
 
 
 class Sampling(Part, frozen=True, kw_only=True):
-    """How completions are sampled. `temperature` 0 is greedy; `top_k` 0 and None are off."""
+    """How completions are sampled; a `temperature` of 0 is greedy, `top_k` 0 and None are off."""
 
     num_generations: int
     max_completion_length: int
@@ -41,16 +41,23 @@ class Sampling(Part, frozen=True, kw_only=True):
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.num_generations >= 1, "Sampling.num_generations must be at least 1")
-        require(self.max_completion_length >= 1, "Sampling.max_completion_length must be >= 1")
-        require(0 <= self.temperature < float("inf"), "Sampling.temperature must be >= 0")
-        require(0 < self.top_p <= 1, "Sampling.top_p must be in (0, 1]")
-        require(self.top_k >= 0, "Sampling.top_k must be >= 0")
-        require(self.min_p is None or 0 <= self.min_p <= 1, "Sampling.min_p must be in [0, 1]")
+        require_valid(self.num_generations >= 1, "Sampling.num_generations must be at least 1")
+        require_valid(
+            self.max_completion_length >= 1, "Sampling.max_completion_length must be >= 1"
+        )
+        require_valid(0 <= self.temperature < float("inf"), "Sampling.temperature must be >= 0")
+        require_valid(0 < self.top_p <= 1, "Sampling.top_p must be in (0, 1]")
+        require_valid(self.top_k >= 0, "Sampling.top_k must be >= 0")
+        require_valid(
+            self.min_p is None or 0 <= self.min_p <= 1, "Sampling.min_p must be in [0, 1]"
+        )
 
 
 class PolicySpan(Part, frozen=True, kw_only=True):
-    """The tokens from `start` (up to the next span) were sampled by this policy."""
+    """The tokens from `start` to the next span were sampled by this policy.
+
+    Example: spans [(0, 3, …), (17, 4, …)] say that version 4 took over at token 17.
+    """
 
     start: int
     version: int
@@ -65,11 +72,12 @@ class Segment(Part, frozen=True, kw_only=True):
 
 
 class Completion(Part, frozen=True, kw_only=True):
-    """One sampled completion. C tokens, the stop token included.
+    """One sampled completion of C tokens, the stop token included.
 
     `token_ids`: (C,) int32. `sampling_logprobs`: (C,) float32, nats, of the float32 distribution
     at the sampling temperature, before top-k, top-p and min-p. `kept_logmass`: (C,) float32, the
-    log of the mass that those kept, or empty where none was in force.
+    log of the mass that these filters kept, or empty where none was on. No `segments` means that
+    every token was sampled.
     """
 
     token_ids: bytes
@@ -80,22 +88,28 @@ class Completion(Part, frozen=True, kw_only=True):
     finish_reason: FinishReason
 
     def __post_init__(self) -> None:
-        n = len(self.token_ids)
-        require(n > 0 and n % 4 == 0, "Completion.token_ids must hold at least one int32")
-        require(len(self.sampling_logprobs) == n, "sampling_logprobs must align with token_ids")
-        require(len(self.kept_logmass) in (0, n), "kept_logmass must be empty or align")
+        n = len(self.token_ids)  # bytes, 4 per token
+        require_valid(n > 0 and n % 4 == 0, "Completion.token_ids must hold at least one int32")
+        require_valid(
+            len(self.sampling_logprobs) == n, "sampling_logprobs must align with token_ids"
+        )
+        require_valid(len(self.kept_logmass) in (0, n), "kept_logmass must be empty or align")
+
         count = n // 4
         starts = [span.start for span in self.policy_spans]
-        require(bool(starts) and starts[0] == 0, "policy_spans must begin at token 0")
-        require(starts == sorted(set(starts)), "policy_spans must ascend")
-        require(starts[-1] < count, "policy_spans must begin inside the completion")
+        require_valid(bool(starts) and starts[0] == 0, "policy_spans must begin at token 0")
+        require_valid(starts == sorted(set(starts)), "policy_spans must ascend")
+        require_valid(starts[-1] < count, "policy_spans must begin inside the completion")
+
         parts = [segment.start for segment in self.segments]
-        require(parts == sorted(set(parts)), "segments must ascend")
-        require(not parts or (parts[0] == 0 and parts[-1] < count), "segments must lie inside")
+        require_valid(parts == sorted(set(parts)), "segments must ascend")
+        require_valid(
+            not parts or (parts[0] == 0 and parts[-1] < count), "segments must lie inside"
+        )
 
 
 class RewardResult(Part, frozen=True, kw_only=True):
-    """What the reward functions gave for the G completions of a group.
+    """The rewards of a group's G completions by F functions, and what these functions logged.
 
     `rewards`: (G, F) float32 in row-major order, NaN for None; F = len(names).
     """
@@ -109,7 +123,7 @@ class RewardResult(Part, frozen=True, kw_only=True):
 
 
 class RewardService(Part, frozen=True, kw_only=True):
-    """Where rewards are had: the endpoints share the load; `timeout_s` bounds one call."""
+    """A reward service: its endpoints share the load; `timeout_s` bounds one call."""
 
     endpoints: list[str]
     timeout_s: float

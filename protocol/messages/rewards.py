@@ -1,6 +1,9 @@
-"""The messages of the reward wire: JSON with a version of its own (see protocol/REWARDS.md).
+"""The messages of the reward wire, as JSON, with their own version; see protocol/REWARDS.md.
 
-Unknown fields are ignored, so that reward servers can be written in any language.
+    actor ── ScoreRequest ──▶ reward server
+          ◀── ScoreProgress (while it works), then ScoreReply; or ScoreRefusal ──
+
+Unknown fields are ignored, because reward servers may be written in any language.
 """
 
 from typing import Any, Literal
@@ -11,7 +14,7 @@ REWARD_PROTOCOL_VERSION = 1
 
 
 class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
-    """A reward function that gave no rewards for a group, and why."""
+    """A reward function that gave no rewards for a group, and the reason."""
 
     function: str
     kind: Literal["timeout", "exception", "contract", "unreachable", "died"]
@@ -23,8 +26,11 @@ class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type")
 
 
 class ScoreRequest(RewardMessage, frozen=True, kw_only=True, tag="score"):
-    """Score the N completions of one group. `columns` holds every other dataset column, each a
-    list of N values. `prompts` and `completions` are strings, or lists of messages."""
+    """Actor → server: score the N completions of one group.
+
+    `columns` holds every other dataset column, each a list of N values. `prompts` and
+    `completions` are strings, or lists of messages.
+    """
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
     id: str
@@ -37,7 +43,7 @@ class ScoreRequest(RewardMessage, frozen=True, kw_only=True, tag="score"):
 
 
 class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
-    """`rewards[f][n]` is function f's reward of completion n, or null."""
+    """Server → actor: `rewards[f][n]` is function f's reward of completion n, or null."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
     id: str
@@ -50,7 +56,7 @@ class ScoreReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
 
 
 class ScoreProgress(RewardMessage, frozen=True, kw_only=True, tag="progress"):
-    """The request is in the server's hands; `ahead` others are to be scored before it."""
+    """Server → actor: the request is being handled; `ahead` others are scored before it."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
     id: str
@@ -58,7 +64,7 @@ class ScoreProgress(RewardMessage, frozen=True, kw_only=True, tag="progress"):
 
 
 class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
-    """The request was not taken. `retry`: it may be, later or by another server."""
+    """Server → actor: the request was not accepted; with `retry`, it may be later or elsewhere."""
 
     reward_protocol_version: int = REWARD_PROTOCOL_VERSION
     id: str = ""

@@ -1,8 +1,8 @@
-"""Messages to bytes and back: one encoder, one decoder for each direction.
+"""Encodes messages as msgpack and decodes them: one encoder, one decoder per direction.
 
-Whatever arrives is either a message of its direction or a `WireError` with a kind; nothing that a
+Bytes that arrive become a message of their direction or a `WireError` with a kind; nothing that a
 peer sends can raise anything else. Decoding `Any` fields can take about 70 times the message's
-size, so receivers bound the size first.
+size in memory, so the size is checked first.
 """
 
 from typing import TypeVar
@@ -53,7 +53,7 @@ def decode_snapshot(data: bytes, *, max_bytes: int = MAX_SNAPSHOT_MESSAGE_BYTES)
 def _check_size(size: int, max_bytes: int, what: str) -> None:
     if size > max_bytes:
         raise WireError(
-            f"{what}: at most {max_bytes} bytes a message are allowed, got {size}; "
+            f"{what}: a message may have at most {max_bytes} bytes, got {size}; "
             "raise transport.max_message_mb if that is intended",
             kind="oversized",
         )

@@ -1,4 +1,4 @@
-"""How messages travel: sockets and their guards, the in-memory channel, the bridge between threads.
+"""How messages travel: sockets with their limits and keys, and the bridge between two threads.
 
 Nothing here loads MLX. It imports `protocol.messages`; every package may import it.
 """

@@ -1,9 +1,12 @@
 """The bridge between a main thread and its I/O thread: two bounded queues.
 
-The main thread's side is blocking (`put`, `get`), the I/O side asynchronous (`aput`, `aget`). The
-end or exception of either side closes both queues: items already queued can still be taken, then
-the other side raises the exception, or `BridgeClosed` after a plain end. So nothing waits for a
-dead thread. Items are handed over by reference and must not be MLX arrays.
+    main thread  ── put ──▶ [ to_io ] ── aget ──▶  I/O thread
+                 ◀── get ── [ from_io ] ◀── aput ──
+
+The main side blocks (`put`, `get`), the I/O side is asynchronous (`aput`, `aget`). When either side
+ends or raises, both queues close: items already queued can still be taken, then the other side
+raises the exception, or `BridgeClosed` after a normal end. So nothing waits for a dead thread.
+Items are handed over by reference and must not be MLX arrays.
 """
 
 import asyncio
@@ -29,15 +32,15 @@ class BridgeClosed(PippinError):
 
 
 class Bridge(Generic[ToIo, FromIo]):
-    """Two queues of at most `bound` items. A full queue unblocks when the other side takes.
+    """Two queues of at most `bound` items; a full one unblocks when the other side takes an item.
 
-    Start it, use it, close it, from one main thread; as a context manager it closes itself.
+    Start, use and close it from one main thread; as a context manager it closes itself.
     """
 
     def __init__(self, *, bound: int = BOUND) -> None:
         self._bound = bound
-        self._inward: deque[ToIo] = deque()
-        self._outward: deque[FromIo] = deque()
+        self._to_io: deque[ToIo] = deque()
+        self._from_io: deque[FromIo] = deque()
         self._changed = threading.Condition()
         self._main_ended = False
         self._io_ended = False
@@ -60,34 +63,34 @@ class Bridge(Generic[ToIo, FromIo]):
         self._thread.start()
 
     def put(self, item: ToIo, timeout_s: float | None = None) -> bool:
-        """Queue `item` for the I/O side, waiting for room for `timeout_s` (None: without limit).
+        """Queue `item` for the I/O side, waiting at most `timeout_s` for room (None: forever).
 
         Return False if there was none. Raise the I/O side's exception, or `BridgeClosed`.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._io_ended or self._main_ended or len(self._inward) < self._bound,
+                lambda: self._io_ended or self._main_ended or len(self._to_io) < self._bound,
                 timeout_s,
             )
             self._raise_if_ended()
-            if len(self._inward) >= self._bound:
+            if len(self._to_io) >= self._bound:
                 return False
-            self._inward.append(item)
+            self._to_io.append(item)
         self._notify_io()
         return True
 
     def get(self, timeout_s: float | None = 0.0) -> FromIo | None:
-        """Take the next item of the I/O side, waiting for `timeout_s` (None: without limit).
+        """Take the I/O side's next item, waiting at most `timeout_s` for it (None: forever).
 
         Return None if none came. When the queue is empty and the I/O side has ended, raise its
         exception, or `BridgeClosed`.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._io_ended or self._main_ended or bool(self._outward), timeout_s
+                lambda: self._io_ended or self._main_ended or bool(self._from_io), timeout_s
             )
-            if self._outward:
-                item = self._outward.popleft()
+            if self._from_io:
+                item = self._from_io.popleft()
             else:
                 self._raise_if_ended()
                 return None
@@ -97,7 +100,7 @@ class Bridge(Generic[ToIo, FromIo]):
     def close(self, error: BaseException | None = None, *, grace_s: float = GRACE_S) -> None:
         """End the main side and wait for the I/O thread.
 
-        The I/O side may take what is queued and then sees the end; after `grace_s` it is
+        The I/O side can take what is queued and then sees the end; after `grace_s` it is
         cancelled. Raise the I/O side's exception, if it had one and `error` is None.
         """
         with self._changed:
@@ -105,16 +108,18 @@ class Bridge(Generic[ToIo, FromIo]):
             self._main_ended, self._main_error = True, self._main_error or error
             self._changed.notify_all()
         self._notify_io()
+
         if self._thread is not None:
             self._thread.join(grace_s)
             if self._thread.is_alive():
                 self._call_io(self._cancel)
                 self._thread.join(grace_s)
+
         if error is None and not seen and self._io_error is not None:
             raise self._io_error
 
     def __enter__(self) -> Self:
-        """Return the bridge; `start` is the caller's."""
+        """Return the bridge, which the caller has yet to start."""
         return self
 
     def __exit__(
@@ -135,13 +140,13 @@ class Bridge(Generic[ToIo, FromIo]):
     # ---- the I/O side ------------------------------------------------------------------------
 
     async def aput(self, item: FromIo) -> None:
-        """Queue `item` for the main thread, waiting for room. Raise as `aget`."""
+        """Queue `item` for the main thread, waiting for room. Raises what `aget` raises."""
         while True:
             with self._changed:
                 if self._main_ended:
                     raise self._main_end()
-                if len(self._outward) < self._bound:
-                    self._outward.append(item)
+                if len(self._from_io) < self._bound:
+                    self._from_io.append(item)
                     self._changed.notify_all()
                     return
                 wake = self._wake_io
@@ -150,12 +155,12 @@ class Bridge(Generic[ToIo, FromIo]):
     async def aget(self) -> ToIo:
         """Take the main thread's next item.
 
-        When none is left and the main side has ended, raise `BridgeClosed`, from its exception.
+        When none is left and the main side has ended, raise `BridgeClosed` from its exception.
         """
         while True:
             with self._changed:
-                if self._inward:
-                    item = self._inward.popleft()
+                if self._to_io:
+                    item = self._to_io.popleft()
                     self._changed.notify_all()
                     return item
                 if self._main_ended:
@@ -172,7 +177,7 @@ class Bridge(Generic[ToIo, FromIo]):
         error: BaseException | None = None
         try:
             anyio.run(self._run, async_main)
-        except BaseException as raised:  # noqa: BLE001 (it is raised at the main thread)
+        except BaseException as raised:  # noqa: BLE001 (it is raised in the main thread)
             error = only_leaf(raised)
         with self._changed:
             self._io_ended = True
@@ -204,6 +209,6 @@ class Bridge(Generic[ToIo, FromIo]):
         self._call_io(self._wake)
 
     def _call_io(self, function: Callable[[], None]) -> None:
-        with self._changed:  # the loop ends only after `_loop` was cleared under this lock
+        with self._changed:  # the loop ends only after `_loop` is cleared under this lock
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)

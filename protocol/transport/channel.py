@@ -1,8 +1,9 @@
 """The channel between learner and actors: `Server` is the learner's end, `Client` an actor's.
 
-Both are asynchronous context managers on asyncio. `send` never waits: each peer has one bounded
-outbox, and a peer whose outbox is full, or who has gone, is dropped alone. Lost messages need no
-care here: actors keep their groups until acknowledged and say Hello again after a refusal.
+Both are asynchronous context managers on asyncio. `send` never waits: each peer has its own bounded
+outbox, and a peer that has gone or whose outbox is full is dropped without affecting the others.
+Lost messages are not sent again here: actors keep their groups until they are acknowledged, and say
+Hello again after a refusal.
 """
 
 from collections import Counter
@@ -18,37 +19,15 @@ from protocol.errors import ChannelError, WireError
 from protocol.messages import wire
 from protocol.messages.messages import ActorMessage, LearnerMessage, Refuse
 from protocol.transport import endpoints
-from protocol.transport.keys import load_client_keys, load_server_keys
-from protocol.transport.peers import Peers
+from protocol.transport.curve_keys import load_client_keys, load_server_keys
+from protocol.transport.peers import PeerTable
 
 OUTBOX_BOUND = 1024
 _FAIRNESS = 64  # messages received before other tasks get a turn
 
 
-class ServerChannel(Protocol):
-    """What the learner needs of its end; `Server` and `memory.MemoryServer` have it."""
-
-    refusals: Counter[str]
-
-    async def receive(self) -> tuple[bytes, ActorMessage]:
-        """Wait for the next message: (peer, message)."""
-        ...
-
-    def send(self, peer: bytes, message: LearnerMessage) -> bool:
-        """Put into the peer's outbox; False if the peer is gone."""
-        ...
-
-    def last_seen(self, peer: bytes) -> float | None:
-        """`time.monotonic()` of the peer's newest sign of life; None: unknown."""
-        ...
-
-    def take_gone(self) -> list[bytes]:
-        """Peers dropped since the last call."""
-        ...
-
-
 class ClientChannel(Protocol):
-    """What an actor needs of its end; `Client` and `memory.MemoryClient` have it."""
+    """The part of `Client` that an actor's I/O thread uses."""
 
     async def receive(self) -> LearnerMessage:
         """Wait for the next message."""
@@ -62,10 +41,11 @@ class ClientChannel(Protocol):
 class Server:
     """A ROUTER bound to `endpoints`, which may be `ipc://path` and `tcp://host:port`.
 
-    `keys` is a folder of `protocol.transport.keys`; it guards tcp endpoints. Frames that are no
-    message are refused, counted in `refusals` by kind, and answered within a rate limit. ZMQ
-    routing IDs are new on each connection; who a peer is, `Hello` says. Memory is bounded by the
-    number of connections times (16 received + `outbox_bound` outgoing) messages.
+    `keys` is a folder made by `curve_keys.make_keys`; it guards tcp endpoints. Frames that are not
+    a message are counted in `refusals` by kind, and answered with `Refuse` within a rate limit.
+    A peer is a ZMQ routing ID, which is new for each connection; `Hello` says who is behind it.
+    Memory is bounded by the number of connections times (16 received + `outbox_bound` outgoing)
+    messages.
     """
 
     def __init__(
@@ -81,7 +61,7 @@ class Server:
         self._keys = keys
         self._max_message_bytes = max_message_bytes
         self._outbox_bound = outbox_bound
-        self._peers = Peers()
+        self._peers = PeerTable()
         self._resources = AsyncExitStack()
         self._socket: zmq.asyncio.Socket | None = None
         self._received = 0
@@ -92,10 +72,11 @@ class Server:
         return self.endpoints[0]
 
     async def __aenter__(self) -> Self:
-        """Bind; raise `ChannelError` that names an endpoint that cannot be."""
+        """Bind; raise `ChannelError` that names an endpoint that cannot be bound."""
         for endpoint in self.endpoints:
             endpoints.check_endpoint(endpoint, keys=self._keys is not None)
         keys = load_server_keys(self._keys) if self._keys is not None else None
+
         async with AsyncExitStack() as stack:
             socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -110,19 +91,21 @@ class Server:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close, giving what is in the outboxes (such as `Stop`) a second to leave."""
+        """Close, after at most a second for what is in the outboxes, such as `Stop`."""
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
         await self._resources.aclose()
 
     async def receive(self) -> tuple[bytes, ActorMessage]:
-        """Wait for the next message: (peer, message). Refuse whatever is none."""
-        socket = endpoints.required(self._socket, "Server")
+        """Wait for the next message: (peer, message). Refuse frames that are not one."""
+        socket = endpoints.require_open(self._socket, "Server")
         while True:
+            # A flood of messages never blocks in recv, so other tasks get their turn here.
             self._received += 1
             if self._received % _FAIRNESS == 0:
                 await anyio.lowlevel.checkpoint()
+
             peer, *frames = await socket.recv_multipart()
             self._peers.seen(peer)
             try:
@@ -134,22 +117,18 @@ class Server:
     def send(self, peer: bytes, message: LearnerMessage) -> bool:
         """Put `message` into the peer's outbox.
 
-        Return False, and report the peer in `take_gone`, if its connection is gone or its outbox
-        is full. Other peers are unaffected. Raise `WireError` for a message above the limit.
+        If its connection is gone or its outbox is full, drop the peer: return False and report it
+        in `take_gone`. Raise `WireError` for a message above the limit.
         """
-        socket = endpoints.required(self._socket, "Server")
+        socket = endpoints.require_open(self._socket, "Server")
         data = wire.encode(message, max_bytes=self._max_message_bytes)
         if endpoints.send_now(socket, [peer, data]):
             return True
         self._peers.drop(peer)
         return False
 
-    def last_seen(self, peer: bytes) -> float | None:
-        """`time.monotonic()` at the newest bytes from the peer; None if unknown or dropped."""
-        return self._peers.last_seen(peer)
-
     def take_gone(self) -> list[bytes]:
-        """Peers dropped since the last call."""
+        """Return the peers dropped since the last call."""
         return self._peers.take_gone()
 
     def _refuse(self, peer: bytes, error: WireError) -> None:
@@ -160,7 +139,7 @@ class Server:
 
 
 class Client:
-    """A DEALER connected to a `Server`; it connects again by itself, and keeps its outbox."""
+    """A DEALER connected to a `Server`; ZMQ reconnects by itself and keeps the outbox."""
 
     def __init__(
         self,
@@ -170,7 +149,6 @@ class Client:
         max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
         outbox_bound: int = OUTBOX_BOUND,
     ) -> None:
-        self.refusals: Counter[str] = Counter()
         self.endpoint = endpoint
         self._keys = keys
         self._max_message_bytes = max_message_bytes
@@ -179,9 +157,10 @@ class Client:
         self._socket: zmq.asyncio.Socket | None = None
 
     async def __aenter__(self) -> Self:
-        """Start to connect; raise `ChannelError` for an endpoint or keys that cannot be used."""
+        """Start connecting; raise `ChannelError` for an endpoint or keys that cannot be used."""
         endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
         keys = load_client_keys(self._keys) if self._keys is not None else None
+
         async with AsyncExitStack() as stack:
             socket = stack.enter_context(endpoints.open_socket(zmq.DEALER, None))
             endpoints.set_limits(
@@ -195,7 +174,7 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close, giving what is in the outbox (such as `Release`) a second to leave."""
+        """Close, after at most a second for what is in the outbox, such as `Release`."""
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
@@ -206,21 +185,20 @@ class Client:
 
         Raise `WireError` for a message above the limit.
         """
-        socket = endpoints.required(self._socket, "Client")
+        socket = endpoints.require_open(self._socket, "Client")
         data = wire.encode(message, max_bytes=self._max_message_bytes)
         return endpoints.send_now(socket, [data])
 
     async def receive(self) -> LearnerMessage:
-        """Wait for the next message; raise `ChannelError` if the server speaks otherwise."""
-        socket = endpoints.required(self._socket, "Client")
+        """Wait for the next message; raise `ChannelError` if it is not a learner's."""
+        socket = endpoints.require_open(self._socket, "Client")
         frames = await socket.recv_multipart()
         try:
             return wire.decode_learner(
                 endpoints.single_frame(frames), max_bytes=self._max_message_bytes
             )
         except WireError as error:
-            self.refusals[error.kind] += 1
             raise ChannelError(
-                f"{self.endpoint}: required a learner of this version of Pippin, got another "
-                f"message: {error}; check the endpoint and both versions"
+                f"{self.endpoint}: required a learner of the same version of Pippin, got a message "
+                f"that is not its: {error}; check the endpoint and both versions"
             ) from error

@@ -1,7 +1,7 @@
-"""Endpoints: which are allowed, how a socket is bound to one, how it is guarded.
+"""Endpoints: which are allowed, and how sockets are opened, bound, connected and guarded.
 
 `ipc://` is guarded by the mode of its folder (`ipc_folder`), `tcp://` by CURVE keys, which are
-required off loopback. Keys apply to tcp alone, so that one socket can serve both.
+required for addresses other than loopback. Keys apply to tcp only, so one socket can serve both.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
 from protocol.hosts import is_loopback_host
-from protocol.transport.keys import ClientKeys, ServerKeys
+from protocol.transport.curve_keys import ClientKeys, ServerKeys
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"
@@ -40,9 +40,12 @@ def is_loopback(endpoint: str) -> bool:
 
 
 def reachable(endpoint: str, through: str) -> str:
-    """Return `endpoint` as a peer reaches it that reached its owner at `through`.
+    """Return `endpoint` with an address at which a peer can reach it.
 
-    A wildcard host (0.0.0.0, ::, *) says where the owner listens, not where it is.
+    A wildcard host (0.0.0.0, ::, *) says where the owner listens, not where it is: the host of
+    `through`, an endpoint at which the peer has reached the same owner, takes its place.
+
+    Example: reachable("tcp://0.0.0.0:7001", "tcp://10.0.0.1:7000") is "tcp://10.0.0.1:7001".
     """
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     if not endpoint.startswith("tcp://") or host.strip("[]") not in ("0.0.0.0", "::", "*", ""):
@@ -53,14 +56,15 @@ def reachable(endpoint: str, through: str) -> str:
 
 
 def check_endpoint(endpoint: str, *, keys: bool) -> None:
-    """Raise `ChannelError` for an endpoint that cannot be used, or not without keys."""
+    """Raise `ChannelError` for a malformed endpoint, or one that needs keys and has none."""
     scheme, _, address = endpoint.partition("://")
+
     if scheme == "ipc" and address:
         size = len(address.encode())
         if size > MAX_IPC_PATH_BYTES:
             raise ChannelError(
-                f"endpoint {endpoint}: a socket path has at most {MAX_IPC_PATH_BYTES} bytes, got "
-                f"{size}; use a shorter folder, such as one under /tmp"
+                f"endpoint {endpoint}: a socket path may have at most {MAX_IPC_PATH_BYTES} bytes, "
+                f"got {size}; use a shorter folder, such as one under /tmp"
             )
     elif scheme == "tcp" and address:
         port = address.rpartition(":")[2]
@@ -78,8 +82,8 @@ def check_endpoint(endpoint: str, *, keys: bool) -> None:
 
 
 def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bound: int) -> None:
-    """Bound what a socket holds for each peer, and notice peers that vanish."""
-    # Twice the limit: what lies between is refused with a word; above, ZMQ hangs up.
+    """Bound what a socket holds per peer, and detect peers that vanish."""
+    # Above the limit we refuse with a reason; above twice the limit ZMQ drops the connection.
     socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_message_bytes)
     socket.setsockopt(zmq.RCVHWM, 16)
     socket.setsockopt(zmq.SNDHWM, outbox_bound)
@@ -93,15 +97,17 @@ def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bou
 def bind_all(
     socket: zmq.asyncio.Socket, endpoints: list[str], keys: ServerKeys | None
 ) -> list[str]:
-    """Bind every endpoint and return them with the ports that they got.
+    """Bind every endpoint and return them with their actual ports.
 
-    Raise `ChannelError` that names the endpoint. An option reaches the sockets that are bound
-    after it was set, so ipc goes first and CURVE guards the tcp ones.
+    Raise `ChannelError` that names the endpoint that cannot be bound.
     """
     for endpoint in endpoints:
         check_endpoint(endpoint, keys=keys is not None)
+
+    # An option applies to endpoints bound after it was set: ipc first, then CURVE for tcp.
     bound: dict[int, str] = {}
     indices = sorted(range(len(endpoints)), key=lambda i: endpoints[i].startswith("tcp://"))
+
     for index in indices:
         endpoint = endpoints[index]
         if endpoint.startswith("ipc://"):
@@ -113,6 +119,7 @@ def bind_all(
             socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         bound[index] = _bind(socket, endpoint)
+
     return [bound[index] for index in range(len(endpoints))]
 
 
@@ -127,6 +134,7 @@ def _bind(socket: zmq.asyncio.Socket, endpoint: str) -> str:
             f"endpoint {endpoint}: required an address of this machine that can be bound, got: "
             f"{error.strerror}"
         ) from error
+
     last = socket.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(last, bytes)
     return last.rstrip(b"\0").decode()
@@ -140,7 +148,7 @@ def _in_use(endpoint: str) -> ChannelError:
 
 
 def _refuse_live_ipc(endpoint: str) -> None:
-    """Raise if somebody listens: ZMQ would take the path over in silence."""
+    """Raise if another process listens there: ZMQ would silently take over the path."""
     with sockets.socket(sockets.AF_UNIX) as probe:
         try:
             probe.connect(endpoint.removeprefix("ipc://"))
@@ -150,13 +158,15 @@ def _refuse_live_ipc(endpoint: str) -> None:
 
 
 def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) -> None:
-    """Connect a socket; it goes on trying by itself. Raise `ChannelError` as `check_endpoint`."""
+    """Connect a socket; ZMQ keeps trying by itself. Raises what `check_endpoint` raises."""
     check_endpoint(endpoint, keys=keys is not None)
+
     if keys is not None and endpoint.startswith("tcp://"):
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -165,22 +175,22 @@ def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) 
         ) from error
 
 
-class _Admission:
-    """Answers the authenticator: is this public key (Z85) admitted."""
+class _KeyCheck:
+    """Tells ZMQ's authenticator whether a public key (Z85) is admitted."""
 
     def __init__(self, admitted: bytes) -> None:
         self._admitted = admitted
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Answer for one connection."""
+        """Decide on one connection."""
         return key == self._admitted
 
 
 @contextmanager
 def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Socket]:
-    """Open a socket in a context of its own and close both at the end.
+    """Open a socket in its own ZMQ context and close both at the end.
 
-    With `keys`, only the holder of the admitted key passes the context's CURVE endpoints.
+    With `keys`, only the holder of the admitted key can connect to its tcp endpoints.
     """
     context = zmq.asyncio.Context()
     socket = context.socket(kind)
@@ -189,7 +199,7 @@ def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Soc
         if keys is not None:
             authenticator = zmq.auth.asyncio.AsyncioAuthenticator(context)
             authenticator.start()
-            authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), _Admission(keys.admitted))
+            authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), _KeyCheck(keys.admitted))
         yield socket
     finally:
         socket.close()
@@ -199,12 +209,13 @@ def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Soc
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
-    """Send without waiting; False if the peer is gone or what is bound for it is full."""
+    """Send without waiting; False if the peer is gone or its outbox is full."""
     send = cast(
         "Callable[..., asyncio.Future[object]]",
         socket.send_multipart,  # pyright: ignore[reportUnknownMemberType]
     )
     error = send(frames, flags=zmq.NOBLOCK).exception()  # with NOBLOCK the future is done
+
     if error is None:
         return True
     if isinstance(error, zmq.ZMQError) and error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
@@ -216,14 +227,14 @@ def single_frame(frames: list[bytes]) -> bytes:
     """Return the only frame of a message; raise `WireError("undecodable")` for any other count."""
     if len(frames) != 1:
         raise WireError(
-            f"required a message of one frame, got {len(frames)} frames; another protocol "
-            "speaks to this socket",
+            f"required a message of one frame, got {len(frames)} frames; the peer speaks another "
+            "protocol",
             kind="undecodable",
         )
     return frames[0]
 
 
-def required(socket: zmq.asyncio.Socket | None, owner: str) -> zmq.asyncio.Socket:
+def require_open(socket: zmq.asyncio.Socket | None, owner: str) -> zmq.asyncio.Socket:
     """Return the open socket; raise `ChannelError` outside the owner's `async with`."""
     if socket is None:
         raise ChannelError(f"{owner}: required an open channel, got one that is closed")

@@ -1,4 +1,4 @@
-"""What a server remembers of its peers: bounded, whatever connects."""
+"""What a server remembers of its peers: bounded, however many connect."""
 
 import time
 from collections import OrderedDict, deque
@@ -11,16 +11,15 @@ REFUSALS_PER_S = 1.0
 
 
 @dataclass
-class _Peer:
-    last_seen: float
-    refusals_left: float
+class _RefusalBudget:
+    left: float
     refilled_at: float
 
 
-class Peers:
-    """Signs of life and refusal budgets by routing ID.
+class PeerTable:
+    """Known peers by routing ID, each with a budget of refusals, so that no peer draws a flood.
 
-    Beyond `bound` peers, the one that was silent longest is forgotten (not dropped).
+    Beyond `bound` peers, the one that was silent longest is forgotten, but not reported as gone.
     """
 
     def __init__(
@@ -28,47 +27,42 @@ class Peers:
     ) -> None:
         self._bound = bound
         self._clock = clock
-        self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
+        self._budgets: OrderedDict[bytes, _RefusalBudget] = OrderedDict()
         self._gone: deque[bytes] = deque(maxlen=bound)
 
     def seen(self, peer: bytes) -> None:
-        """Record a sign of life."""
-        now = self._clock()
-        known = self._peers.get(peer)
-        if known is None:
-            self._peers[peer] = _Peer(now, REFUSAL_BURST, now)
-            if len(self._peers) > self._bound:
-                self._peers.popitem(last=False)
-        else:
-            known.last_seen = now
-            self._peers.move_to_end(peer)
+        """Note that bytes came from a peer."""
+        if peer in self._budgets:
+            self._budgets.move_to_end(peer)
+            return
 
-    def last_seen(self, peer: bytes) -> float | None:
-        """Clock of the newest sign of life; None if unknown."""
-        known = self._peers.get(peer)
-        return None if known is None else known.last_seen
+        self._budgets[peer] = _RefusalBudget(REFUSAL_BURST, self._clock())
+        if len(self._budgets) > self._bound:
+            self._budgets.popitem(last=False)
 
     def drop(self, peer: bytes) -> None:
         """Forget a peer and report it in `take_gone`, once."""
-        if self._peers.pop(peer, None) is not None:
+        if self._budgets.pop(peer, None) is not None:
             self._gone.append(peer)
 
     def take_gone(self) -> list[bytes]:
-        """Peers dropped since the last call."""
+        """Return the peers dropped since the last call."""
         gone = list(self._gone)
         self._gone.clear()
         return gone
 
     def may_refuse(self, peer: bytes) -> bool:
-        """Spend one refusal of the peer's budget: a burst of 8, then one a second."""
-        known = self._peers.get(peer)
-        if known is None:
+        """Spend one refusal of the peer's budget: a burst of 8, then one per second."""
+        budget = self._budgets.get(peer)
+        if budget is None:
             return False
+
         now = self._clock()
-        refill = (now - known.refilled_at) * REFUSALS_PER_S
-        known.refusals_left = min(REFUSAL_BURST, known.refusals_left + refill)
-        known.refilled_at = now
-        if known.refusals_left < 1:
+        refill = (now - budget.refilled_at) * REFUSALS_PER_S
+        budget.left = min(REFUSAL_BURST, budget.left + refill)
+        budget.refilled_at = now
+
+        if budget.left < 1:
             return False
-        known.refusals_left -= 1
+        budget.left -= 1
         return True

@@ -1,7 +1,7 @@
-"""Snapshots over a socket of their own, pulled in chunks, so that no message waits behind one.
+"""Snapshots travel over their own socket, in chunks, so that no message waits behind one.
 
-`SnapshotServer` serves registered files; `fetch_snapshot` asks for one chunk at a time and again
-for whatever did not come. The digest is checked by whoever applies the snapshot.
+`SnapshotServer` serves registered files; `fetch_snapshot` asks for one chunk at a time, and again
+for a chunk that did not come. The digest is checked when the snapshot is applied.
 """
 
 import os
@@ -20,7 +20,7 @@ from protocol.errors import SnapshotError, WireError, only_leaf
 from protocol.messages import wire
 from protocol.messages.messages import Chunk, Fetch, Policy
 from protocol.transport import endpoints
-from protocol.transport.keys import load_client_keys, load_server_keys
+from protocol.transport.curve_keys import load_client_keys, load_server_keys
 
 CHUNK_BYTES = 4 * wire.MIB
 TIMEOUT_S = 60.0
@@ -32,8 +32,8 @@ _MAX_REQUEST_BYTES = 4096
 class SnapshotServer:
     """A ROUTER that answers `Fetch` with `Chunk`, from files registered by version and digest.
 
-    It serves by itself inside its `async with`. Bad frames are counted in `refusals` and not
-    answered; a peer that does not take its chunks misses them and asks again.
+    It serves in the background inside its `async with`. Bad frames are counted in `refusals` and
+    not answered. Chunks for a peer whose outbox is full are dropped; it will ask again.
     """
 
     def __init__(self, endpoint: str, *, keys: str | Path | None = None) -> None:
@@ -48,13 +48,14 @@ class SnapshotServer:
         self._paths[version, digest] = path
 
     def unregister(self, version: int, digest: str) -> None:
-        """Stop to serve a snapshot; those who fetch it are told."""
+        """Stop serving a snapshot; those who are fetching it are told."""
         self._paths.pop((version, digest), None)
 
     async def __aenter__(self) -> Self:
-        """Bind and serve; raise `ChannelError` that names an endpoint that cannot be bound."""
+        """Bind and serve; raise `ChannelError` that names the endpoint if it cannot be bound."""
         endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
         keys = load_server_keys(self._keys) if self._keys is not None else None
+
         async with AsyncExitStack() as stack:
             socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -62,6 +63,7 @@ class SnapshotServer:
                 socket, max_message_bytes=_MAX_REQUEST_BYTES, outbox_bound=_OUTBOX_BOUND
             )
             (self.endpoint,) = endpoints.bind_all(socket, [self.endpoint], keys)
+
             tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(tasks.cancel_scope.cancel)
             tasks.start_soon(self._serve, socket)
@@ -74,11 +76,11 @@ class SnapshotServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop to serve, at once."""
+        """Stop serving at once."""
         try:
             await self._resources.__aexit__(kind, error, trace)
         except BaseExceptionGroup as group:
-            if only_leaf(group) is not error:  # the body's own error stays as it is
+            if only_leaf(group) is not error:  # do not wrap the body's own error in a group
                 raise
 
     async def _serve(self, socket: zmq.asyncio.Socket) -> None:
@@ -96,7 +98,7 @@ class SnapshotServer:
             endpoints.send_now(socket, [peer, wire.encode(self._chunk(message))])
 
     def _chunk(self, fetch: Fetch) -> Chunk:
-        """Read the part of the file that was asked for; total 0 where there is none to serve."""
+        """Read the part of the file that was asked for; total 0 if it is not served."""
         total, data = 0, b""
         path = self._paths.get((fetch.version, fetch.digest))
         if path is not None and fetch.offset >= 0:
@@ -124,14 +126,15 @@ async def fetch_snapshot(
     chunk_bytes: int = CHUNK_BYTES,
     timeout_s: float = TIMEOUT_S,
 ) -> bytes:
-    """Pull the snapshot of `policy` and return its `policy.size` bytes.
+    """Fetch the snapshot of `policy` in chunks and return its `policy.size` bytes.
 
-    A chunk that does not come is asked for again; `timeout_s` bounds the time without any. Raise
-    `SnapshotError` then, when the snapshot is no longer served, or when its size is another.
+    A chunk that does not come is asked for again. Raise `SnapshotError` when none has come for
+    `timeout_s`, when the snapshot is no longer served, or when it has another size.
     """
     loaded_keys = load_client_keys(keys) if keys is not None else None
     chunk_bytes = min(chunk_bytes, wire.MAX_CHUNK_BYTES)
     received = bytearray()
+
     with endpoints.open_socket(zmq.DEALER, None) as socket:
         endpoints.set_limits(
             socket,
@@ -139,6 +142,7 @@ async def fetch_snapshot(
             outbox_bound=_OUTBOX_BOUND,
         )
         endpoints.connect(socket, endpoint, loaded_keys)
+
         while len(received) < policy.size:
             fetch = Fetch(
                 version=policy.version,
@@ -146,6 +150,7 @@ async def fetch_snapshot(
                 offset=len(received),
                 length=min(chunk_bytes, policy.size - len(received)),
             )
+
             try:
                 chunk = await _pull(socket, fetch, timeout_s)
             except WireError as error:
@@ -159,13 +164,14 @@ async def fetch_snapshot(
                     f"{timeout_s:g} s at byte {len(received)} of {policy.size}; is the learner "
                     "alive and reachable, and are the keys the right ones?"
                 )
+
             _check(chunk, policy, endpoint)
             received += chunk.data[: fetch.length]
     return bytes(received)
 
 
 async def _pull(socket: zmq.asyncio.Socket, fetch: Fetch, timeout_s: float) -> Chunk | None:
-    """Ask until the chunk comes; None after `timeout_s`. Late answers to others are skipped."""
+    """Ask until the chunk comes; None after `timeout_s`. Late answers to other asks are skipped."""
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         endpoints.send_now(socket, [wire.encode(fetch)])
@@ -186,6 +192,7 @@ def _check(chunk: Chunk, policy: Policy, endpoint: str) -> None:
     where = f"snapshot of version {policy.version} from {endpoint}"
     if chunk.total == 0:
         raise SnapshotError(f"{where}: it is no longer served; fetch a newer version")
+
     if chunk.total != policy.size or not chunk.data:
         raise SnapshotError(
             f"{where}: required {policy.size} bytes as announced, got {len(chunk.data)} of a file "

@@ -1,10 +1,10 @@
-"""The I/O thread's program over an in-memory channel: commands in, events out."""
+"""The I/O thread's program over a fake channel: commands in, events out."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import msgspec
@@ -13,23 +13,29 @@ import pytest
 from actors.bridge_messages import (
     Command,
     Event,
-    Fetch,
-    Fetched,
-    FetchFailed,
-    Received,
-    Score,
-    Scored,
-    ScoreFailed,
+    FetchSnapshot,
+    GroupScored,
+    GroupScoreFailed,
+    MessageReceived,
+    ScoreGroup,
     Send,
+    SnapshotFetched,
+    SnapshotFetchFailed,
     UseRewards,
 )
-from actors.io import ActorIo, BridgePort
+from actors.io import ActorIo, IoThreadHandle
 from protocol.errors import ChannelError, RewardError
 from protocol.messages.arrays import floats_bytes
-from protocol.messages.messages import Heartbeat, Policy, Request, Stop
+from protocol.messages.messages import (
+    ActorMessage,
+    Heartbeat,
+    LearnerMessage,
+    Policy,
+    Request,
+    Stop,
+)
 from protocol.messages.parts import RewardResult, RewardService, TaskId
 from protocol.transport.bridge import Bridge, BridgeClosed
-from protocol.transport.memory_channel import MemoryServer
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 
@@ -52,6 +58,27 @@ class FakeBridge:
 
     def end(self) -> None:
         self.inward.put_nowait(None)
+
+
+@dataclass
+class FakeChannel:
+    """A client channel: `sent` is what the learner gets, `incoming` what it says."""
+
+    sent: asyncio.Queue[ActorMessage] = field(default_factory=asyncio.Queue)
+    incoming: asyncio.Queue[LearnerMessage] = field(default_factory=asyncio.Queue)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def send(self, message: ActorMessage) -> bool:
+        self.sent.put_nowait(message)
+        return True
+
+    async def receive(self) -> LearnerMessage:
+        return await self.incoming.get()
 
 
 @dataclass
@@ -78,14 +105,13 @@ class House:
     """The program with its fakes on one event loop."""
 
     def __init__(self) -> None:
-        self.server = MemoryServer()
-        self.client = self.server.connect()
+        self.channel = FakeChannel()
         self.bridge = FakeBridge()
         self.scorer = FakeScorer()
         self.opened: list[list[RewardService]] = []
         self.heartbeat: Heartbeat | None = None
         self.io = ActorIo(
-            connect=lambda: self.client,
+            connect=lambda: self.channel,
             make_scorer=self.make_scorer,
             heartbeat=lambda: self.heartbeat,
             heartbeat_s=0.001,
@@ -104,8 +130,8 @@ class House:
                 self.bridge.end()
 
 
-def score(text: str, number: int = 1) -> Score:
-    return Score(
+def score(text: str, number: int = 1) -> ScoreGroup:
+    return ScoreGroup(
         key=(TaskId(run="r", incarnation="L1", number=number), 1),
         row=b"row",
         completions=[text],
@@ -117,12 +143,11 @@ def score(text: str, number: int = 1) -> Score:
 def test_messages_pass_both_ways_and_heartbeats_follow_the_main_thread():
     async def scenario(house: House) -> None:
         house.bridge.inward.put_nowait(Send(Request(free_completions=4)))
-        peer, message = await house.server.receive()
-        assert message == Request(free_completions=4)
-        house.server.send(peer, Stop(reason="done"))
-        assert await house.bridge.outward.get() == Received(Stop(reason="done"))
+        assert await house.channel.sent.get() == Request(free_completions=4)
+        house.channel.incoming.put_nowait(Stop(reason="done"))
+        assert await house.bridge.outward.get() == MessageReceived(Stop(reason="done"))
         house.heartbeat = Heartbeat(progress=7, groups_held=2)
-        assert await house.server.receive() == (peer, Heartbeat(progress=7, groups_held=2))
+        assert await house.channel.sent.get() == Heartbeat(progress=7, groups_held=2)
 
     house = House()
     anyio.run(house.run, scenario)
@@ -142,15 +167,15 @@ def test_a_slow_reward_delays_its_own_group_alone():
         ):
             house.bridge.inward.put_nowait(command)
         early = await house.bridge.outward.get()
-        assert isinstance(early, ScoreFailed)
+        assert isinstance(early, GroupScoreFailed)
         failed = await house.bridge.outward.get()
-        assert failed == ScoreFailed(score("bad", 2).key, "no server answers")
+        assert failed == GroupScoreFailed(score("bad", 2).key, "no server answers")
         good = await house.bridge.outward.get()
-        assert isinstance(good, Scored)
+        assert isinstance(good, GroupScored)
         assert good.key == score("good", 3).key
         house.scorer.gate.set()
         slow = await house.bridge.outward.get()
-        assert isinstance(slow, Scored)
+        assert isinstance(slow, GroupScored)
         assert slow.key == score("slow", 1).key
         assert slow.reward == RewardResult(names=["row"], rewards=floats_bytes([1.0]))
         assert house.opened == [services]
@@ -165,16 +190,16 @@ def test_snapshots_are_read_from_the_file_if_it_is_the_right_one(tmp_path):
 
     async def scenario(house: House) -> None:
         whole = Policy(version=1, digest="d", size=7, path=str(path))
-        house.bridge.inward.put_nowait(Fetch(whole))
-        assert await house.bridge.outward.get() == Fetched(whole, b"weights")
+        house.bridge.inward.put_nowait(FetchSnapshot(whole))
+        assert await house.bridge.outward.get() == SnapshotFetched(whole, b"weights")
         for policy, reason in (
             (msgspec.structs.replace(whole, size=8), "holds 7 bytes, not 8"),
             (msgspec.structs.replace(whole, path=str(path) + "x"), "No such file"),
             (msgspec.structs.replace(whole, path=""), "neither a file nor an endpoint"),
         ):
-            house.bridge.inward.put_nowait(Fetch(policy))
+            house.bridge.inward.put_nowait(FetchSnapshot(policy))
             failed = await house.bridge.outward.get()
-            assert isinstance(failed, FetchFailed)
+            assert isinstance(failed, SnapshotFetchFailed)
             assert reason in failed.reason
 
     house = House()
@@ -192,26 +217,26 @@ def test_over_a_real_bridge_errors_reach_the_main_thread():
     def main_thread() -> None:
         with Bridge[Command, Event]() as bridge:
             bridge.start(io.run)
-            BridgePort(bridge).wait(10.0)
+            IoThreadHandle(bridge).wait(10.0)
             raise AssertionError("the error did not come")
 
     with pytest.raises(ChannelError, match="cannot connect"):
         main_thread()
 
 
-def test_a_port_keeps_what_it_waited_for():
+def test_the_handle_keeps_what_it_waited_for():
     async def announce(bridge: Any) -> None:
-        await bridge.aput(Received(Stop(reason="1")))
-        await bridge.aput(Received(Stop(reason="2")))
+        await bridge.aput(MessageReceived(Stop(reason="1")))
+        await bridge.aput(MessageReceived(Stop(reason="2")))
         with pytest.raises(BridgeClosed):
             await bridge.aget()
 
     with Bridge[Command, Event]() as bridge:
         bridge.start(announce)
-        port = BridgePort(bridge)
+        io = IoThreadHandle(bridge)
         seen: list[Event] = []
         while len(seen) < 2:
-            port.wait(10.0)
-            seen.extend(port.poll())
-        assert seen == [Received(Stop(reason="1")), Received(Stop(reason="2"))]
-        assert port.poll() == []
+            io.wait(10.0)
+            seen.extend(io.poll())
+        assert seen == [MessageReceived(Stop(reason="1")), MessageReceived(Stop(reason="2"))]
+        assert io.poll() == []

@@ -17,12 +17,12 @@ def test_the_newest_is_fetched_one_at_a_time_and_taken_once():
     assert store.next_fetch(0.0) == policy(2)
     store.announce(policy(3))
     assert store.next_fetch(0.0) is None
-    store.arrived(policy(2), b"two")
+    store.fetched(policy(2), b"two")
     assert store.next_fetch(0.0) == policy(3)
     assert store.take() == (policy(2), b"two")
     current = 2
     assert store.take() is None
-    store.arrived(policy(3), b"three")
+    store.fetched(policy(3), b"three")
     assert store.take() == (policy(3), b"three")
     current = 3
     store.announce(policy(3))
@@ -35,7 +35,7 @@ def test_a_deferred_swap_waits_and_a_pinned_version_comes_first():
     store.announce(policy(1))
     store.announce(policy(2))
     assert store.next_fetch(0.0) == policy(1)
-    store.arrived(policy(1), b"one")
+    store.fetched(policy(1), b"one")
     allowed.clear()
     assert store.take() is None
     allowed.add(1)
@@ -59,7 +59,7 @@ def test_what_was_on_its_way_from_an_old_learner_is_dropped():
     store.announce(policy(5))
     store.next_fetch(0.0)
     store.reset()
-    store.arrived(policy(5), b"old")
+    store.fetched(policy(5), b"old")
     store.failed(policy(5), "old", 0.0)
     assert store.take() is None
     assert store.next_fetch(0.0) is None

@@ -4,9 +4,17 @@ from typing import Any
 
 import pytest
 
-from actors.actions import Abandon, Announced, HaveScored, Joined, Leave, Sample, Say
+from actors.actions import (
+    CancelSampling,
+    JoinRun,
+    LeaveRun,
+    NotePolicy,
+    RequestScores,
+    Sample,
+    SendToLearner,
+)
 from actors.engine.base import GenerationResult
-from actors.session import Identity, Session
+from actors.session import ActorIdentity, Session
 from protocol.errors import RefusedError
 from protocol.messages.arrays import floats_view
 from protocol.messages.messages import (
@@ -40,8 +48,8 @@ def result_of(lease: Task) -> GenerationResult:
     )
 
 
-def identity() -> Identity:
-    return Identity("a0", "i0", "host", model_digest="m", tokenizer_digest="t")
+def identity() -> ActorIdentity:
+    return ActorIdentity("a0", "i0", "host", model_digest="m", tokenizer_digest="t")
 
 
 def joined_session() -> Session:
@@ -53,7 +61,9 @@ def joined_session() -> Session:
 
 
 def said(session: Session) -> list[Any]:
-    return [action.message for action in session.take_actions() if isinstance(action, Say)]
+    return [
+        action.message for action in session.take_actions() if isinstance(action, SendToLearner)
+    ]
 
 
 def owe_group(session: Session, lease: Task, now: float) -> Group:
@@ -75,7 +85,7 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     session.tick(5.0)
     assert said(session) == [hello]
     session.receive(a_welcome(), 5.1)
-    assert session.take_actions() == [Joined(a_welcome(), anew=True)]
+    assert session.take_actions() == [JoinRun(a_welcome(), new_incarnation=True)]
     session.tick(60.0)
     assert said(session) == []
 
@@ -102,7 +112,7 @@ def test_a_task_is_sampled_scored_sent_and_kept_until_acknowledged():
     assert sample.request.prompt_ids == [4, 5]
     assert (sample.request.seed, sample.request.min_policy_version) == (11, 3)
     session.generated(key_of(lease), result_of(lease), 2.0)
-    assert session.take_actions() == [HaveScored(lease, result_of(lease))]
+    assert session.take_actions() == [RequestScores(lease, result_of(lease))]
     session.scored(key_of(lease), REWARD, 0.25, 3.0)
     (group,) = said(session)
     assert (group.actor_id, group.actor_incarnation, group.learner_incarnation) == (
@@ -146,7 +156,7 @@ def test_a_cancelled_lease_is_nobodys():
     session.receive(Cancel(task=sampling.task, attempt=1), 1.0)
     session.receive(Cancel(task=scoring.task, attempt=1), 1.0)
     session.receive(Cancel(task=scoring.task, attempt=7), 1.0)
-    assert session.take_actions() == [Abandon(key_of(sampling))]
+    assert session.take_actions() == [CancelSampling(key_of(sampling))]
     session.scored(key_of(scoring), REWARD, 0.1, 1.0)
     session.failed(key_of(scoring), "late", 1.0)
     session.generated(key_of(sampling), result_of(sampling), 1.0)
@@ -191,13 +201,13 @@ def test_a_new_learner_gets_a_new_hello_and_nothing_of_the_old():
     session.take_actions()
     session.receive(a_welcome("L2"), 2.0)
     abandon, joined, hello = session.take_actions()
-    assert abandon == Abandon(key_of(a_task(2)))
-    assert joined == Joined(a_welcome("L2"), anew=True)
-    assert isinstance(hello, Say)
+    assert abandon == CancelSampling(key_of(a_task(2)))
+    assert joined == JoinRun(a_welcome("L2"), new_incarnation=True)
+    assert isinstance(hello, SendToLearner)
     assert isinstance(hello.message, Hello)
     assert session.groups_held == 0
     session.receive(a_welcome("L2"), 2.1)
-    assert session.take_actions() == [Joined(a_welcome("L2"), anew=False)]
+    assert session.take_actions() == [JoinRun(a_welcome("L2"), new_incarnation=False)]
     assert session.joined
 
 
@@ -216,8 +226,8 @@ def test_policy_and_stop_are_passed_on_and_leaving_releases():
     session.applied(4, "d4")
     session.receive(Stop(reason="done"), 0.0)
     first, second, third = session.take_actions()
-    assert (first, third) == (Announced(policy), Leave("done"))
-    assert isinstance(second, Say)
+    assert (first, third) == (NotePolicy(policy), LeaveRun("done"))
+    assert isinstance(second, SendToLearner)
     session.receive(a_task(), 0.0)
     session.take_actions()
     session.leave("done")

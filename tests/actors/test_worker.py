@@ -1,4 +1,4 @@
-"""The worker over a fake engine and a fake port: what follows what."""
+"""The worker over a fake engine and a fake I/O thread: what follows what."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ import pytest
 from actors.bridge_messages import (
     Command,
     Event,
-    Fetch,
-    Fetched,
-    FetchFailed,
-    Received,
-    Score,
-    Scored,
-    ScoreFailed,
+    FetchSnapshot,
+    GroupScored,
+    GroupScoreFailed,
+    MessageReceived,
+    ScoreGroup,
     Send,
+    SnapshotFetched,
+    SnapshotFetchFailed,
     UseRewards,
 )
-from actors.engine.base import GenerationRequest, GenerationResult, Step
-from actors.session import Identity, Session
+from actors.engine.base import EngineStep, GenerationRequest, GenerationResult
+from actors.session import ActorIdentity, Session
 from actors.worker import Worker, as_answers
 from protocol.errors import DataError, RefusedError, SnapshotError
 from protocol.messages.messages import (
@@ -72,11 +72,11 @@ class FakeEngine:
         self.version = version
         self.log.append(("policy", version, digest))
 
-    def step(self) -> Step:
+    def step(self) -> EngineStep:
         done = [key for key, steps in self.held.items() if steps == 1]
         running = len(self.held)
         self.held = {key: 1 for key in self.held if key not in done}
-        return Step(finished=[finished(key) for key in done], tokens=2 * running)
+        return EngineStep(finished=[finished(key) for key in done], tokens=2 * running)
 
     def reset(self) -> None:
         self.held.clear()
@@ -90,7 +90,7 @@ def finished(key: Hashable) -> GenerationResult:
 
 
 @dataclass
-class FakePort:
+class FakeIo:
     """Events are put in by the test; commands pile up."""
 
     events: list[Event] = field(default_factory=list)
@@ -114,19 +114,19 @@ class House:
     def __init__(self) -> None:
         self.now = 0.0
         self.applied: list[tuple[Any, str]] = []
-        self.engine, self.port = FakeEngine(), FakePort()
-        session = Session(Identity("a0", "i0", "host", model_digest="m", tokenizer_digest="t"))
+        self.engine, self.io = FakeEngine(), FakeIo()
+        session = Session(ActorIdentity("a0", "i0", "host", model_digest="m", tokenizer_digest="t"))
         self.worker = Worker(
             self.engine,
             session,
-            self.port,
+            self.io,
             decode=lambda ids: " ".join(str(i) for i in ids),
             load=self.load,
             clock=lambda: self.now,
         )
         self.worker.start()
         self.hear(a_welcome())
-        self.port.take()
+        self.io.take()
 
     def load(self, source: bytes, digest: str) -> Callable[[], None]:
         if source == b"bad":
@@ -139,11 +139,11 @@ class House:
         return self.worker.heartbeat
 
     def hear(self, *messages: Any) -> bool:
-        self.port.events.extend(Received(message) for message in messages)
+        self.io.events.extend(MessageReceived(message) for message in messages)
         return self.worker.advance()
 
     def tell(self, *events: Event) -> bool:
-        self.port.events.extend(events)
+        self.io.events.extend(events)
         return self.worker.advance()
 
 
@@ -154,16 +154,16 @@ def test_joining_says_hello_then_uses_the_rewards_then_asks_for_work():
     house = House()
     worker = Worker(
         FakeEngine(),
-        Session(Identity("a0", "i0", "h", model_digest="m", tokenizer_digest="t")),
-        house.port,
+        Session(ActorIdentity("a0", "i0", "h", model_digest="m", tokenizer_digest="t")),
+        house.io,
         decode=str,
         load=house.load,
         clock=lambda: 0.0,
     )
     worker.start()
-    house.port.events.append(Received(a_welcome()))
+    house.io.events.append(MessageReceived(a_welcome()))
     assert worker.advance()
-    hello, rewards, request = house.port.take()
+    hello, rewards, request = house.io.take()
     assert isinstance(hello, Hello)
     assert rewards == UseRewards(a_welcome().rewards)
     assert request == Request(free_completions=8)
@@ -179,10 +179,10 @@ def test_a_group_from_lease_to_acknowledgement():
     assert house.hear(lease)
     assert house.engine.log == ["reset", ("add", key)]
     assert house.beat.groups_held == 1
-    house.port.take()
+    house.io.take()
     house.worker.advance()
-    score, request = house.port.take()
-    assert score == Score(
+    score, request = house.io.take()
+    assert score == ScoreGroup(
         key=key,
         row=lease.row,
         completions=["1 2", "3"],
@@ -190,17 +190,17 @@ def test_a_group_from_lease_to_acknowledgement():
         trainer_state={"global_step": 3},
     )
     assert request == Request(free_completions=8)
-    house.tell(Scored(key, REWARD, 0.5))
-    (group,) = house.port.take()
+    house.tell(GroupScored(key, REWARD, 0.5))
+    (group,) = house.io.take()
     assert isinstance(group, Group)
     assert (group.reward, group.reward_s) == (REWARD, 0.5)
     house.now = 5.0
     house.worker.advance()
-    assert house.port.take() == [group]
+    assert house.io.take() == [group]
     house.hear(Ack(task=lease.task, attempt=1))
     house.now = 50.0
     house.worker.advance()
-    assert house.port.take() == []
+    assert house.io.take() == []
     assert house.beat.groups_held == 0
     assert house.beat.tokens_sampled == 4
 
@@ -209,50 +209,50 @@ def test_what_fails_here_is_reported_and_the_rest_goes_on():
     house = House()
     bad, good = a_task(1, prompt=(99,)), a_task(2)
     house.hear(bad, good)
-    failed = next(m for m in house.port.take() if isinstance(m, Failed))
+    failed = next(m for m in house.io.take() if isinstance(m, Failed))
     assert failed.reason == "token IDs must lie in [0, 50), got 99"
     house.worker.advance()
-    house.tell(ScoreFailed((good.task, 1), "no server"))
-    failed = next(m for m in house.port.take() if isinstance(m, Failed))
+    house.tell(GroupScoreFailed((good.task, 1), "no server"))
+    failed = next(m for m in house.io.take() if isinstance(m, Failed))
     assert (failed.task, failed.reason) == (good.task, "scoring failed: no server")
 
 
 def test_a_policy_is_fetched_put_in_force_and_reported():
     house = House()
     house.hear(a_policy(0))
-    assert house.port.take() == [Fetch(a_policy(0))]
-    house.tell(Fetched(a_policy(0), b"p0"))
+    assert house.io.take() == [FetchSnapshot(a_policy(0))]
+    house.tell(SnapshotFetched(a_policy(0), b"p0"))
     assert house.applied == [(b"p0", "d0")]
-    assert house.port.take() == [Applied(version=0, digest="d0")]
+    assert house.io.take() == [Applied(version=0, digest="d0")]
     house.engine.pinned = True
     house.hear(a_policy(1))
-    assert house.port.take() == []
+    assert house.io.take() == []
     house.engine.pinned = False
     house.worker.advance()
-    assert house.port.take() == [Fetch(a_policy(1))]
-    house.tell(FetchFailed(a_policy(1), "no longer served"))
-    assert house.port.take() == []
+    assert house.io.take() == [FetchSnapshot(a_policy(1))]
+    house.tell(SnapshotFetchFailed(a_policy(1), "no longer served"))
+    assert house.io.take() == []
     house.now = 1.0
     house.worker.advance()
-    assert house.port.take() == [Fetch(a_policy(1))]
+    assert house.io.take() == [FetchSnapshot(a_policy(1))]
     with pytest.raises(SnapshotError):
-        house.tell(Fetched(a_policy(1), b"bad"))
+        house.tell(SnapshotFetched(a_policy(1), b"bad"))
     assert house.engine.version == 0
 
 
 def test_a_new_learner_starts_everything_anew():
     house = House()
     house.hear(a_policy(7))
-    house.tell(Fetched(a_policy(7), b"w"))
+    house.tell(SnapshotFetched(a_policy(7), b"w"))
     house.hear(a_task())
-    house.port.take()
+    house.io.take()
     house.engine.log.clear()
     house.hear(a_welcome("L2"), a_policy(0))
     assert house.engine.log == [("cancel", (a_task().task, 1)), "reset"]
-    rewards, hello, fetch = house.port.take()
-    assert (rewards, fetch) == (UseRewards(a_welcome().rewards), Fetch(a_policy(0)))
+    rewards, hello, fetch = house.io.take()
+    assert (rewards, fetch) == (UseRewards(a_welcome().rewards), FetchSnapshot(a_policy(0)))
     assert isinstance(hello, Hello)
-    house.tell(Fetched(a_policy(0), b"w0"))
+    house.tell(SnapshotFetched(a_policy(0), b"w0"))
     assert house.engine.version == 0
 
 
@@ -264,9 +264,9 @@ def test_cancel_stop_and_refusal():
     assert house.worker.stopped is None
     house.hear(Stop(reason="done"))
     assert house.worker.stopped == "done"
-    house.port.take()
+    house.io.take()
     house.worker.leave("done")
-    assert house.port.take() == [Release(reason="done")]
+    assert house.io.take() == [Release(reason="done")]
     with pytest.raises(RefusedError, match="protocol_version"):
         house.hear(Refuse(code="protocol_version", reason="1, not 2", fatal=True))
 

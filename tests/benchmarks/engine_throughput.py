@@ -76,7 +76,7 @@ def run_engine(
     for i, prompt in enumerate(prompts):
         engine.add(GenerationRequest(key=i, prompt_ids=prompt, sampling=sampling, seed=i))
     sampled = 0
-    while (step := engine.step()).progressed:
+    while (step := engine.step()).made_progress:
         sampled += step.tokens
     return sampled, time.perf_counter() - start
 

@@ -63,12 +63,12 @@ def request(key: str, prompt: list[int] | None = None, *, seed: int = 1, **kwarg
 
 
 def run(engine: MlxEngine, steps: int = 500) -> dict[str, GenerationResult]:
-    """Step until nothing moves; return the groups by key."""
+    """EngineStep until nothing moves; return the groups by key."""
     results: dict[str, GenerationResult] = {}
     for _ in range(steps):
         step = engine.step()
         results.update({str(result.key): result for result in step.finished})
-        if not step.progressed:
+        if not step.made_progress:
             return results
     raise AssertionError("the engine did not come to rest")
 

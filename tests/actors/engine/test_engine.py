@@ -125,7 +125,7 @@ def test_a_prompt_is_prefilled_once_for_its_group():
     engine = engine_of(tiny_llama(), max_concurrent_completions=4)
     engine.add(request("a", [3] * 20, num_generations=8))
     prefilled = 0
-    while (step := engine.step()).progressed:
+    while (step := engine.step()).made_progress:
         prefilled += step.prefilled
     assert prefilled == 20
 
@@ -170,5 +170,5 @@ def test_requests_that_cannot_be_sampled_are_refused():
     with pytest.raises(ModelError, match="context of 8 tokens, got 8"):
         engine.add(request("x", [1] * 8))
     engine.add(request("x", [1] * 7))
-    with pytest.raises(DataError, match="held already"):
+    with pytest.raises(DataError, match="already added"):
         engine.add(request("x"))

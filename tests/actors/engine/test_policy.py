@@ -88,12 +88,12 @@ def test_nothing_is_sampled_below_the_least_version():
     assert {s.version for s in spans} == {2}
 
 
-def test_pinned_rows_defer_the_swap():
+def test_pinned_requests_defer_the_swap():
     engine = engine_of(tiny_llama())
     engine.add(request("later", pinned_version=1))
     engine.add(request("now", pinned_version=0))
     assert not engine.wants_policy(1)
-    with pytest.raises(ModelError, match="rows pinned to a version must finish first"):
+    with pytest.raises(ModelError, match="requests pinned to a version must finish first"):
         engine.set_policy(lambda: None, 1, "d1")
     results = run(engine)
     assert list(results) == ["now"]
@@ -102,7 +102,7 @@ def test_pinned_rows_defer_the_swap():
     engine.set_policy(lambda: None, 1, "d1")
     spans = [s for c in run(engine)["later"].completions for s in c.policy_spans]
     assert {s.version for s in spans} == {1}
-    with pytest.raises(ModelError, match="pinned to policy version 0, which has passed"):
+    with pytest.raises(ModelError, match="pinned to policy version 0, but the engine is"):
         engine.add(request("never", pinned_version=0))
 
 
@@ -112,5 +112,6 @@ def test_reset_forgets_requests_and_version():
     engine.step()
     assert engine.oldest_version == 3
     engine.reset()
-    assert (engine.version, engine.free_completions, engine.oldest_version) == (-1, 32, -1)
+    assert engine.wants_policy(0)
+    assert (engine.free_completions, engine.oldest_version) == (32, -1)
     assert engine.wants_policy(0)

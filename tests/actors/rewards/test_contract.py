@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.rewards.contract import Call, check_rewards
+from actors.rewards.contract import RewardCall, check_rewards
 from actors.rewards.loader import load_rewards
 from protocol.errors import RewardError
 from protocol.messages.rewards import ScoreRequest
@@ -24,7 +24,7 @@ def outcome(spec, **fields):
     (function,) = load_rewards([spec])
     count = len(fields["completions"])
     fields = {"prompts": ["p"] * count, "completion_ids": [[1]] * count} | fields
-    call = Call(0, function, ScoreRequest(id="x", **fields))
+    call = RewardCall(0, function, ScoreRequest(id="x", **fields))
     return asyncio.run(call.run_async()) if function.is_async else call.run()
 
 

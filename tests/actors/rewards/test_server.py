@@ -13,11 +13,11 @@ import anyio
 import pytest
 import zmq
 
-from actors.rewards.queue import FairQueue, Waiting
+from actors.rewards.queue import FairQueue, QueuedRequest
 from actors.rewards.server import MAX_REQUEST_BYTES, RewardServer
 from protocol.errors import ChannelError, RewardError
+from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import connect, ipc_folder, open_socket
-from protocol.transport.keys import load_client_keys, make_keys
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")
@@ -266,9 +266,9 @@ async def test_peers_take_turns_and_the_queue_is_bounded():
     queue = FairQueue(max_requests=4, max_bytes=10)
     sizes = {"a1": 1, "a2": 1, "a3": 1, "b1": 1}
     for name, size in sizes.items():
-        assert queue.put(name[:1].encode(), Waiting(name, 1, 1.0, b"x" * size))
-    assert not queue.put(b"c", Waiting("c1", 1, 1.0, b""))
+        assert queue.put(name[:1].encode(), QueuedRequest(name, 1, 1.0, b"x" * size))
+    assert not queue.put(b"c", QueuedRequest("c1", 1, 1.0, b""))
     assert [(await queue.get()).id for _ in range(4)] == ["a1", "b1", "a2", "a3"]
-    assert queue.put(b"a", Waiting("large", 1, 1.0, b"x" * 11))
-    assert not queue.put(b"b", Waiting("small", 1, 1.0, b"x"))
+    assert queue.put(b"a", QueuedRequest("large", 1, 1.0, b"x" * 11))
+    assert not queue.put(b"b", QueuedRequest("small", 1, 1.0, b"x"))
     assert queue.bytes == 11

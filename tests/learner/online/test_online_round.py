@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from actors import bridge_messages as actor_port
+from actors import bridge_messages
 from actors.engine.mlx_engine import MlxEngine
-from actors.session import Identity, Session
+from actors.session import ActorIdentity, Session
 from actors.worker import Worker
 from learner.checkpoint import load_checkpoint
 from learner.data.epochs import ListEpochs
@@ -62,30 +62,30 @@ class Loop:
         self.made, self.learner, self.folder = made, learner, folder
         self.exhausted = False
         self.inbox: list[ActorMessage] = []
-        self.events: list[actor_port.Event] = []
+        self.events: list[bridge_messages.Event] = []
         self.paths: dict[int, Path] = {}
         self.batches: list[TrainBatch] = []
         self.now = 0.0
         self.worker: Worker | None = None
 
-    # the actor's port
+    # what the actor takes for its I/O thread
 
-    def poll_port(self) -> list[actor_port.Event]:
+    def take_events(self) -> list[bridge_messages.Event]:
         events, self.events = self.events, []
         return events
 
-    def put(self, command: actor_port.Command) -> None:
+    def put(self, command: bridge_messages.Command) -> None:
         match command:
-            case actor_port.Send(message):
+            case bridge_messages.Send(message):
                 self.inbox.append(message)
-            case actor_port.Fetch(policy):
+            case bridge_messages.FetchSnapshot(policy):
                 data = self.paths[policy.version].read_bytes()
-                self.events.append(actor_port.Fetched(policy, data))
-            case actor_port.Score(key=key, completion_ids=ids):
+                self.events.append(bridge_messages.SnapshotFetched(policy, data))
+            case bridge_messages.ScoreGroup(key=key, completion_ids=ids):
                 values = [float(sum(t % 2 for t in row)) / len(row) for row in ids]
                 reward = RewardResult(names=["odd"], rewards=floats_bytes(values))
-                self.events.append(actor_port.Scored(key, reward, 0.0))
-            case actor_port.UseRewards():
+                self.events.append(bridge_messages.GroupScored(key, reward, 0.0))
+            case bridge_messages.UseRewards():
                 pass
 
     # the trainer's source
@@ -98,7 +98,7 @@ class Loop:
         for message in inbox:
             self.made.receive(ACTOR, message, self.now)
         for _, message in self.made.connected.take_outgoing():
-            self.events.append(actor_port.Received(message))
+            self.events.append(bridge_messages.MessageReceived(message))
         batch = self.made.next_batch(self.now)
         if batch is not None:
             self.batches.append(batch)
@@ -118,14 +118,14 @@ class Loop:
         return msgspec.msgpack.encode(self.made.state())
 
 
-class Port:
+class LoopIo:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
 
-    def poll(self) -> list[actor_port.Event]:
-        return self.loop.poll_port()
+    def poll(self) -> list[bridge_messages.Event]:
+        return self.loop.take_events()
 
-    def put(self, command: actor_port.Command) -> None:
+    def put(self, command: bridge_messages.Command) -> None:
         self.loop.put(command)
 
 
@@ -183,9 +183,9 @@ def build(
         vocab_size=VOCAB,
         max_concurrent_completions=64,
     )
-    session = Session(Identity("a0", "1", "here", actor.model_digest, actor.tokenizer_digest))
+    session = Session(ActorIdentity("a0", "1", "here", actor.model_digest, actor.tokenizer_digest))
     loop.worker = Worker(
-        engine, session, Port(loop), decode=str,
+        engine, session, LoopIo(loop), decode=str,
         load=lambda data, _: lambda: apply_snapshot(actor.model, read_snapshot(data)),
         clock=lambda: loop.now,
     )  # fmt: skip

@@ -18,8 +18,8 @@ import zmq
 from protocol.errors import ChannelError
 from protocol.messages import wire
 from protocol.messages.rewards import ScoreRequest
+from protocol.transport.curve_keys import load_client_keys
 from protocol.transport.endpoints import check_endpoint
-from protocol.transport.keys import load_client_keys
 from tests.protocol.examples import ACTOR_MESSAGES
 
 SEND_HWM = 16

@@ -12,8 +12,8 @@ import zmq.asyncio
 from protocol.errors import SnapshotError
 from protocol.messages import wire
 from protocol.messages.messages import Chunk, Fetch, Heartbeat, Policy
+from protocol.transport.curve_keys import make_keys
 from protocol.transport.endpoints import ipc_folder
-from protocol.transport.keys import make_keys
 from protocol.transport.snapshot_channel import SnapshotServer, fetch_snapshot
 
 T = TypeVar("T", Fetch, Chunk)

@@ -4,7 +4,7 @@ import pytest
 
 from launch.keys import main
 from protocol.errors import ChannelError
-from protocol.transport.keys import load_client_keys, load_server_keys, make_keys
+from protocol.transport.curve_keys import load_client_keys, load_server_keys, make_keys
 
 
 def test_a_folder_of_keys_is_private_and_both_sides_agree(tmp_path):

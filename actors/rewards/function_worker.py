@@ -1,0 +1,146 @@
+"""The process that runs reward functions.
+
+Run as `python -m actors.rewards.function_worker PIPE FUNCTION…`.
+
+`actors/rewards/process.py` starts it, and kills it when a function hangs. Jobs arrive on standard
+input and outcomes leave on standard output, one JSON message per line; what functions print goes
+to standard error. Synchronous functions run on the main thread outside any event loop, as in TRL,
+so that they may call `asyncio.run`. The asynchronous ones run after them, concurrently, on one
+event loop that is kept between jobs. PIPE is a file descriptor: when the pipe closes, the process
+group is killed.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from typing import BinaryIO, Literal
+
+import msgspec
+
+from actors.rewards.contract import RewardCall, RewardOutcome
+from actors.rewards.loader import RewardFunction, load_rewards
+from protocol.errors import RewardError
+from protocol.messages.rewards import RewardFault, ScoreRequest
+
+MAX_LINE = 64 << 20
+MAX_LOGGED = 4 << 20
+
+
+class ScoreJob(msgspec.Struct, frozen=True):
+    """A `ScoreRequest` as JSON, and the indices of the functions that score it."""
+
+    request: msgspec.Raw
+    only: list[int]
+
+
+class WorkerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker writes: "ready" or "refused", then "started", "outcome" and "done" per job.
+
+    `index` is the function's; -1 with "started" means all asynchronous ones.
+    """
+
+    kind: Literal["ready", "refused", "started", "outcome", "done"]
+    names: list[str] = []
+    index: int = 0
+    message: str = ""
+    rewards: list[float | None] | None = None
+    fault: RewardFault | None = None
+    where: str = ""  # where a fault arose; faults are logged once per place
+    traceback: str = ""
+    log_extra: dict[str, list[object]] = {}
+    log_metric: dict[str, list[float]] = {}
+
+
+def main() -> int:
+    """Load the functions, report that, and score jobs until the parent closes standard input."""
+    source, sink = _private_pipes()
+    _die_with_parent(int(sys.argv[1]))
+
+    try:
+        functions = load_rewards(sys.argv[2:])
+    except RewardError as error:
+        _write(sink, WorkerMessage("refused", message=str(error)))
+        return 1
+
+    _write(sink, WorkerMessage("ready", names=[f.name for f in functions]))
+
+    with asyncio.Runner() as runner:
+        for line in source:
+            _score(msgspec.json.decode(line, type=ScoreJob), functions, runner, sink)
+    return 0
+
+
+def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Hide the pipes to the parent from user code, which reads nothing and prints to the log."""
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.dup2(2, 1)
+    return source, sink
+
+
+def _die_with_parent(pipe: int) -> None:
+    """Start a process, out of reach of user code, that kills the group when the pipe closes."""
+    subprocess.Popen(["/bin/sh", "-c", "read -r _; kill -KILL 0"], stdin=pipe)
+    os.close(pipe)
+
+
+def _score(
+    job: ScoreJob, functions: list[RewardFunction], runner: asyncio.Runner, sink: BinaryIO
+) -> None:
+    request = msgspec.json.decode(job.request, type=ScoreRequest)
+    calls = [RewardCall(index, functions[index], request) for index in job.only]
+
+    for call in calls:
+        if not call.function.is_async:
+            _write(sink, WorkerMessage("started", index=call.index))
+            _write(sink, _outcome_message(call.function, call.run()))
+
+    asynchronous = [call for call in calls if call.function.is_async]
+    if asynchronous:
+        _write(sink, WorkerMessage("started", index=-1))
+        runner.run(_gather(asynchronous, sink))
+
+    _write(sink, WorkerMessage("done"))
+
+
+async def _gather(calls: list[RewardCall], sink: BinaryIO) -> None:
+    async def finish(call: RewardCall) -> None:
+        _write(sink, _outcome_message(call.function, await call.run_async()))
+
+    await asyncio.gather(*(finish(call) for call in calls))
+
+
+def _outcome_message(function: RewardFunction, outcome: RewardOutcome) -> WorkerMessage:
+    """Build the message for one outcome; a function that logged too much is at fault."""
+    fault = None
+    if outcome.kind is not None:
+        fault = RewardFault(function=function.name, kind=outcome.kind, message=outcome.message)
+    message = WorkerMessage(
+        "outcome",
+        index=outcome.function,
+        rewards=outcome.rewards,
+        fault=fault,
+        where=outcome.where,
+        traceback=outcome.traceback,
+        log_extra=outcome.log_extra,
+        log_metric=outcome.log_metric,
+    )
+
+    logged = len(msgspec.json.encode((message.log_extra, message.log_metric), enc_hook=str))
+    if logged <= MAX_LOGGED:
+        return message
+
+    problem = f"logged {logged} bytes for one group, but at most {MAX_LOGGED} are kept; log less"
+    fault = RewardFault(function=function.name, kind="contract", message=problem)
+    return WorkerMessage("outcome", index=outcome.function, fault=fault, where="logged")
+
+
+def _write(sink: BinaryIO, message: WorkerMessage) -> None:
+    sink.write(msgspec.json.encode(message, enc_hook=str) + b"\n")
+    sink.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
