@@ -7,8 +7,8 @@ the local actors and a reward server for the functions that are named, and keeps
 import sys
 from pathlib import Path
 
+from launch.cli.run import learner_spec, main, program, read_command_line, supervise
 from launch.processes.children import ChildSpec
-from launch.run_folder.cli import learner_spec, main, program, read_command_line, supervise
 from protocol.config.settings import GrpoRun
 from protocol.errors import ConfigError
 from protocol.transport.endpoints import ipc_folder

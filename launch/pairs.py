@@ -15,10 +15,10 @@ import anyio
 import msgspec
 from msgspec import structs
 
+from launch.cli.run import NOT_BEGUN, main, program, read_command_line
 from launch.grpo import actor_specs, reward_services
 from launch.processes.children import ChildSpec
 from launch.processes.supervisor import Supervisor, awake
-from launch.run_folder.cli import NOT_BEGUN, main, program, read_command_line
 from protocol.config.settings import PairsRun
 from protocol.config.unread import unread
 from protocol.errors import ConfigError

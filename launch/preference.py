@@ -2,7 +2,7 @@
 
 import sys
 
-from launch.run_folder.cli import main, run_offline
+from launch.cli.run import main, run_offline
 from protocol.config.settings import PreferenceRun
 
 USAGE = """usage: launch/preference.py [recipe.toml] [--section.key value …]

@@ -9,8 +9,8 @@ from typing import Any
 
 from launch.pages.charts import Points, line_chart
 from launch.pages.progress import duration
+from launch.pages.run_page import STYLE, points, prompt_text
 from launch.pages.win_rate import win_rate
-from launch.report import STYLE, points, prompt_text
 
 CURVES = (
     "loss",

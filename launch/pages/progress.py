@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from launch.processes.log_lines import LogTail
+from launch.processes.log_ending import LogTail
 from launch.run_folder.tail import Tail, number
 
 POLL_S = 0.5

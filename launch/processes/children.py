@@ -17,7 +17,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
-from launch.processes.log_lines import ending
+from launch.processes.log_ending import ending
 
 TAIL_BYTES = 262_144
 

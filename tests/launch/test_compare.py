@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.run import read_command_line
 from launch.compare import compare, main
 from launch.pages.judge import Judge
 from launch.pages.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
-from launch.run_folder.cli import read_command_line
 from launch.run_folder.tail import parse_lines
 from learner.build.offline import assemble_offline
 from protocol.config.settings import PreferenceRun

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import launch.run_folder.cli
+import launch.cli.run
 from launch import preference
+from launch.cli.run import NOT_BEGUN, learner_spec, read_command_line, supervise
 from launch.processes.supervisor import INTERRUPTED
-from launch.run_folder.cli import NOT_BEGUN, learner_spec, read_command_line, supervise
 from protocol.config.settings import PreferenceRun
 from tests.tiny import write_model_folder
 
@@ -97,7 +97,7 @@ def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.run_folder.cli.anyio, "run", interrupted)
+    monkeypatch.setattr(launch.cli.run.anyio, "run", interrupted)
     flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
     run, folder = read_command_line(PreferenceRun, flags, "")
     assert supervise(folder, run, learner_spec(folder, "preference")) == INTERRUPTED

@@ -10,7 +10,7 @@ import pytest
 
 from launch import report
 from launch.pages.charts import line_chart, ticks
-from launch.report import write_report
+from launch.pages.run_page import prompt_text, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -82,4 +82,4 @@ def test_an_empty_run_gives_a_page_and_a_missing_one_an_error(tmp_path: Path):
 
 @pytest.mark.parametrize("prompt", ["plain", None, [{"role": "user"}, 3]])
 def test_any_prompt_has_a_text(prompt: object):
-    assert isinstance(report.prompt_text(prompt), str)
+    assert isinstance(prompt_text(prompt), str)

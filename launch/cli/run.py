@@ -15,10 +15,10 @@ from typing import TypeVar
 import anyio
 
 from launch.pages.progress import Progress
+from launch.pages.run_page import write_report
 from launch.processes.blas import HINT, load_openblas
 from launch.processes.children import ChildSpec
 from launch.processes.supervisor import INTERRUPTED, Supervisor, awake
-from launch.report import write_report
 from launch.run_folder import resume as resumption
 from launch.run_folder.paths import DATA_SUFFIXES, require_file, resolve_flags, resolve_paths
 from protocol.config.help import help_text

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from launch import grpo
-from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
-from launch.run_folder.cli import (
+from launch.cli.run import (
     NOT_BEGUN,
     learner_spec,
     read_command_line,
     what_next,
 )
+from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
 from launch.run_folder.paths import resolve_flags, resolve_path
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun, PreferenceRun, SftRun

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.processes.log_lines import LogTail, ending
+from launch.processes.log_ending import LogTail, ending
 
 AT = "2026-01-02 03:04:05,678"
 

@@ -10,14 +10,14 @@ from typing import Any
 import anyio
 import pytest
 
+import launch.cli.run
 import launch.processes.collect
-import launch.run_folder.cli
 import learner.build.offline
 import learner.build.online
+from launch.cli.run import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
 from launch.processes.lifeline import Lifeline
-from launch.run_folder.cli import read_command_line
 from learner.build.offline import assemble_offline
 from learner.data.prompts import Prompt
 from learner.online.experience import TrainedGroup
@@ -89,9 +89,9 @@ def refused(cls: type[Section]) -> set[str]:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
     for module, name in (
-        (launch.run_folder.cli, "load"),  # checks read everything
-        (launch.run_folder.cli, "to_toml"),
-        (launch.run_folder.cli, "resolve_paths"),
+        (launch.cli.run, "load"),  # checks read everything
+        (launch.cli.run, "to_toml"),
+        (launch.cli.run, "resolve_paths"),
         (learner.build.offline, "load"),
         (learner.build.offline, "unread"),
         (launch.processes.collect, "load"),
