@@ -1,1 +1,4 @@
-"""What the front doors share: reading a command line, and seeing a run through to its end."""
+"""What the programs share: reading a command line, and running the processes to their end.
+
+The programs import it; it imports run_folder, processes and pages.
+"""

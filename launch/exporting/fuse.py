@@ -1,33 +1,21 @@
-"""Fuses a run's adapters into its base, and writes the model in mlx-lm's format or as GGUF."""
+"""Fuses a run's adapters into its base, and writes the model in mlx-lm's format."""
 
 import json
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.exporting.gguf import write_gguf
+from launch.exporting.modelfile import write_modelfile
+from launch.exporting.result import Exported
 from protocol.errors import ModelError
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
 log = logging.getLogger("pippin.export")
-
-GGUF_TYPES = ("llama", "mistral", "mixtral")  # those that mlx-lm's converter knows
-GGUF_NAME = "model-f16.gguf"
-
-
-@dataclass
-class Exported:
-    """What was written to `folder`, and in words what could not be."""
-
-    folder: Path
-    gguf: Path | None = None
-    modelfile: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    failed: bool = False
 
 
 def export(
@@ -40,7 +28,7 @@ def export(
     gguf: bool = False,
     ollama: bool = False,
 ) -> Exported:
-    """Fuse and write; see the module. Raises ModelError where the source is not one.
+    """Fuse the adapters of `source` and write a model to `out`; ModelError if that fails.
 
     Weights keep the precision in which they are stored; a quantised layer is quantised again
     after fusing, which rounds, unless `dequantize`.
@@ -49,6 +37,7 @@ def export(
 
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ModelError(f"{out} exists and is not empty: name a new folder to export to")
+
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter = locate(source, model, Path(scratch), best=best)
         try:
@@ -58,6 +47,7 @@ def export(
             raise ModelError(
                 f"{what}: cannot be loaded: {error}; --model names the base if it has moved"
             ) from error
+
     network, tokenizer, config = loaded
     result = Exported(out)
     fuse(network, dequantize=dequantize)
@@ -70,13 +60,15 @@ def export(
             "The base is quantised: the fused layers were quantised again, which rounds. "
             "--dequantize keeps the adapter's effect exactly."
         )
+
     try:
         save(out, base, network, tokenizer, config, donate_model=False)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(out, ignore_errors=True)  # it was not there, or empty
+        shutil.rmtree(out, ignore_errors=True)  # it did not exist, or was empty
         raise ModelError(
             f"{out}: cannot be written: {error}. Nothing was left there; free space"
         ) from error
+
     if gguf:
         write_gguf(result, network, config)
     if ollama:
@@ -141,52 +133,3 @@ def fuse(network: "nn.Module", *, dequantize: bool) -> None:
         if "lora_a" in layer and hasattr(layer, "fuse"):
             fused.append((name, layer.fuse(dequantize=dequantize)))
     network.update_modules(tree_unflatten(fused))
-
-
-def write_gguf(result: Exported, network: "nn.Module", config: dict[str, Any]) -> None:
-    """Write the GGUF, or note why mlx-lm cannot."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.gguf import convert_to_gguf
-
-    kind = config["model_type"]
-    reason = ""
-    if kind not in GGUF_TYPES:
-        reason = (
-            f"mlx-lm writes GGUF for {', '.join(GGUF_TYPES)}, not for {kind}; convert "
-            f"{result.folder} with llama.cpp's convert_hf_to_gguf.py"
-        )
-    elif config.get("quantization"):
-        reason = "mlx-lm cannot write quantised weights as GGUF; export with --dequantize"
-    if reason:
-        result.failed = True
-        result.notes.append(f"No GGUF was written: {reason}.")
-        return
-    # Its file type is F16: float32 matrices would contradict the header.
-    weights: Any = {
-        name: array.astype(mx.float16) if array.ndim > 1 else array
-        for name, array in dict(tree_flatten(network.parameters())).items()
-    }
-    path = result.folder / GGUF_NAME
-    fields = {"num_key_value_heads": config["num_attention_heads"], **config}
-    convert_to_gguf(result.folder, weights, fields, str(path))
-    result.gguf = path
-    result.notes.append(
-        "mlx-lm's GGUF declares a SentencePiece vocabulary without its scores; if the text comes "
-        f"out garbled, convert {result.folder} with llama.cpp's convert_hf_to_gguf.py instead."
-    )
-
-
-def write_modelfile(result: Exported, config: dict[str, Any], tokenizer: Any) -> None:  # noqa: ANN401 - mlx-lm's wrapper
-    """Write an Ollama Modelfile that loads the GGUF, or else the folder."""
-    from launch.exporting.modelfile import modelfile, template_notes
-
-    stops = [str(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)]
-    source = f"./{result.gguf.name}" if result.gguf else "."
-    text = modelfile(source, tokenizer.chat_template, [stop for stop in stops if stop])
-    result.modelfile = result.folder / "Modelfile"
-    result.modelfile.write_text(text, encoding="utf-8")
-    result.notes += template_notes(tokenizer.chat_template)
-    if config.get("quantization"):
-        result.notes.append("Ollama cannot read MLX's quantised weights: export with --dequantize.")
-        result.failed = True

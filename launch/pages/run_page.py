@@ -1,7 +1,8 @@
-"""`launch/report.py RUN`: writes RUN/report.html, one file without network references.
+"""The report of a run: RUN/report.html, one file without network references.
 
-Curves from metrics.jsonl and sample completions with their rewards, first against last, from
-rollouts.jsonl. What is missing or broken in those files is left out. All text is escaped.
+It shows what the run is (run.json), curves (metrics.jsonl), what went wrong (events.jsonl) and
+sample completions with their rewards, first and last (rollouts.jsonl). Whatever is missing or
+damaged in those files is left out. All text is escaped.
 """
 
 import os
@@ -9,10 +10,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from launch.pages.charts import Points, line_chart
+from launch.pages.charts import line_chart
+from launch.pages.html import page, points, prompt_text
 from launch.run_folder.tail import number, parse_lines
+from protocol.run_record import (
+    EVENTS,
+    RUN,
+    AnyEvent,
+    CheckpointFailed,
+    Fault,
+    Restart,
+    RunRecord,
+    parse_events,
+    read_run,
+)
 
 SAMPLES = 4
 CHARTS: dict[str, tuple[str, ...]] = {
@@ -36,17 +47,6 @@ SUMMARY = (
     "eval/rewards/accuracies",
     "eval/rewards/margins",
 )
-STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1000px;padding:0 1rem;
-color:#111;background:#fff}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
-figure{margin:0}figcaption{font-weight:600}figcaption span{font-weight:400;margin-left:.6em}
-svg{width:100%;height:auto}svg text{font-size:11px;fill:#555}.grid{stroke:#e5e7eb}
-polyline{stroke-width:1.6}
-table{border-collapse:collapse;width:100%;table-layout:fixed}
-td,th{border:1px solid #ddd;padding:.4em;vertical-align:top;text-align:left;
-white-space:pre-wrap;overflow-wrap:anywhere}
-"""
 
 
 def write_report(folder: Path) -> Path:
@@ -54,37 +54,52 @@ def write_report(folder: Path) -> Path:
     metrics = parse_lines(_bytes(folder / "metrics.jsonl"))
     rollouts = parse_lines(_bytes(folder / "rollouts.jsonl"))
     config = _bytes(folder / "config.toml").decode("utf-8", errors="replace")
+    about = _about(read_run(folder)) if (folder / RUN).exists() else ""
+    troubles = _troubles(parse_events(_bytes(folder / EVENTS)))
+
     target = folder / "report.html"
     temporary = folder / f".report-{os.getpid()}.html"
-    page = render(folder.name, metrics, rollouts, config)
-    temporary.write_text(page, encoding="utf-8", errors="replace")
+    text = render(folder.name, metrics, rollouts, config, about=about + troubles)
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(target)
     return target
 
 
 def render(
-    name: str, metrics: list[dict[str, Any]], rollouts: list[dict[str, Any]], config: str
+    name: str,
+    metrics: list[dict[str, Any]],
+    rollouts: list[dict[str, Any]],
+    config: str,
+    *,
+    about: str = "",
 ) -> str:
-    """Return the page."""
+    """Return the page; `about` is HTML on the run as a whole."""
     rates = sorted({key for line in metrics for key in line if key.endswith("tokens_per_s")})
     charts = [
         line_chart(title, {key: points(metrics, key) for key in keys})
         for title, keys in {**CHARTS, "Throughput, tokens/s": tuple(rates)}.items()
     ]
     shown = "".join(charts) or "<p>No metrics were written.</p>"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{escape(name)}</h1>{_summary(metrics)}"
-        f'<div class="charts">{shown}</div>{_samples(rollouts)}'
-        f"<h2>Configuration</h2><pre>{escape(config)}</pre></body></html>\n"
+    return page(
+        name,
+        f'{about}{_summary(metrics)}<div class="charts">{shown}</div>{_samples(rollouts)}'
+        f"<h2>Configuration</h2><pre>{escape(config)}</pre>",
     )
 
 
-def points(metrics: list[dict[str, Any]], key: str) -> Points:
-    """Return the (step, value) points of a metric."""
-    pairs = [(number(line, "step"), number(line, key)) for line in metrics]
-    return [(step, value) for step, value in pairs if step is not None and value is not None]
+def _about(record: RunRecord) -> str:
+    """Return a line on what ran, with which versions, and how it ended."""
+    steps = f" of {record.total_steps} steps" if record.total_steps is not None else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    state = record.state.replace("_", " ")
+    return f"<p>{escape(f'{record.program} run{steps}, {state}; {versions}')}</p>"
+
+
+def _troubles(events: list[AnyEvent]) -> str:
+    """Return what went wrong, in order."""
+    found = [each for each in events if isinstance(each, CheckpointFailed | Fault | Restart)]
+    items = "".join(f"<li>{escape(event.text)}</li>" for event in found)
+    return f"<h2>Faults</h2><ul>{items}</ul>" if items else ""
 
 
 def _summary(metrics: list[dict[str, Any]]) -> str:
@@ -101,6 +116,7 @@ def _samples(rollouts: list[dict[str, Any]]) -> str:
     train = [line for line in groups if line.get("kind") != "eval"]
     held_out = [line for line in groups if line.get("kind") == "eval"]
     versions = sorted({number(line, "trained_at") or 0.0 for line in held_out})
+
     parts = [_titled("Samples: first", train[:SAMPLES])]
     parts.append(_titled("Samples: last", train[SAMPLES:][-SAMPLES:]))
     for version in dict.fromkeys([*versions[:1], *versions[-1:]]):
@@ -127,14 +143,6 @@ def _table(groups: list[dict[str, Any]]) -> str:
             cells = "".join(f"<td>{escape(part)}</td>" for part in (prompt, str(text), worth))
             rows.append(f"<tr>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
-
-
-def prompt_text(prompt: object) -> str:
-    """Return a prompt, a string or a list of messages, as text."""
-    if isinstance(prompt, list):
-        turns = [turn for turn in prompt if isinstance(turn, dict)]
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
-    return prompt if isinstance(prompt, str) else msgspec.json.encode(prompt).decode()
 
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from learner.checkpoint import Checkpoint, load_checkpoint
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
@@ -16,6 +18,7 @@ from protocol.config.settings import AnyRun, Section
 from protocol.errors import CheckpointError
 from protocol.model.policy import LoadedPolicy, save_adapters
 from protocol.model.snapshots import load_trainable
+from protocol.run_record import read_run, write_run
 
 log = logging.getLogger("pippin.learner")
 
@@ -137,8 +140,10 @@ def schedule_of(settings: AnyRun, total: int) -> Schedule:
 
 
 def started_at(folder: Path) -> float:
-    """Return when the run began: the first time it was assembled in this folder."""
-    path = folder / "started_at"
-    if not path.exists():
-        path.write_text(f"{time.time():.3f}\n")
-    return float(path.read_text())
+    """Return when the run began, in Unix s: the first time that it was assembled in this folder."""
+    record = read_run(folder)
+    if record.started_at is not None:
+        return record.started_at
+    now = round(time.time(), 3)
+    write_run(folder, structs.replace(record, started_at=now))
+    return now

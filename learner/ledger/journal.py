@@ -7,8 +7,8 @@ import msgspec
 
 from learner.ledger.events import AnyEvent, Consumed, Formed, Joined, Received
 from learner.ledger.types import LostReport
-from learner.records import mend
 from protocol.messages.parts import TaskId
+from protocol.run_record import cut_partial_line
 
 
 class JournalLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ def encode_line(incarnation: str, event: AnyEvent) -> bytes:
 
 def read_journal(path: Path, incarnation: str) -> list[AnyEvent]:
     """Return the events of an incarnation; a last line that was cut off by its end is cut away."""
-    mend(path)
+    cut_partial_line(path)
     if not path.is_file():
         return []
     events: list[AnyEvent] = []

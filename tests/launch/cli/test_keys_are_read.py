@@ -10,11 +10,12 @@ from typing import Any
 import anyio
 import pytest
 
-import launch.cli.run
+import launch.cli.command_line
 import launch.processes.collect
+import launch.run_folder.create
 import learner.build.offline
 import learner.build.online
-from launch.cli.run import read_command_line
+from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
 from launch.processes.lifeline import Lifeline
@@ -89,9 +90,9 @@ def refused(cls: type[Section]) -> set[str]:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
     for module, name in (
-        (launch.cli.run, "load"),  # checks read everything
-        (launch.cli.run, "to_toml"),
-        (launch.cli.run, "resolve_paths"),
+        (launch.cli.command_line, "load"),  # checks read everything
+        (launch.run_folder.create, "to_toml"),
+        (launch.cli.command_line, "resolve_paths"),
         (learner.build.offline, "load"),
         (learner.build.offline, "unread"),
         (launch.processes.collect, "load"),
@@ -148,7 +149,7 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
         endpoint = f"ipc://{folder}/s"
         args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
         args.rewards = ["ipc://x"]
-        collect(args, lifeline)
+        assert collect(args, lifeline) == "stopped"
         tokenizer = load_policy(run.model, seed=0).tokenizer
         Writer(run, tokenizer, StringIO()).add(item)
     unread = recorder.unread(PairsRun)
