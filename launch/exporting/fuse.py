@@ -1,5 +1,9 @@
 """Fuses a run's adapters into its base, and writes the model in mlx-lm's format."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
+
 import json
 import logging
 import shutil
@@ -109,7 +113,9 @@ def _base_of(adapter: Path, model: str) -> str:
 def _best(run: Path, model: str, scratch: Path) -> tuple[str, str]:
     """Put the best checkpoint's tensors next to the run's adapter configuration."""
     states = sorted((run / "checkpoints").glob("step-*/state.json"))
-    best = json.loads(states[-1].read_text()).get("best", {}) if states else {}
+    best: dict[str, float] = {}
+    if states:
+        best = json.loads(states[-1].read_text()).get("best", {})
     weights = run / "checkpoints" / f"step-{int(best.get('step', -1)):06d}" / "weights.safetensors"
     settings = run / "adapters" / "adapter_config.json"
     if not weights.is_file() or not settings.is_file():

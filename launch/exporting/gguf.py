@@ -1,5 +1,9 @@
 """A fused model as GGUF, by mlx-lm's converter."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
+
 from typing import TYPE_CHECKING, Any
 
 from launch.exporting.result import Exported

@@ -11,5 +11,5 @@ class Exported:
     folder: Path
     gguf: Path | None = None
     modelfile: Path | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
     failed: bool = False

@@ -4,11 +4,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from launch.pages.charts import Points, line_chart
-from launch.pages.html import page, points, prompt_text
+from launch.pages.html import only_content, page, points, prompt_text
 from launch.pages.progress import duration
 from launch.pages.win_rate import win_rate
 from protocol.run_record import Program
@@ -51,7 +52,7 @@ class AnswerSet:
 
     name: str
     answers: Answers
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass
@@ -74,10 +75,10 @@ class FinishedRun:
     @property
     def objective(self) -> str:
         """Return the method, and its losses if they are not the usual one."""
-        section = self.config.get("objective", {})
+        section: dict[str, Any] = self.config.get("objective", {})
         method = section.get("method", self.program)
-        given = section.get("loss_type", [])
-        losses = given if isinstance(given, list) else [given]
+        given: object = section.get("loss_type", [])
+        losses = cast("list[object]", given) if isinstance(given, list) else [given]
         shown = method == "grpo" or (method == "dpo" and losses != ["sigmoid"])
         return f"{method} ({', '.join(map(str, losses))})" if shown and losses else str(method)
 
@@ -145,7 +146,7 @@ def _held_out(runs: Sequence[FinishedRun]) -> str:
 def _first_best_last(found: Points, best: Best) -> list[str]:
     if not found:
         return ["", "", ""]
-    peak = best(found, key=lambda point: point[1])
+    peak = best(found, key=itemgetter(1))
     return [f"{value:.4f} ({step:g})" for step, value in (found[0], peak, found[-1])]
 
 
@@ -210,10 +211,7 @@ def _texts(answer_set: AnswerSet) -> dict[str, str]:
 def _answer(answer_set: AnswerSet, key: str) -> str:
     score = answer_set.scores.get(key)
     worth = "" if score is None else f"\n[score {score:.4g}]"
-    answer = answer_set.answers[key]["completions"][0]
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0].get("content")
-    return f"{prompt_text(answer)}{worth}"
+    return f"{prompt_text(only_content(answer_set.answers[key]['completions'][0]))}{worth}"
 
 
 def _cost(runs: Sequence[FinishedRun]) -> str:
@@ -245,7 +243,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            found |= _flat(cast("dict[str, Any]", value), f"{name}.")
+        else:
+            found[name] = value
     return found
 
 

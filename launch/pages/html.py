@@ -43,3 +43,11 @@ def prompt_text(prompt: object) -> str:
         turns = [cast("dict[str, Any]", turn) for turn in items if isinstance(turn, dict)]
         return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
     return prompt if isinstance(prompt, str) else msgspec.json.encode(prompt).decode()
+
+
+def only_content(answer: object) -> object:
+    """Return the content of an answer that is a list of one message; any other as it is."""
+    if not isinstance(answer, list):
+        return answer
+    messages = cast("list[Any]", answer)
+    return messages[0].get("content") if len(messages) == 1 else messages

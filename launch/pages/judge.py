@@ -93,9 +93,9 @@ class Judge:
         row["prompt"] = lines[0]["prompt"]
 
         data = msgspec.json.encode(row)
-        given = [line["completions"][0] for line in lines]
+        given: list[Any] = [line["completions"][0] for line in lines]
         wrapped = as_answers(data, given)
-        answers = [
+        answers: list[Any] = [
             own if isinstance(own, list) else answer
             for own, answer in zip(given, wrapped, strict=True)
         ]

@@ -8,7 +8,7 @@ damaged in those files is left out. All text is escaped.
 import os
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from launch.pages.charts import line_chart
 from launch.pages.html import page, points, prompt_text
@@ -135,8 +135,8 @@ def _table(groups: list[dict[str, Any]]) -> str:
         rewards = _list(line, "rewards")
         names = _list(line, "reward_names")
         for index, text in enumerate(_list(line, "completions")[:SAMPLES]):
-            row = rewards[index] if index < len(rewards) else []
-            values = row if isinstance(row, list) else [row]
+            reward: object = rewards[index] if index < len(rewards) else []
+            values = cast("list[object]", reward) if isinstance(reward, list) else [reward]
             labels = [*map(str, names), *[""] * len(values)]
             worth = "\n".join(f"{n} {v}" for n, v in zip(labels, values, strict=False))
             prompt = prompt_text(line.get("prompt"))
@@ -147,7 +147,7 @@ def _table(groups: list[dict[str, Any]]) -> str:
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:
     value = line.get(key)
-    return value if isinstance(value, list) else []
+    return cast("list[Any]", value) if isinstance(value, list) else []
 
 
 def _bytes(path: Path) -> bytes:

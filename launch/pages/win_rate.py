@@ -81,7 +81,7 @@ def recorded_scores(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float
     """Return the sums of the rewards that the run itself recorded, if it did, by prompt."""
     found: dict[str, float] = {}
     for key, line in answers.items():
-        rewards = line.get("rewards") or []
+        rewards: list[list[float | None]] = line.get("rewards") or []
         values = [value for value in (rewards[0] if rewards else []) if value is not None]
         if values:
             found[key] = float(sum(values))

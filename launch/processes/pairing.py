@@ -1,7 +1,7 @@
 """Chooses the two answers of a pair: pure functions of rows, texts and rewards."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -52,9 +52,9 @@ def given_and_own(
     Only the model's own answer has a score, if functions gave one. Reasons: "no_given_answer",
     "empty_answers", "same_text".
     """
-    answer = row.get(column)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0].get("content")
+    answer: Any = row.get(column)
+    if isinstance(answer, list) and len(cast("list[Any]", answer)) == 1:
+        answer = cast("list[Any]", answer)[0].get("content")
     if not isinstance(answer, str):
         return "no_given_answer"
     return _pair(row, answer, texts[0], None, totals(rewards, weights)[0])

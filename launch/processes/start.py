@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+from types import FrameType
 
 from launch.processes.blas import HINT, load_openblas
 from launch.processes.lifeline import Lifeline
@@ -17,7 +18,11 @@ def start_process(*, child: bool, mlx: bool) -> Lifeline:
     """
     start_log()
     lifeline = Lifeline(child=child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        lifeline.request_stop()
+
+    signal.signal(signal.SIGTERM, stop)
     if mlx and not load_openblas():
         logging.getLogger("pippin").info(HINT)
     return lifeline
