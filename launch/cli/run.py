@@ -50,8 +50,8 @@ def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
 
     saved = any((folder / "checkpoints").glob("*"))
     try:
-        restore_settings(folder)
-        record_end(folder, status, started=saved or (folder / "metrics.jsonl").exists())
+        if not restore_settings(folder):
+            record_end(folder, status, started=saved or (folder / "metrics.jsonl").exists())
         if (folder / "metrics.jsonl").exists():
             sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
     except OSError as error:  # a full disk does not change how the run ended

@@ -12,6 +12,7 @@ from protocol.config.settings import AnyRun, builtins
 from protocol.errors import ConfigError
 from protocol.run_record import (
     EVENTS,
+    RUN,
     Program,
     change_state,
     cut_partial_line,
@@ -20,6 +21,7 @@ from protocol.run_record import (
 )
 
 PREVIOUS = ".config-before.toml"
+PREVIOUS_RUN = ".run-before.json"
 
 
 def require_program(folder: Path, program: Program) -> None:
@@ -51,6 +53,7 @@ def prepare_resume(folder: Path, run: AnyRun) -> None:
 
     Raises OSError where the folder cannot be written.
     """
+    (folder / PREVIOUS_RUN).write_bytes((folder / RUN).read_bytes())
     (folder / PREVIOUS).write_bytes((folder / CONFIG).read_bytes())
     temporary = folder / f".config-{os.getpid()}.toml"
     temporary.write_text(to_toml(run), encoding="utf-8")
@@ -69,9 +72,17 @@ def prepare_resume(folder: Path, run: AnyRun) -> None:
 def accept_settings(folder: Path) -> None:
     """Forget the previous settings: the learner could use the new ones."""
     (folder / PREVIOUS).unlink(missing_ok=True)
+    (folder / PREVIOUS_RUN).unlink(missing_ok=True)
 
 
-def restore_settings(folder: Path) -> None:
-    """Put the previous settings back, unless the learner accepted the new ones."""
-    if (folder / PREVIOUS).exists():
-        (folder / PREVIOUS).replace(folder / CONFIG)
+def restore_settings(folder: Path) -> bool:
+    """Put the previous settings back, unless the learner accepted the new ones; say if it was done.
+
+    The run is then what it was before: finished, for example.
+    """
+    if not (folder / PREVIOUS).exists():
+        return False
+    (folder / PREVIOUS).replace(folder / CONFIG)
+    (folder / PREVIOUS_RUN).replace(folder / RUN)
+    change_state(folder, read_run(folder).state)
+    return True

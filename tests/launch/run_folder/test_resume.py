@@ -36,17 +36,19 @@ def test_refused_settings_are_undone_and_events_keep_their_history(tmp_path: Pat
     )
     prepare_resume(tmp_path, after)
     assert load(SftRun, config) == after
-    restore_settings(tmp_path)
+    assert restore_settings(tmp_path)
     assert load(SftRun, config) == before
+    record = read_run(tmp_path)
+    assert (record.state, record.started_at, record.total_steps) == ("finished", 5.0, 4)
     prepare_resume(tmp_path, after)
     accept_settings(tmp_path)
-    restore_settings(tmp_path)  # nothing is left to restore
+    assert not restore_settings(tmp_path)  # nothing is left to restore
     assert load(SftRun, config) == after
 
     record = read_run(tmp_path)
     assert (record.state, record.started_at, record.total_steps) == ("starting", 5.0, None)
     events = parse_events((tmp_path / "events.jsonl").read_bytes())
     states = [event.state for event in events if isinstance(event, StateChanged)]
-    assert states == ["finished", "starting", "starting"]  # the partial line is gone
+    assert states == ["finished", "starting", "finished", "starting"]  # the partial line is gone
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["config.toml", "events.jsonl", "run.json"]
