@@ -146,6 +146,7 @@ def enquire(
         actor_incarnation=incarnation,
         host=platform.node(),
     )
+    # The learner may start later, or be restarting: no answer is not an error.
     asked = 0
     ask_at = time.monotonic()
     while not lifeline.stop_requested:

@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge = Judge(args.reward, args.reward_timeout, args.keys) if args.reward else None
     temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
 
+    # Checked first: scoring and generating may take an hour.
     try:
         require_writable(args.out, temporary)
         page = compare(args.runs, judge=judge, generate=args.generate)

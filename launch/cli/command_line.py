@@ -59,6 +59,7 @@ def _new_run(cls: type[RunT], recipe: Path | None, flags: Sequence[str]) -> tupl
     run = load(cls, recipe, flags)
     if recipe is not None:
         run = resolve_paths(run, recipe.parent.absolute())
+    # Before the folder is made and a model is loaded for it.
     for name, path in (("path", run.data.path), ("eval_path", run.data.eval_path)):
         require_file(f"data.{name}", path)
     return run, make_run_folder(run, PROGRAMS[cls], recipe.stem if recipe else "run")

@@ -50,6 +50,7 @@ def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
 
     saved = any((folder / "checkpoints").glob("*"))
     try:
+        # A resume that was refused leaves the run as it was.
         if not restore_settings(folder):
             record_end(folder, status, started=saved or (folder / "metrics.jsonl").exists())
         if (folder / "metrics.jsonl").exists():

@@ -37,22 +37,16 @@ def export(
     Weights keep the precision in which they are stored; a quantised layer is quantised again
     after fusing, which rounds, unless `dequantize`.
     """
-    from mlx_lm.utils import dequantize_model, load, save
+    from mlx_lm.utils import dequantize_model, save
 
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ModelError(f"{out} exists and is not empty: name a new folder to export to")
 
+    # The best checkpoint's adapter is put together in a folder that is needed only for loading.
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter = locate(source, model, Path(scratch), best=best)
-        try:
-            loaded: Any = load(base, adapter_path=adapter, return_config=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            what = f"{base} with {adapter}" if adapter else base
-            raise ModelError(
-                f"{what}: cannot be loaded: {error}; --model names the base if it has moved"
-            ) from error
+        network, tokenizer, config = _load(base, adapter)
 
-    network, tokenizer, config = loaded
     result = Exported(out)
     fuse(network, dequantize=dequantize)
     if dequantize:
@@ -78,6 +72,20 @@ def export(
     if ollama:
         write_modelfile(result, config, tokenizer)
     return result
+
+
+def _load(base: str, adapter: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Return network, tokenizer and configuration of a model with its adapter."""
+    from mlx_lm.utils import load
+
+    try:
+        loaded: Any = load(base, adapter_path=adapter, return_config=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{base} with {adapter}" if adapter else base
+        raise ModelError(
+            f"{what}: cannot be loaded: {error}; --model names the base if it has moved"
+        ) from error
+    return loaded
 
 
 def locate(

@@ -96,6 +96,7 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
     """Spawn a child; its output is appended to `logs/<name>.log`."""
     await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
 
+    # Appended to: a restarted child's log continues its predecessor's.
     path = logs / f"{spec.name}.log"
     with path.open("ab") as log:
         log_start = log.tell()

@@ -39,7 +39,7 @@ def run_learner(name: str, description: str | None, work: Work) -> NoReturn:
     `name` is that of the process's log; `work` returns the run's state at its end.
     """
     args = arguments(description)
-    bound_lookahead()
+    bound_lookahead()  # before MLX is imported
     lifeline = start_process(child=args.child, mlx=True)
     logging.getLogger().addHandler(NoticeHandler(args.run_dir, f"logs/{name}.log"))
 

@@ -73,6 +73,7 @@ class Supervisor:
                 await group.start(self._watch_signals)
                 for companion in self._companions:
                     group.start_soon(companion)
+                # Before the learner, which takes longest to start: helpers wait for it.
                 for spec in self._helpers:
                     group.start_soon(self._keep_running, spec)
 
@@ -94,6 +95,7 @@ class Supervisor:
         status = await child.wait()
         del self._alive[child.spec.name]
 
+        # We killed it: its own exit status says nothing.
         if self._interrupts > 1:
             return INTERRUPTED
         if self._failed:
@@ -123,6 +125,7 @@ class Supervisor:
             status = await child.wait()
             del self._alive[spec.name]
 
+            # Status 0: it left on purpose, as an actor does at the end of the run.
             if status == 0 or self._over:
                 return
             if attempt > spec.max_restarts:

@@ -27,6 +27,7 @@ class LineTail:
             return b""
 
         with self.path.open("rb") as file:
+            # A resume that leaves lines out replaces the file: another inode.
             inode = os.fstat(file.fileno()).st_ino
             if self._inode not in (None, inode):
                 self._offset = 0
@@ -34,6 +35,7 @@ class LineTail:
             file.seek(self._offset)
             data = file.read()
 
+        # What follows the last newline is still being written.
         end = data.rfind(b"\n") + 1
         self._offset += end
         return data[:end]
