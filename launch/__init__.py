@@ -1,4 +1,4 @@
-"""The front doors: one file per program, and rooms for what runs and shows a run.
+"""The programs, one file each, and rooms for what runs a run and shows it.
 
-Nothing imports it but itself.
+Nothing outside launch imports it.
 """

@@ -1,7 +1,7 @@
 """An actor: `launch/actor.py --connect ENDPOINT [--keys DIR] [--model PATH] [--name ID]`.
 
-It samples and has scored what the learner leases to it, here or on another machine; it needs no
-dataset and joins or leaves a running job at any time. MLX stays on this main thread; sockets are
+It samples what the learner leases to it and has it scored, on this machine or another; it needs no
+dataset, and joins or leaves a running job at any time. MLX stays on this main thread; sockets are
 served by an I/O thread. Exit status 0: the run is over, or it was asked to leave; 1: it failed.
 """
 
@@ -22,7 +22,7 @@ from actors.io import ActorIo, IoThreadHandle
 from actors.session import ActorIdentity, Session
 from actors.worker import Worker
 from launch.processes.lifeline import Lifeline
-from launch.processes.start import begin
+from launch.processes.start import start_process
 from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pippin.actor")
 
 IDLE_S = 0.2
-ENQUIRE_S = 2.0
+ASK_AGAIN_S = 2.0
 
 
 def arguments() -> argparse.Namespace:
@@ -46,11 +46,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the learner's")
     parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
-    parser.add_argument("--model", default="", metavar="PATH", help="where the model is here")
+    parser.add_argument("--model", default="", metavar="PATH", help="the model on this machine")
     parser.add_argument(
         "--max-concurrent-completions", type=int, default=32, help="completions sampled at once"
     )
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="prompt tokens a pass")
+    parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens per pass")
     parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     args = parser.parse_args()
@@ -60,10 +60,11 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Join, work until the learner says Stop or we are asked to leave, and leave."""
+    """Join, work until the learner says Stop or we are asked to leave, then leave."""
     args = arguments()
-    lifeline = begin(child=args.child, mlx=True)
-    worker: list[Worker] = []
+    lifeline = start_process(child=args.child, mlx=True)
+    worker: list[Worker] = []  # empty until the learner has said which model it trains
+
     try:
         with Bridge[Command, Event]() as bridge:
             bridge.start(_io(args, lambda: worker[0].heartbeat if worker else None).run, "actor-io")
@@ -98,12 +99,13 @@ def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> 
 def _work(
     args: argparse.Namespace, io_thread: IoThreadHandle, lifeline: Lifeline, made: list[Worker]
 ) -> None:
-    """Load what the learner names, then advance the worker until the run is over."""
+    """Load the model that the learner names, then advance the worker until the run is over."""
     name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
     incarnation = uuid.uuid4().hex
     welcome = enquire(io_thread, name, incarnation, args.connect, lifeline)
     if welcome is None:
         return
+
     from protocol.model.policy import load_policy
 
     settings = msgspec.convert(welcome.model, ModelSettings)
@@ -113,9 +115,11 @@ def _work(
     identity = ActorIdentity(
         name, incarnation, platform.node(), policy.model_digest, policy.tokenizer_digest
     )
+
     worker = _worker(args, policy, identity, io_thread)
     made.append(worker)
     worker.start()
+
     log.info("actor %s joins run %s at %s", name, welcome.run, args.connect)
     try:
         while worker.stopped is None and not lifeline.stop_requested:
@@ -123,6 +127,7 @@ def _work(
                 io_thread.wait(IDLE_S)
     except KeyboardInterrupt:
         log.info("interrupted: leaving")
+
     reason = worker.stopped or "asked to leave"
     log.info("actor %s leaves: %s", name, reason)
     worker.leave(reason)
@@ -133,7 +138,7 @@ def enquire(
 ) -> Welcome | None:
     """Ask the learner for its terms until it answers; None if we are asked to leave first.
 
-    Raises RefusedError if the learner does not want us.
+    Raises RefusedError if the learner refuses this actor.
     """
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
@@ -141,14 +146,16 @@ def enquire(
         actor_incarnation=incarnation,
         host=platform.node(),
     )
+    # The learner may start later, or be restarting: no answer is not an error.
     asked = 0
     ask_at = time.monotonic()
     while not lifeline.stop_requested:
         if time.monotonic() >= ask_at:
             if asked == 1:
-                log.info("no answer yet from %s; going on asking", endpoint)
+                log.info("no answer yet from %s; still asking", endpoint)
             io_thread.put(Send(hello))
-            asked, ask_at = asked + 1, time.monotonic() + ENQUIRE_S
+            asked, ask_at = asked + 1, time.monotonic() + ASK_AGAIN_S
+
         io_thread.wait(IDLE_S)
         for event in io_thread.poll():
             message = event.message if isinstance(event, MessageReceived) else None
@@ -183,7 +190,7 @@ def _worker(
         snapshot = read_snapshot(data)
         if snapshot.digest != digest:
             raise SnapshotError(
-                f"the learner announced a snapshot of digest {digest[:12]}, what came has "
+                f"the learner announced a snapshot with digest {digest[:12]}, received one with "
                 f"{snapshot.digest[:12]}; is another run writing to the same folder?"
             )
         return lambda: apply_snapshot(policy.model, snapshot)
@@ -198,5 +205,5 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A daemon thread of ours may sit in a read of standard input, which a normal exit would await.
+    # A daemon thread may still be reading standard input, which a normal exit would wait for.
     os._exit(status)

@@ -2,9 +2,9 @@
 
 Writes one HTML file without network references: held-out figures before and after training, win
 rates by a reward function on the answers to held-out prompts, curves, samples, and the settings
-that differ. The answers are those in rollouts.jsonl (`eval.generate` in offline runs); with
---generate, runs that lack them answer their held-out prompts now, and keep the answers there.
-Answers compete with those of the other runs, with the same run's first ones, and with the
+that differ. The answers are those in rollouts.jsonl (offline runs need `eval.generate`); with
+--generate, runs that lack them answer their held-out prompts now, and store the answers there.
+Answers are compared with those of the other runs, with the same run's first ones, and with the
 dataset's chosen ones.
 """
 
@@ -18,50 +18,54 @@ from typing import Any
 
 import msgspec
 
-from launch.pages.comparison import Answers, Compared, Rival, render
+from launch.pages.comparison import Answers, AnswerSet, FinishedRun, render
 from launch.pages.judge import TIMEOUT_S, Judge
 from launch.pages.win_rate import first_answers, latest_answers, recorded_scores
 from launch.processes.blas import HINT, load_openblas
+from launch.processes.supervisor import INTERRUPTED
 from launch.run_folder.tail import parse_lines
 from protocol.config.load import read_toml
 from protocol.errors import ConfigError, PippinError
+from protocol.run_record import read_run
 
 CHOSEN = "chosen answers"
-INTERRUPTED = 130
 
 
-def read_run(folder: Path) -> Compared:
-    """Read a run folder; ConfigError where it is none."""
+def read_finished_run(folder: Path) -> FinishedRun:
+    """Read a run folder; ConfigError if `folder` is not one."""
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} holds no metrics.jsonl and config.toml: name run folders")
+
     path = folder.resolve()
     rollouts = path / "rollouts.jsonl"
     lines = parse_lines(rollouts.read_bytes()) if rollouts.is_file() else []
     metrics = parse_lines((path / "metrics.jsonl").read_bytes())
-    newest = Rival(path.name, latest_answers(lines))
-    before = Rival(f"{path.name} before", first_answers(lines))
-    return Compared(path.name, path, read_toml(path / "config.toml"), metrics, newest, before)
+    newest = AnswerSet(path.name, latest_answers(lines))
+    before = AnswerSet(f"{path.name} before", first_answers(lines))
+    config = read_toml(path / "config.toml")
+    return FinishedRun(path.name, path, read_run(path).program, config, metrics, newest, before)
 
 
 def compare(folders: Sequence[Path], *, judge: Judge | None = None, generate: bool = False) -> str:
-    """Return the page that compares the runs in `folders`; without a judge by recorded rewards."""
-    runs = _named_apart([read_run(folder) for folder in folders])
+    """Return the page that compares the runs; without a judge, by the rewards they recorded."""
+    runs = _named_apart([read_finished_run(folder) for folder in folders])
     for run in runs:
         if generate and not run.newest.answers:
             run.newest = replace(run.newest, answers=_answered(run))
+
     chosen = _chosen(runs)
-    rivals = [*(run.newest for run in runs), *(run.before for run in runs), chosen]
+    sets = [*(run.newest for run in runs), *(run.before for run in runs), chosen]
     if judge is None:
-        for rival in rivals:
-            rival.scores = recorded_scores(rival.answers)
-    elif any(rival.answers for rival in rivals):
-        scores = judge.scores({rival.name: rival.answers for rival in rivals})
-        for rival in rivals:
-            rival.scores = scores[rival.name]
+        for answer_set in sets:
+            answer_set.scores = recorded_scores(answer_set.answers)
+    elif any(answer_set.answers for answer_set in sets):
+        scores = judge.scores({answer_set.name: answer_set.answers for answer_set in sets})
+        for answer_set in sets:
+            answer_set.scores = scores[answer_set.name]
     return render(runs, chosen, judge.function if judge else "")
 
 
-def _answered(run: Compared) -> Answers:
+def _answered(run: FinishedRun) -> Answers:
     """Return the answers of the finished policy to the run's held-out prompts."""
     if not load_openblas():
         sys.stderr.write(f"{HINT}\n")
@@ -75,19 +79,19 @@ def _answered(run: Compared) -> Answers:
 
 
 def _keep(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Add lines to a run's record, so that the next comparison has them."""
+    """Add lines to a run's records, so that the next comparison finds them."""
     before = path.read_bytes() if path.is_file() else b""
-    torn = before != b"" and not before.endswith(b"\n")
+    partial = before != b"" and not before.endswith(b"\n")
     data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
     try:
         with path.open("ab") as file:
-            file.write(b"\n" * torn + data)
+            file.write(b"\n" * partial + data)
     except OSError as error:
-        sys.stderr.write(f"the answers are not kept, and take as long next time: {error}\n")
+        sys.stderr.write(f"the answers cannot be stored for the next comparison: {error}\n")
 
 
-def _named_apart(runs: list[Compared]) -> list[Compared]:
-    """Put the parent folder before names that occur twice, and a number where that fails too."""
+def _named_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Prefix names that occur twice with the parent folder; number those that are still equal."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -98,7 +102,7 @@ def _named_apart(runs: list[Compared]) -> list[Compared]:
     return runs
 
 
-def _chosen(runs: Sequence[Compared]) -> Rival:
+def _chosen(runs: Sequence[FinishedRun]) -> AnswerSet:
     """Return the dataset's chosen answers to the prompts that the runs answered."""
     answers: Answers = {
         key: {**line, "completions": [chosen]}
@@ -106,7 +110,7 @@ def _chosen(runs: Sequence[Compared]) -> Rival:
         for key, line in run.newest.answers.items()
         if (chosen := {**line.get("columns", {}), **line}.get("chosen"))
     }
-    return Rival(CHOSEN, answers)
+    return AnswerSet(CHOSEN, answers)
 
 
 def require_writable(out: Path, temporary: Path) -> None:
@@ -118,7 +122,7 @@ def require_writable(out: Path, temporary: Path) -> None:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}; name another file") from error
     if out.is_dir():
-        raise ConfigError(f"--out {out}: a folder; name the file to write, such as {out}/page.html")
+        raise ConfigError(f"--out {out}: is a folder; name a file, such as {out}/page.html")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,19 +135,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reward",
         default="",
         metavar="FUNCTION",
-        help="file.py:function, package.module:function or zmq://host:port; it is given what GRPO "
-        "would give it: prompts, completions and every column of the held-out rows",
+        help="file.py:function, package.module:function or zmq://host:port; called as in GRPO, "
+        "with prompts, completions and every column of the held-out rows",
     )
     parser.add_argument(
         "--reward-timeout",
         type=float,
         default=TIMEOUT_S,
         metavar="S",
-        help="seconds for the answers to one prompt (%(default)g)",
+        help="seconds to score the answers to one prompt (%(default)g)",
     )
     parser.add_argument("--keys", default="", metavar="DIR", help="for zmq:// on other machines")
     parser.add_argument(
-        "--generate", action="store_true", help="answer held-out prompts now where a run has not"
+        "--generate",
+        action="store_true",
+        help="for runs without answers: answer held-out prompts now",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("comparison.html"), help="(%(default)s)", metavar="FILE"
@@ -156,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     judge = Judge(args.reward, args.reward_timeout, args.keys) if args.reward else None
     temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+
+    # Checked first: scoring and generating may take an hour.
     try:
         require_writable(args.out, temporary)
         page = compare(args.runs, judge=judge, generate=args.generate)
@@ -164,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(args.out)
     sys.stdout.write(f"{args.out}\n")

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: `metrics.jsonl` and `rollouts.jsonl`, one object a line."""
+"""What a learner writes as it goes: `metrics.jsonl`, `rollouts.jsonl` and its events."""
 
 import logging
 import math
@@ -10,14 +10,17 @@ from typing import IO, Any
 
 import msgspec
 
+from protocol.run_record import AnyEvent, cut_partial_line, record_event
+
 log = logging.getLogger("pippin.learner")
 
 
 class Records:
-    """Appends to the run folder; each line is written whole and flushed. A step is there once:
-    what a resume does again moves to `metrics.undone.jsonl` and `rollouts.undone.jsonl`.
+    """Appends whole lines to the files of a run folder, one JSON object per line.
 
-    `started_at` is Unix time, so that `time_s` goes on where an earlier incarnation ended.
+    Every step is in them once: what a resumed run repeats is first moved to
+    `metrics.undone.jsonl` and `rollouts.undone.jsonl`. `started_at` is Unix time, so that `time_s`
+    continues where an earlier learner of the same run ended.
     """
 
     def __init__(self, folder: Path, started_at: float) -> None:
@@ -25,22 +28,26 @@ class Records:
         self.started_at = started_at
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            mend(folder / name)
+            cut_partial_line(folder / name)
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """Append one line of metrics; numbers that are not finite become null."""
         line = {"step": step, "time_s": round(time.time() - self.started_at, 3)}
-        self._append("metrics.jsonl", [{**line, **{k: _finite(v) for k, v in values.items()}}])
+        self._append("metrics.jsonl", [line | {k: _finite(v) for k, v in values.items()}])
 
     def rollouts(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append groups: what was sampled, by which policy, and what it was worth."""
+        """Append groups: what was sampled, by which policy, and how it was rewarded."""
         self._append("rollouts.jsonl", lines)
 
-    def undo(self, step: int, evaluated: int) -> None:
-        """Move away what came after a checkpoint of `step`, of which `evaluated` is the step of the
-        newest evaluation begun: from there on the run goes on, and writes it anew.
+    def event(self, event: AnyEvent) -> None:
+        """Append to `events.jsonl`, and log."""
+        record_event(self.folder, event)
 
-        Raises OSError where the disk does not take it; then nothing is moved.
+    def undo(self, step: int, evaluated: int) -> None:
+        """Move aside the lines that came after a checkpoint, which the resumed run writes again.
+
+        `step` is the checkpoint's; `evaluated` the step of the newest evaluation begun by then.
+        Raises OSError where the disk is full; then nothing is moved.
         """
 
         def measured(line: dict[str, Any]) -> bool:
@@ -63,28 +70,19 @@ class Records:
                 file.write(msgspec.json.encode(line, enc_hook=str) + b"\n")
 
 
-def mend(path: Path) -> None:
-    """Cut off a last line that a killed writer left unfinished, so that the next is not spoilt."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-
 def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
-    """Move the lines of a JSONL file for which `away` holds to `<name>.undone.jsonl`, in order, and
-    return how many; a line that lacks what `away` reads stays.
+    """Move the lines for which `away` holds to `<name>.undone.jsonl`, in order; return their count.
 
-    A writer that is killed in between leaves the lines in the file, and perhaps beside it as well;
-    the next call does not add them there twice.
+    A line that lacks the fields that `away` reads stays. A writer that is killed in between leaves
+    the lines in the file, perhaps in `<name>.undone.jsonl` too; the next call does not add them
+    there twice.
     """
     if not path.is_file():
         return 0
+
     moved: list[bytes] = []
-    fresh = path.with_name(f".{path.name}")  # of one learner a run: a killed one's is written over
+    # A run has one learner at a time, so a killed one's temporary file may be overwritten.
+    fresh = path.with_name(f".{path.name}")
     try:
         with path.open("rb") as old, fresh.open("wb") as new:
             for line in old:
@@ -93,6 +91,7 @@ def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
                 else:
                     new.write(line)
             _sync(new)
+
         if moved:
             _add_once(path.with_name(_aside(path.name)), b"".join(moved))
             fresh.replace(path)

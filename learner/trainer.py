@@ -4,9 +4,6 @@ The trainer knows neither where batches come from nor what is optimised. It owns
 program calls `advance` until `done`, and waits on the source in between.
 """
 
-# pyright: reportMissingTypeStubs=false
-
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -27,8 +24,12 @@ from learner.records import Records
 from protocol.errors import CheckpointError
 from protocol.model.random_state import random_state, set_random_state
 from protocol.model.snapshots import trainable
-
-log = logging.getLogger("pippin.learner")
+from protocol.run_record import (
+    CheckpointFailed,
+    CheckpointSaved,
+    EvaluationFinished,
+    EvaluationStarted,
+)
 
 BatchT = TypeVar("BatchT")
 
@@ -194,7 +195,7 @@ class Trainer(Generic[BatchT]):
         if self.evaluator is None or self.evaluator.pending:
             return
         self._evaluated = self.step
-        log.info("evaluating step %d", self.step)
+        self.records.event(EvaluationStarted(step=self.step))
         self.evaluator.start(self.step)
 
     def _take_eval(self) -> bool:
@@ -203,6 +204,8 @@ class Trainer(Generic[BatchT]):
         if result is None:
             return False
         version, metrics, rollouts = result
+        # Before the metrics: whoever has read these then knows that the evaluation is over.
+        self.records.event(EvaluationFinished(step=version))
         self.records.metrics(version, metrics)
         self.records.rollouts(rollouts)
         return self._keep_best(version, metrics) and version == self.step
@@ -237,7 +240,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint; if it is not `required`, a failure is logged and training goes on."""
+        """Write a checkpoint; one that is not `required` may fail, which is recorded."""
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
@@ -258,11 +261,12 @@ class Trainer(Generic[BatchT]):
             path = save_checkpoint(
                 self.checkpoints, checkpoint, keep=self.schedule.save_total_limit, also=also
             )
-            log.info("saved %s", path)
-        except CheckpointError:
+            relative = str(path.relative_to(self.records.folder))
+            self.records.event(CheckpointSaved(step=self.step, path=relative))
+        except CheckpointError as error:
             if required:
                 raise
-            log.exception("training goes on without this checkpoint")
+            self.records.event(CheckpointFailed(step=self.step, reason=str(error)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, whose tensors the model has already."""

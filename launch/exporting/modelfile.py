@@ -1,17 +1,20 @@
 """An Ollama Modelfile for an exported model: FROM, TEMPLATE, PARAMETER stop.
 
-A chat template is Jinja; Ollama's templates are Go's. There is no general conversion, so the
-families that the markers below tell apart have a template written by hand, and for all others the
-Modelfile says that there is none.
+A chat template is Jinja; Ollama's templates are Go's. There is no general conversion: the families
+that the markers below tell apart have a template written by hand, and for any other the Modelfile
+says that its template is missing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from launch.exporting.result import Exported
 
 
 @dataclass(frozen=True)
 class Family:
-    """A way of writing chats: known by `markers` in its Jinja, which all must occur."""
+    """A way of writing chats; a Jinja template that holds all `markers` belongs to it."""
 
     name: str
     markers: tuple[str, ...]
@@ -61,6 +64,19 @@ def family_of(chat_template: str | None) -> Family | None:
     return None
 
 
+def write_modelfile(result: Exported, config: dict[str, Any], tokenizer: Any) -> None:  # noqa: ANN401 - mlx-lm's wrapper
+    """Write an Ollama Modelfile that loads the GGUF, or else the folder."""
+    stops = [str(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)]
+    source = f"./{result.gguf.name}" if result.gguf else "."
+    text = modelfile(source, tokenizer.chat_template, [stop for stop in stops if stop])
+    result.modelfile = result.folder / "Modelfile"
+    result.modelfile.write_text(text, encoding="utf-8")
+    result.notes += template_notes(tokenizer.chat_template)
+    if config.get("quantization"):
+        result.notes.append("Ollama cannot read MLX's quantised weights: export with --dequantize.")
+        result.failed = True
+
+
 def modelfile(source: str, chat_template: str | None, stop_words: Sequence[str]) -> str:
     """Return a Modelfile for `source` (a GGUF file or a folder, relative to the Modelfile)."""
     family = family_of(chat_template)
@@ -76,17 +92,17 @@ def modelfile(source: str, chat_template: str | None, stop_words: Sequence[str])
 
 
 def template_notes(chat_template: str | None) -> list[str]:
-    """Return what is to be said about the template: what could not be converted."""
+    """Return notes on the template: which one was written, and what could not be converted."""
     family = family_of(chat_template)
     if not chat_template:
-        return ["The tokenizer has no chat template: prompts are passed on as they are."]
+        return ["The tokenizer has no chat template: prompts are passed on unchanged."]
     if family is None:
         return [
-            "The chat template could not be converted: it is of no family known here. "
+            "The chat template could not be converted: it belongs to no known family. "
             "Write TEMPLATE by hand before chatting with this model."
         ]
     left_out = [word for word in ("tools", "enable_thinking") if word in chat_template]
-    notes = [f"The chat template is written as Ollama's of the family {family.name}."]
+    notes = [f"The chat template is written as Ollama's for the {family.name} family."]
     if left_out:
         notes.append(f"Not converted: the chat template's handling of {', '.join(left_out)}.")
     return notes

@@ -1,4 +1,4 @@
-"""Answers of a finished offline run to its held-out prompts, for runs that wrote none."""
+"""Answers of a finished offline run to its held-out prompts, for runs that recorded none."""
 
 from pathlib import Path
 from typing import Any
@@ -8,38 +8,47 @@ from msgspec import structs
 from launch.run_folder.tail import number, parse_lines
 from learner.build.offline import open_examples
 from learner.offline.generated import DEFAULT_LENGTH, Answers
-from protocol.config.load import load, read_toml
+from protocol.config.load import load
 from protocol.config.settings import PreferenceRun, SftRun
 from protocol.errors import ConfigError
 from protocol.model.policy import load_policy
+from protocol.run_record import read_run
 
 
 def answer_held_out(folder: Path) -> list[dict[str, Any]]:
     """Return a line, as in rollouts.jsonl, for each held-out prompt of the run in `folder`.
 
-    The answers are the finished policy's, and count as those of the run's last step. Raises
+    The finished policy answers, and its answers count as those of the run's last step. Raises
     ConfigError for a run that is not offline, or that left no weights.
     """
-    objective = read_toml(folder / "config.toml").get("objective", {})
-    if "num_iterations" in objective:
-        raise ConfigError(
-            f"--generate: {folder} is a GRPO run without evaluation; only offline runs can answer "
-            "afterwards. Set data.eval_rows in its recipe."
-        )
-    path = folder / "config.toml"
-    settings = load(PreferenceRun, path) if "method" in objective else load(SftRun, path)
+    settings = _offline_settings(folder)
     if (folder / "model").is_dir():
         changes = {"path": str(folder / "model"), "adapter_path": ""}
     elif (folder / "adapters").is_dir():
         changes = {"adapter_path": str(folder / "adapters")}
     else:
         raise ConfigError(f"--generate: {folder} has neither adapters/ nor model/: finish the run")
+
     policy = load_policy(structs.replace(settings.model, **changes), seed=settings.run.seed)
     examples = open_examples(settings, policy).evaluation
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
     answers = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
     answers.check(examples)
     return answers(examples, _last_step(folder))[1]
+
+
+def _offline_settings(folder: Path) -> PreferenceRun | SftRun:
+    path = folder / "config.toml"
+    match read_run(folder).program:
+        case "preference":
+            return load(PreferenceRun, path)
+        case "sft":
+            return load(SftRun, path)
+        case program:
+            raise ConfigError(
+                f"--generate: {folder} is a run of launch/{program}.py without evaluation; only "
+                "offline runs can answer afterwards. Set data.eval_rows in its recipe."
+            )
 
 
 def _last_step(folder: Path) -> int:

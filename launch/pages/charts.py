@@ -38,6 +38,7 @@ def line_chart(title: str, series: Mapping[str, Points]) -> str:
         if len(spots) < 40:
             parts += [f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"/>' for x, y in spots]
         legend.append(f'<span style="color:{colour}">{escape(name)} {points[-1][1]:.4g}</span>')
+
     return (
         f"<figure><figcaption>{escape(title)} {' '.join(legend)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
@@ -56,7 +57,7 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
     """Return round values from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
 
-    There are at most `count` + 1 of them; `whole` allows integers alone.
+    There are at most `count` + 1 of them; `whole` allows only integers.
     """
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))

@@ -1,8 +1,8 @@
 """Scores finished answers with reward functions, in a reward server as in every run.
 
-The server lasts for as long as it takes, or is one that runs already (`zmq://host:port`). All
-answers to a prompt are one group. A function that fails, or gives nothing within its time, ends
-the scoring: half of the scores would compare nothing.
+The server is started for the scoring, or runs already (`zmq://host:port`). All answers to a prompt
+are scored as one group. A function that fails or times out ends the scoring, because a comparison
+by half of the scores would be worth nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from protocol.messages.parts import RewardService
 from protocol.transport.endpoints import ipc_folder
 
 TIMEOUT_S = 60.0
-COLUMNS = ("chosen", "rejected")  # which lines may hold beside `columns`
+COLUMNS = ("chosen", "rejected")  # may stand beside a line's `columns`
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,29 @@ class Judge:
     keys: str = ""
 
     def scores(
-        self, contestants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+        self, answer_sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     ) -> dict[str, dict[str, float]]:
-        """Return each contestant's scores by prompt, without those that are None.
+        """Return each set's scores by prompt, without those that are None.
 
-        `contestants` maps a name to lines of rollouts.jsonl by prompt; the first completion of a
-        line counts, as text or as messages. Raises RewardError that says what went wrong at which
-        prompt, and ChannelError for an endpoint that cannot be used.
+        `answer_sets` maps a name to lines of rollouts.jsonl by prompt; the first completion of a
+        line counts, as text or as messages. Raises RewardError, which names the prompt, and
+        ChannelError for an endpoint that cannot be used.
         """
         try:
-            return anyio.run(self._scores, contestants)
+            return anyio.run(self._scores, answer_sets)
         except BaseExceptionGroup as group:
             leaf = only_leaf(group)
             raise leaf if isinstance(leaf, PippinError) else group from None
 
     async def _scores(
-        self, contestants: Mapping[str, Mapping[str, Mapping[str, Any]]]
+        self, answer_sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     ) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {name: {} for name in contestants}
-        prompts = dict.fromkeys(key for lines in contestants.values() for key in lines)
+        found: dict[str, dict[str, float]] = {name: {} for name in answer_sets}
+        prompts = dict.fromkeys(key for lines in answer_sets.values() for key in lines)
         async with AsyncExitStack() as stack:
             client = await self._client(stack)
             for key in prompts:
-                entries = {n: lines[key] for n, lines in contestants.items() if key in lines}
+                entries = {n: lines[key] for n, lines in answer_sets.items() if key in lines}
                 values = await self._group(client, list(entries.values()))
                 for name, value in zip(entries, values, strict=True):
                     if value is not None:
@@ -70,7 +70,7 @@ class Judge:
         return found
 
     async def _client(self, stack: AsyncExitStack) -> RewardClient:
-        """Connect to the server that is named, or to one that lasts as long as `stack`."""
+        """Connect to the named server, or to one that is started for as long as `stack` lasts."""
         endpoint = f"tcp://{self.function.removeprefix('zmq://')}"
         if not self.function.startswith("zmq://"):
             endpoint = f"ipc://{stack.enter_context(ipc_folder())}/judge"
@@ -91,20 +91,23 @@ class Judge:
             row |= columns if isinstance(columns, dict) else {}
             row |= {column: line[column] for column in COLUMNS if column in line}
         row["prompt"] = lines[0]["prompt"]
+
         data = msgspec.json.encode(row)
-        given = [line["completions"][0] for line in lines]
+        given: list[Any] = [line["completions"][0] for line in lines]
         wrapped = as_answers(data, given)
-        answers = [
+        answers: list[Any] = [
             own if isinstance(own, list) else answer
             for own, answer in zip(given, wrapped, strict=True)
         ]
+
         result = await client.score(data, answers, [[] for _ in lines], {})
         if result.faults:
             fault = result.faults[0]
-            remedy = "give --reward-timeout" if fault.kind == "timeout" else "mend the function"
+            remedy = "give --reward-timeout" if fault.kind == "timeout" else "fix the function"
             raise RewardError(
                 f"--reward {self.function}: {fault.function}: {fault.kind}: {fault.message}, at "
                 f"the prompt {str(row['prompt'])[-200:]!r}; {remedy}"
             )
+
         table = floats_view(result.rewards).reshape(len(lines), len(result.names))
         return [None if np.isnan(line).all() else float(np.nansum(line)) for line in table]

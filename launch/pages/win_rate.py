@@ -51,7 +51,7 @@ def latest_answers(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def first_answers(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the lines of the oldest evaluation, by prompt; none where there was but one."""
+    """Return the lines of the oldest evaluation, by prompt; none if there was only one."""
     versions = _versions(rollouts)
     return _answers_at(rollouts, min(versions)) if len(versions) > 1 else {}
 
@@ -78,11 +78,11 @@ def key_of(prompt: object) -> str:
 
 
 def recorded_scores(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the sum of the rewards that the run itself recorded, where there are any."""
+    """Return the sums of the rewards that the run itself recorded, if it did, by prompt."""
     found: dict[str, float] = {}
     for key, line in answers.items():
-        rows = line.get("rewards") or []
-        values = [value for value in (rows[0] if rows else []) if value is not None]
+        rewards: list[list[float | None]] = line.get("rewards") or []
+        values = [value for value in (rewards[0] if rewards else []) if value is not None]
         if values:
             found[key] = float(sum(values))
     return found

@@ -1,1 +1,4 @@
-"""The processes of a run: started, watched, stopped, and what each does first."""
+"""The processes of a run: the programs that only a launcher starts, and what keeps them running.
+
+Imports run_folder only; `cli` and the programs import it.
+"""

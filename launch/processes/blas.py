@@ -1,19 +1,19 @@
-"""What MLX's Linux backends need before `mlx.core` is imported: OpenBLAS; a short look-ahead."""
+"""What MLX's Linux backends need before `mlx.core` is imported: OpenBLAS, and a bound on memory."""
 
 import ctypes
 import os
 import sys
 
 HINT = (
-    "OpenBLAS was not found: matrix products on this CPU are some twenty times slower. "
+    "OpenBLAS was not found: matrix products on this CPU are about twenty times slower. "
     "Debian and Ubuntu have it as libopenblas0-pthread."
 )
 
 
 def load_openblas() -> bool:
-    """Make OpenBLAS serve MLX's matrix products; call before `mlx.core` is imported.
+    """Make MLX use OpenBLAS for matrix products; call before `mlx.core` is imported.
 
-    Returns False where it is needed and absent (Linux without the library); True elsewhere.
+    Returns False where it is needed and missing (Linux without the library); True elsewhere.
     """
     if sys.platform != "linux":
         return True
@@ -25,11 +25,11 @@ def load_openblas() -> bool:
 
 
 def bound_lookahead() -> None:
-    """Let MLX's CUDA backend queue 200 MB of work at a time; call before `mlx.core` is imported.
+    """Limit the work that MLX's CUDA backend queues to 200 MB; call before importing `mlx.core`.
 
-    What is queued holds its temporary arrays until it ran. By default that is gigabytes: on an
-    H200 a checkpointed step of Qwen3-0.6B takes three times the memory, and no less time. A
-    MLX_MAX_MB_PER_BUFFER that is set already stays; Metal's own bound is 50 MB or less.
+    Queued work holds its temporary arrays until it has run. By default that is gigabytes: on an
+    H200 a checkpointed step of Qwen3-0.6B takes three times the memory, and no less time. If
+    MLX_MAX_MB_PER_BUFFER is set already, it stays; Metal's own limit is 50 MB or less.
     """
     if sys.platform == "linux":
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200")

@@ -1,9 +1,9 @@
-"""Child processes: spawned with a pipe as lifeline, logged to a file, ended in order or at once.
+"""Child processes: spawned with a pipe as lifeline, logged to a file, stopped or killed.
 
 A child's standard input is its lifeline (`launch/processes/lifeline.py`): a line asks it to stop,
 the end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each
-child leads a session of its own, so that Ctrl-C reaches the launcher alone and a kill takes the
-child's own children along.
+child leads its own session, so that Ctrl-C reaches only the launcher and a kill also ends the
+child's own children.
 """
 
 import os
@@ -17,14 +17,17 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
-from launch.processes.log_lines import ending
+from launch.processes.log_ending import ending
 
-TAIL_BYTES = 262_144
+TAIL_BYTES = 262_144  # of a log, in which its ending is looked for
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What to start: `kind` groups interchangeable children ("learner", "actor", "reward")."""
+    """What to start; `kind` groups interchangeable children: "learner", "actor", "reward server".
+
+    A child that fails is restarted at most `max_restarts` times.
+    """
 
     name: str
     kind: str
@@ -32,8 +35,20 @@ class ChildSpec:
     max_restarts: int = 0
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: one learner, and helpers that can be replaced.
+
+    `required` are the kinds of helper of which at least one must be left.
+    """
+
+    learner: ChildSpec
+    helpers: Sequence[ChildSpec] = ()
+    required: frozenset[str] = frozenset()
+
+
 class Child:
-    """One run of a spec's command; its output begins at byte `log_start` of `log`."""
+    """A running process; its output begins at byte `log_start` of `log`."""
 
     def __init__(self, spec: ChildSpec, process: Process, log: Path, log_start: int) -> None:
         self.spec = spec
@@ -43,7 +58,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """Return the process id."""
         return self._process.pid
 
     async def wait(self) -> int:
@@ -51,7 +66,7 @@ class Child:
         return await self._process.wait()
 
     async def ask_to_stop(self) -> None:
-        """Send a line down the lifeline; a child that is gone needs none."""
+        """Send a line down the lifeline; a child that has ended does not get it."""
         if self._process.stdin is not None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 await self._process.stdin.send(b"stop\n")
@@ -69,7 +84,7 @@ class Child:
         self.kill()
         await self.wait()
 
-    def last_words(self) -> str:
+    def log_ending(self) -> str:
         """Return what the child's log says of its failure: its last error, or else its end."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -80,6 +95,8 @@ class Child:
 async def start(spec: ChildSpec, logs: Path) -> Child:
     """Spawn a child; its output is appended to `logs/<name>.log`."""
     await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
+
+    # Appended to: a restarted child's log continues its predecessor's.
     path = logs / f"{spec.name}.log"
     with path.open("ab") as log:
         log_start = log.tell()

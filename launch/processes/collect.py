@@ -1,66 +1,56 @@
-"""The learner's side of launch/pairs.py: it leases prompts to actors and writes pairs, not steps.
+"""The learner's side of launch/pairs.py: leases prompts to actors, and writes pairs, not steps.
 
 `launch/processes/collect.py RUN_DIR --endpoint … --snapshots … [--rewards …]`, started by
-launch/pairs.py.
-Ledger, coordinator and service are those of GRPO; a batch is written instead of trained, and the
-same policy is announced again as the next version. Exit status 0: all prompts were answered or
-given up, or it was asked to stop; 1: it failed.
+launch/pairs.py. Ledger, coordinator and service are those of GRPO; a batch is written instead of
+trained on, and the same policy is announced again as the next version. Exit status 0: all prompts
+were answered or given up, or it was asked to stop; 1: it failed.
 """
 
 import argparse
 import logging
-import os
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 from msgspec import structs
 
+from launch.processes.learner_program import run_learner
 from launch.processes.lifeline import Lifeline
-from launch.processes.start import begin
 from protocol.config.load import load
 from protocol.config.settings import ModelSettings, PairsRun, builtins
-from protocol.errors import PippinError
+from protocol.run_record import State, change_state
 
 log = logging.getLogger("pippin.pairs")
 POLL_S = 0.2
 
 
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--endpoint", action="append", default=[], help="where actors connect")
-    parser.add_argument("--snapshots", default="", help="where snapshots are served")
-    parser.add_argument("--rewards", action="append", default=[], help="a service's endpoints, ','")
-    parser.add_argument("--child", action="store_true", help="end when standard input closes")
-    return parser.parse_args()
-
-
 def effective(settings: PairsRun) -> PairsRun:
-    """Return the settings in force: mode "given" samples once from the base, without adapter."""
+    """Return the settings as the mode changes them.
+
+    Mode "given" samples one completion per prompt from the base model, without its adapter.
+    """
     if settings.pairs.mode == "best_worst":
         return settings
-    # A fresh LoRA's B is zero, so that learner and actors all hold exactly the base.
+
+    # The B of fresh adapters is zero, so that learner and actors compute exactly the base.
     model = structs.replace(settings.model, adapter_path="", fine_tune_type="lora")
     sampling = structs.replace(settings.sampling, num_generations=1)
     return structs.replace(settings, model=model, sampling=sampling)
 
 
 def epochs(settings: PairsRun) -> float | None:
-    """Return how often the rows are gone through; None: until `train.max_steps` batches are done.
+    """Return the passes over the rows; None: as many as `train.max_steps` batches need.
 
-    In mode "given" a second pass would give the same chosen answers again: only
-    `train.num_train_epochs` asks for it.
+    In mode "given" a second pass repeats the chosen answers, so that only
+    `train.num_train_epochs` asks for one.
     """
     if settings.train.max_steps < 0:
         return settings.train.num_train_epochs
     return 1.0 if settings.pairs.mode == "given" else None
 
 
-def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
-    """Serve the prompts until all are answered; write pairs and their counts."""
+def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
+    """Serve the prompts until all are answered; write pairs and their counts; say how it ended."""
     from learner.build.online import (
         OnlineAddresses,
         OnlinePlan,
@@ -85,11 +75,14 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
         batch_size=settings.train.batch_size,
     )
     total = total_batches(settings, prompts)
+
     addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
     plan = OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
     service = new_service(plan, new_coordinator(plan), bridge)
+    change_state(args.run_dir, "running")
+
     with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
         bridge.start(lambda _: service.run())
         writer = Writer(settings, policy.tokenizer, file)
@@ -105,13 +98,15 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> None:
                 source.stepped(step)
         if step < settings.train.max_steps and not lifeline.stop_requested:
             log.warning(
-                "all rows are paired after %d of train.max_steps = %d batches: a row's answer is "
-                "given once; for more answers against it, set train.num_train_epochs alone",
+                "all rows are paired after %d of train.max_steps = %d batches: each row is used "
+                "once; for several pairs per row, set train.num_train_epochs instead",
                 step,
                 settings.train.max_steps,
             )
         writer.finish(args.run_dir)
         source.finish("all prompts are answered")
+
+    return "stopped" if lifeline.stop_requested else "finished"
 
 
 def output_path(settings: PairsRun, folder: Path) -> Path:
@@ -120,7 +115,7 @@ def output_path(settings: PairsRun, folder: Path) -> Path:
 
 
 class Writer:
-    """Turns groups into lines of JSON, and counts by outcome those that gave no pair."""
+    """Writes a line of JSON per pair, and counts the groups that gave none, by reason."""
 
     def __init__(self, settings: PairsRun, tokenizer: Any, file: TextIO) -> None:  # noqa: ANN401 - mlx-lm's wrapper
         self.counts: dict[str, int] = {"pairs": 0}
@@ -134,11 +129,13 @@ class Writer:
         from learner.online.experience import reward_matrix
         from protocol.messages.arrays import ids_view
 
+        # A chat's answer is a message of its own; a plain completion continues its prompt.
         prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids
         texts = [
             continuation(self._tokenizer, prompt_ids, ids_view(c.token_ids).tolist())
             for c in item.group.completions
         ]
+
         _, rewards = reward_matrix([item])
         weights = self._settings.rewards.reward_weights
         if self._settings.pairs.mode == "given":
@@ -146,6 +143,7 @@ class Writer:
             pair = given_and_own(item.prompt.row, column, texts, rewards, weights)
         else:
             pair = best_and_worst(item.prompt.row, texts, rewards, weights)
+
         if isinstance(pair, str):
             self.counts[pair] = self.counts.get(pair, 0) + 1
             return
@@ -164,10 +162,10 @@ def continuation(
     prompt_ids: list[int] | None,
     completion_ids: list[int],
 ) -> str:
-    """Return a completion's text such that prompt text and it, joined, read as sampled.
+    """Return a completion's text, which appended to the prompt's text reads as it was sampled.
 
-    After a plain prompt the space between them is the completion's; alone, decoders drop it.
-    `prompt_ids` None: an answer of a chat, which stands alone.
+    A leading space belongs to the completion; decoders drop it where the completion is decoded
+    alone. `prompt_ids` None: a chat's answer, which is not appended to anything.
     """
     alone: str = tokenizer.decode(completion_ids, skip_special_tokens=True)
     if prompt_ids is None:
@@ -177,20 +175,5 @@ def continuation(
     return both[len(head) :] if both.startswith(head) else alone
 
 
-def main() -> int:
-    """Collect; errors of ours are one line in the log."""
-    args = arguments()
-    lifeline = begin(child=args.child, mlx=True)
-    try:
-        collect(args, lifeline)
-    except PippinError as error:
-        log.error("%s: %s", type(error).__name__, error)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status) if status else sys.exit(0)
+    run_learner("collect", __doc__, collect)

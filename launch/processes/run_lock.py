@@ -1,9 +1,9 @@
-"""One learner a run folder: a lock that the kernel lets go of with the process, however it ends."""
+"""One learner per run folder: a lock that the kernel releases when the process ends, however."""
 
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,11 @@ LOCK = "learner.pid"
 
 
 @contextmanager
-def sole_learner(folder: Path) -> Iterator[None]:
-    """Hold the run folder inside the context; raise ConfigError where another learner does.
+def hold_run_folder(folder: Path) -> Generator[None]:
+    """Hold the run folder inside the context; raise ConfigError if another learner does.
 
     Two of them would write the same records and checkpoints. A learner whose launcher was killed
-    works on for a step before it saves and ends.
+    may still finish a step and save before it ends.
     """
     with (folder / LOCK).open("a+") as file:
         try:
@@ -26,11 +26,12 @@ def sole_learner(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                f"{folder}: another learner (process {file.read().strip() or 'unknown'}) works in "
-                "this run folder; wait for its end, or stop it, and resume then"
+                f"{folder}: another learner (process {file.read().strip() or 'unknown'}) is "
+                "working in this run folder; stop it or wait for its end, then resume"
             ) from None
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked against a second learner: %s", folder, error)
+
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

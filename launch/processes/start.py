@@ -1,30 +1,35 @@
-"""What a program of a run does first: its log, its lifeline, and what MLX needs before it."""
+"""What every process of a run does first: its log, its lifeline, and what MLX needs before it."""
 
 import logging
 import signal
 import sys
+from types import FrameType
 
 from launch.processes.blas import HINT, load_openblas
 from launch.processes.lifeline import Lifeline
 
-OURS = ("pippin", "protocol", "actors", "learner", "launch")  # what the names of loggers begin with
+OUR_LOGGERS = ("pippin", "protocol", "actors", "learner", "launch")  # their names begin with these
 
 
-def begin(*, child: bool, mlx: bool) -> Lifeline:
-    """Start the log and return the lifeline, which SIGTERM asks to stop too.
+def start_process(*, child: bool, mlx: bool) -> Lifeline:
+    """Start the log and return the lifeline; SIGTERM asks for a clean stop, too.
 
-    `child`: the launcher holds standard input. `mlx`: `mlx.core` is imported later on.
+    `child`: the launcher holds standard input. `mlx`: `mlx.core` is going to be imported.
     """
     start_log()
     lifeline = Lifeline(child=child)
-    signal.signal(signal.SIGTERM, lambda *_: lifeline.request_stop())
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        lifeline.request_stop()
+
+    signal.signal(signal.SIGTERM, stop)
     if mlx and not load_openblas():
         logging.getLogger("pippin").info(HINT)
     return lifeline
 
 
 def start_log() -> None:
-    """Write our own messages to stderr from INFO on, those of libraries from WARNING on."""
+    """Log to stderr: our own messages from INFO on, those of libraries from WARNING on."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    for ours in OURS:
-        logging.getLogger(ours).setLevel(logging.INFO)
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,9 +1,9 @@
 """Keeps a run's processes: the learner, whose end is the run's end, and its replaceable helpers.
 
-A helper (actor, reward server) that dies is started again after a back-off that doubles, up to
-`max_restarts` times. A helper that exits with status 0 has left on purpose. When no helper of a
+A helper (actor, reward server) that dies is restarted after a delay that doubles, up to
+`max_restarts` times. A helper that exits with status 0 has left on purpose. If no helper of a
 required kind is left, the run fails. The first SIGINT or SIGTERM asks the learner to stop cleanly,
-the second kills everything at once.
+the second kills everything at once. Faults and restarts are recorded as events of the run.
 """
 
 import shutil
@@ -17,7 +17,10 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskStatus
 
-from launch.processes.children import Child, ChildSpec, describe_status, start
+from launch.processes.children import Child, ChildSpec, Processes, describe_status, start
+from launch.processes.log_ending import shortened
+from launch.run_folder.tail import EventTail
+from protocol.run_record import Fault, Restart, record_event
 
 INTERRUPTED = 130
 FIRST_BACKOFF_S = 0.5
@@ -28,30 +31,29 @@ Companion = Callable[[], Coroutine[None, None, None]]
 
 
 class Supervisor:
-    """Runs one learner with its helpers; `say` receives events for the user, in words.
+    """Runs the processes of the run in `folder`; `say` shows a text to the user.
 
-    `required`: kinds of helper of which at least one must be left. `companions` run alongside and
-    are cancelled at the end (the display).
+    `companions` run alongside and are cancelled at the end (the display).
     """
 
     def __init__(
         self,
-        learner: ChildSpec,
-        helpers: Sequence[ChildSpec],
-        logs: Path,
+        folder: Path,
+        processes: Processes,
         *,
         say: Callable[[str], None],
-        required: frozenset[str] = frozenset(),
         companions: Sequence[Companion] = (),
         backoff_s: float = FIRST_BACKOFF_S,
     ) -> None:
-        self._learner = learner
-        self._helpers = list(helpers)
-        self._logs = logs
+        self._folder = folder
+        self._logs = folder / "logs"
+        self._learner = processes.learner
+        self._helpers = processes.helpers
+        self._required = processes.required
         self._say = say
-        self._required = required
         self._companions = companions
         self._backoff_s = backoff_s
+        self._events = EventTail(folder)
         self._alive: dict[str, Child] = {}
         self._given_up: set[str] = set()
         self._failed = False
@@ -64,16 +66,19 @@ class Supervisor:
         return self._interrupts > 0
 
     async def run(self) -> int:
-        """Run to the learner's end; return the exit status for the launcher."""
+        """Run until the learner ends; return the exit status for the launcher."""
         status = 1
         async with anyio.create_task_group() as group:
             try:
                 await group.start(self._watch_signals)
                 for companion in self._companions:
                     group.start_soon(companion)
+                # Before the learner, which takes longest to start: helpers wait for it.
                 for spec in self._helpers:
-                    group.start_soon(self._keep, spec)
+                    group.start_soon(self._keep_running, spec)
+
                 status = await self._run_learner()
+
                 self._over = True
                 await self._end_helpers()
             finally:
@@ -85,53 +90,76 @@ class Supervisor:
     async def _run_learner(self) -> int:
         child = await start(self._learner, self._logs)
         self._alive[child.spec.name] = child
-        if self._interrupts:
+        if self._interrupts:  # while it was being started
             await child.ask_to_stop()
         status = await child.wait()
         del self._alive[child.spec.name]
+
+        # We killed it: its own exit status says nothing.
         if self._interrupts > 1:
             return INTERRUPTED
         if self._failed:
             return 1
         if status != 0:
-            self._say(self._obituary(child, status))
+            self._report_learner(child, status)
         return status if status >= 0 else 128 - status
 
-    async def _keep(self, spec: ChildSpec) -> None:
+    def _report_learner(self, child: Child, status: int) -> None:
+        """Say why the learner failed: in its own words if it recorded them, or by its log."""
+        recorded = [
+            event
+            for event in self._events.read()
+            if isinstance(event, Fault) and event.process == child.spec.name
+        ]
+        if recorded:
+            self._say(shortened(recorded[-1].text))
+        else:
+            self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
+
+    async def _keep_running(self, spec: ChildSpec) -> None:
         """Keep one helper running, within its restarts."""
         backoff_s = self._backoff_s
-        for attempt in range(spec.max_restarts + 1):
+        for attempt in range(1, spec.max_restarts + 2):
             child = await start(spec, self._logs)
             self._alive[spec.name] = child
             status = await child.wait()
             del self._alive[spec.name]
+
+            # Status 0: it left on purpose, as an actor does at the end of the run.
             if status == 0 or self._over:
                 return
-            if attempt < spec.max_restarts:
-                self._say(
-                    f"{spec.name} ended with {describe_status(status)}; restart {attempt + 1} of "
-                    f"{spec.max_restarts} in {backoff_s:g} s"
-                )
-                await anyio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
-            else:
+            if attempt > spec.max_restarts:
                 self._give_up(child, status)
+                return
+
+            restart = Restart(
+                process=spec.name,
+                reason=describe_status(status),
+                attempt=attempt,
+                max_restarts=spec.max_restarts,
+                delay_s=backoff_s,
+            )
+            self._report(restart)
+            await anyio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
     def _give_up(self, child: Child, status: int) -> None:
-        self._say(self._obituary(child, status))
+        """Leave a helper dead; fail the run if it was the last of a required kind."""
+        self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
         self._given_up.add(child.spec.name)
+
         kind = child.spec.kind
-        peers = {spec.name for spec in self._helpers if spec.kind == kind}
-        if kind in self._required and peers <= self._given_up:
-            self._say(f"no {kind} process is left: the run ends; mend the fault and resume it")
+        same_kind = {spec.name for spec in self._helpers if spec.kind == kind}
+        if kind in self._required and same_kind <= self._given_up:
+            reason = f"no {kind} process is left, so the run ends; fix the fault and resume the run"
+            self._report(Fault(process="launcher", reason=reason))
             self._failed = True
             self._kill(self._learner.name)
 
-    def _obituary(self, child: Child, status: int) -> str:
-        return (
-            f"{child.spec.name} ended with {describe_status(status)}; {child.log} says:\n"
-            f"{child.last_words()}"
-        )
+    def _report(self, event: Fault | Restart) -> None:
+        """Record an event, and show it."""
+        record_event(self._folder, event)
+        self._say(event.text)
 
     async def _watch_signals(
         self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
@@ -140,9 +168,9 @@ class Supervisor:
             task_status.started()
             async for _ in signals:
                 self._interrupts += 1
-                learner = self._alive.get(self._learner.name)
                 if self._interrupts == 1:
                     self._say("stopping after this step, with a checkpoint; Ctrl-C again: at once")
+                    learner = self._alive.get(self._learner.name)
                     if learner is not None:
                         await learner.ask_to_stop()
                 else:
@@ -160,13 +188,18 @@ class Supervisor:
                 group.start_soon(child.end, GRACE_S)
 
 
+def _cause(child: Child, status: int) -> str:
+    return f"ended with {describe_status(status)}; {child.log} says:\n{child.log_ending()}"
+
+
 @contextmanager
 def awake() -> Generator[None]:
-    """Keep a Mac from sleeping while the block runs; nothing elsewhere."""
+    """Keep a Mac from sleeping inside the block; do nothing on other systems."""
     program = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if program is None:
         yield
         return
+
     with subprocess.Popen([program, "-i"]) as process:
         try:
             yield

@@ -4,6 +4,10 @@ A Qwen3-architecture model of 624,448 parameters with random weights, and a byte
 our own with ChatML's special tokens: 256 bytes and 6 specials.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (mlx, mlx-lm and tokenizers are only partly typed)
+
 import argparse
 import json
 from pathlib import Path

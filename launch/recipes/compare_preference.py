@@ -13,8 +13,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.compare import INTERRUPTED
 from launch.compare import main as compare
+from launch.processes.supervisor import INTERRUPTED
 
 RECIPE = Path(__file__).with_suffix(".toml")
 PROGRAM = RECIPE.parents[1] / "preference.py"

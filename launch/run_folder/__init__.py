@@ -1,1 +1,4 @@
-"""What a run keeps on disk: its settings, its records, and reading them while they grow."""
+"""The run folder on disk: making it, resolving a recipe's paths, resuming, reading files that grow.
+
+Every other room of launch may import it; it imports none of them.
+"""

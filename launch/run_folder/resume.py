@@ -1,4 +1,4 @@
-"""A resumed run's settings: what the command line changes, and back again where it is refused."""
+"""The settings of a resumed run: changed by the command line, restored if they are refused."""
 
 import os
 from pathlib import Path
@@ -6,14 +6,35 @@ from typing import Any
 
 import msgspec
 
+from launch.run_folder.create import CONFIG, installed_versions
 from protocol.config.load import to_toml
 from protocol.config.settings import AnyRun, builtins
+from protocol.errors import ConfigError
+from protocol.run_record import (
+    EVENTS,
+    RUN,
+    Program,
+    change_state,
+    cut_partial_line,
+    read_run,
+    write_run,
+)
 
-CONFIG, BEFORE = "config.toml", ".config-before.toml"
+PREVIOUS = ".config-before.toml"
+PREVIOUS_RUN = ".run-before.json"
 
 
-def changes(before: AnyRun, after: AnyRun) -> list[str]:
-    """Return a line for each setting that differs, other than where the run goes on from."""
+def require_program(folder: Path, program: Program) -> None:
+    """Raise ConfigError if another program made the run in `folder`."""
+    made_by = read_run(folder).program
+    if made_by != program:
+        raise ConfigError(
+            f"--run.resume {folder}: a run of launch/{made_by}.py; resume it with that program"
+        )
+
+
+def changed_settings(before: AnyRun, after: AnyRun) -> list[str]:
+    """Return a line for each setting that differs, except `run.resume` itself."""
     old, new = builtins(before), builtins(after)
     return [
         f"changed: {section}.{key} = {_text(new[section][key])}, was {_text(value)}"
@@ -27,19 +48,41 @@ def _text(value: Any) -> str:  # noqa: ANN401 - any setting
     return msgspec.json.encode(value).decode()
 
 
-def put(folder: Path, run: AnyRun) -> None:
-    """Write `run` as the folder's settings, and keep those before it until `settle`."""
-    (folder / BEFORE).write_bytes((folder / CONFIG).read_bytes())
-    fresh = folder / f".config-{os.getpid()}.toml"
-    fresh.write_text(to_toml(run), encoding="utf-8")
-    fresh.replace(folder / CONFIG)
+def prepare_resume(folder: Path, run: AnyRun) -> None:
+    """Make `run` the folder's settings, keep the previous ones aside, and open its records again.
 
-
-def settle(folder: Path, *, begun: bool) -> None:
-    """Forget the settings before, or put them back.
-
-    The learner forgets them once it accepts the new ones; the launcher puts back what is left.
+    Raises OSError where the folder cannot be written.
     """
-    before = folder / BEFORE
-    if before.exists():
-        before.unlink() if begun else before.replace(folder / CONFIG)
+    (folder / PREVIOUS_RUN).write_bytes((folder / RUN).read_bytes())
+    (folder / PREVIOUS).write_bytes((folder / CONFIG).read_bytes())
+    temporary = folder / f".config-{os.getpid()}.toml"
+    temporary.write_text(to_toml(run), encoding="utf-8")
+    temporary.replace(folder / CONFIG)
+
+    # Nobody else appends yet, so that a killed writer's last line can be cut off safely.
+    cut_partial_line(folder / EVENTS)
+    # The learner says again how many steps there are: the settings may have changed.
+    record = msgspec.structs.replace(
+        read_run(folder), total_steps=None, versions=installed_versions()
+    )
+    write_run(folder, record)
+    change_state(folder, "starting")
+
+
+def accept_settings(folder: Path) -> None:
+    """Forget the previous settings: the learner could use the new ones."""
+    (folder / PREVIOUS).unlink(missing_ok=True)
+    (folder / PREVIOUS_RUN).unlink(missing_ok=True)
+
+
+def restore_settings(folder: Path) -> bool:
+    """Put the previous settings back, unless the learner accepted the new ones; say if it was done.
+
+    The run is then what it was before: finished, for example.
+    """
+    if not (folder / PREVIOUS).exists():
+        return False
+    (folder / PREVIOUS).replace(folder / CONFIG)
+    (folder / PREVIOUS_RUN).replace(folder / RUN)
+    change_state(folder, read_run(folder).state)
+    return True

@@ -1,42 +1,51 @@
-"""Reading a run's records while they are written: lines that are partial or broken are left out."""
+"""Reads a run's files while they are written: partial and damaged lines are left out."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
+from protocol.run_record import EVENTS, AnyEvent, parse_events
+
 
 class LineTail:
-    """A file's new lines at each call, from byte `offset` on; a last line without its end waits.
+    """Reads a file's new lines at each call, from byte `offset` on.
 
-    A file that another has replaced is read from its beginning.
+    A last line without its end waits for the next call. A file that was replaced by another is read
+    from its beginning.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
         self._offset = offset
-        self._file: int | None = None  # its inode
+        self._inode: int | None = None
 
     def read(self) -> bytes:
         """Return the lines that were completed since the last call."""
         if not self.path.exists():
             return b""
+
         with self.path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_ino
-            if self._file not in (None, found):
+            # A resume that leaves lines out replaces the file: another inode.
+            inode = os.fstat(file.fileno()).st_ino
+            if self._inode not in (None, inode):
                 self._offset = 0
-            self._file = found
+            self._inode = inode
             file.seek(self._offset)
             data = file.read()
+
+        # What follows the last newline is still being written.
         end = data.rfind(b"\n") + 1
         self._offset += end
         return data[:end]
 
 
-class Tail:
-    """Yields a JSONL file's new objects at each call; of a file that was rewritten, as by a resume
-    that leaves lines out, those that were not there before."""
+class JsonTail:
+    """Reads a JSONL file's new objects at each call.
+
+    A resume replaces the file by one that lacks some lines; the others are not returned again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lines = LineTail(path)
@@ -49,8 +58,20 @@ class Tail:
         return parse_lines(b"\n".join(lines))
 
 
+class EventTail:
+    """Reads the events of a run folder that are recorded after this object was made."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / EVENTS
+        self._lines = LineTail(path, path.stat().st_size if path.exists() else 0)
+
+    def read(self) -> list[AnyEvent]:
+        """Return the events that were completed since the last call."""
+        return parse_events(self._lines.read())
+
+
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
-    """Parse JSON objects, one a line; what is not an object is left out."""
+    """Parse one JSON object per line; lines that hold anything else are left out."""
     found: list[dict[str, Any]] = []
     for line in data.splitlines():
         try:
@@ -58,7 +79,7 @@ def parse_lines(data: bytes) -> list[dict[str, Any]]:
         except msgspec.DecodeError:
             continue
         if isinstance(value, dict):
-            found.append(value)
+            found.append(cast("dict[str, Any]", value))
     return found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from learner.checkpoint import Checkpoint, load_checkpoint
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
@@ -21,6 +23,7 @@ from protocol.errors import CheckpointError
 from protocol.model.adapters import save_adapters
 from protocol.model.policy import LoadedPolicy
 from protocol.model.snapshots import load_trainable
+from protocol.run_record import read_run, write_run
 
 log = logging.getLogger("pippin.learner")
 
@@ -142,8 +145,10 @@ def schedule_of(settings: TrainingRun, total: int) -> Schedule:
 
 
 def started_at(folder: Path) -> float:
-    """Return when the run began: the first time it was assembled in this folder."""
-    path = folder / "started_at"
-    if not path.exists():
-        path.write_text(f"{time.time():.3f}\n")
-    return float(path.read_text())
+    """Return when the run began, in Unix s: the first time that it was assembled in this folder."""
+    record = read_run(folder)
+    if record.started_at is not None:
+        return record.started_at
+    now = round(time.time(), 3)
+    write_run(folder, structs.replace(record, started_at=now))
+    return now

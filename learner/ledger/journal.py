@@ -11,8 +11,8 @@ import msgspec
 from learner.ledger.events import AnyEvent, BatchConsumed, BatchFormed, GroupReceived, TaskJoined
 from learner.ledger.state import LedgerState
 from learner.ledger.types import ResumeReport
-from learner.records import mend
 from protocol.messages.parts import TaskId
+from protocol.run_record import cut_partial_line
 
 
 class JournalLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ def encode_line(incarnation: str, event: AnyEvent) -> bytes:
 
 def read_journal(path: Path, incarnation: str) -> list[AnyEvent]:
     """Return the events of an incarnation, after cutting off a last line that is incomplete."""
-    mend(path)
+    cut_partial_line(path)
     if not path.is_file():
         return []
 

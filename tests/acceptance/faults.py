@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from launch.run_folder.staleness import measure
+from launch.staleness import measure
 from tests.acceptance.journal import account, check_complete, incarnations
 from tests.acceptance.run import ROOT, CheckFailed, Launcher, check, lines, resident_mb
 from tests.acceptance.strikes import (

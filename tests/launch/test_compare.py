@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.command_line import read_command_line
 from launch.compare import compare, main
 from launch.pages.judge import Judge
 from launch.pages.win_rate import WinRate, first_answers, latest_answers, recorded_scores, win_rate
-from launch.run_folder.cli import read_command_line
 from launch.run_folder.tail import parse_lines
 from learner.build.offline import assemble_offline
 from protocol.config.settings import PreferenceRun
 from protocol.errors import ConfigError
+from protocol.run_record import RunRecord, write_run
 from tests.tiny import write_model_folder
 
 REWARD = """
@@ -61,6 +62,7 @@ def recorded(
     """Write a run's records by hand; with `chosen`, what the rows hold, also answers "o" at 0."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(f'[objective]\nmethod = "{method}"\nbeta = 0.1\n')
+    write_run(folder, RunRecord(program="preference", state="finished"))
     metrics = [
         {"step": 10 * i, "eval/rewards/accuracies": value, "eval/rewards/margins": value / 10}
         for i, value in enumerate(accuracies)
@@ -129,23 +131,24 @@ def test_answers_compete_with_the_first_ones_and_with_the_chosen(tmp_path):
     assert "<th>its own first answers</th><th>the dataset&#x27;s chosen answers</th>" in page
     sample = "<td>p1</td><td>o\n[score 1]</td><td>x y z\n[score 3]</td><td>x\n[score 1]</td>"
     assert f"{sample}<td>c d\n[score 2]</td>" in page
-    assert "An accuracy of 0 at step 0 is no fault" in page
+    assert "An accuracy of 0 at step 0 is not an error" in page
     assert "in each objective&#x27;s own unit" in page
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("program", "config", "words"),
     [
-        ('[objective]\nmethod = "dpo"\nloss_type = ["sigmoid"]', "dpo"),
-        ('[objective]\nmethod = "dpo"\nloss_type = ["sigmoid", "ipo"]', "dpo (sigmoid, ipo)"),
-        ('[objective]\nmethod = "orpo"\nloss_type = ["sigmoid"]', "orpo"),
-        ('[objective]\nloss_type = "dapo"\n[rewards]\nfunctions = ["a:b"]', "grpo (dapo)"),
-        ("[objective]\ncompletion_only_loss = true", "sft"),
+        ("preference", 'method = "dpo"\nloss_type = ["sigmoid"]', "dpo"),
+        ("preference", 'method = "dpo"\nloss_type = ["sigmoid", "ipo"]', "dpo (sigmoid, ipo)"),
+        ("preference", 'method = "orpo"\nloss_type = ["sigmoid"]', "orpo"),
+        ("grpo", 'loss_type = "dapo"', "grpo (dapo)"),
+        ("sft", "completion_only_loss = true", "sft"),
     ],
 )
-def test_the_objective_in_words(tmp_path, config, words):
+def test_the_objective_in_words(tmp_path, program, config, words):
     run = recorded(tmp_path / "run", "dpo", [0.5], [])
-    (run / "config.toml").write_text(config)
+    (run / "config.toml").write_text(f"[objective]\n{config}\n")
+    write_run(run, RunRecord(program=program))
     assert f"<tr><td>run</td><td>{words}</td>" in compare([run])
 
 
@@ -186,7 +189,7 @@ def test_a_page_that_could_not_be_written_is_refused_before_anything_is_scored(t
     assert main([str(run), *flags, "--out", str(page)]) == 2
     assert f"--out {page}: cannot be written" in capsys.readouterr().err
     assert main([str(run), *flags, "--out", str(tmp_path)]) == 2
-    assert "a folder; name the file to write" in capsys.readouterr().err
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import launch.run_folder.cli
+import launch.cli.run
 from launch import preference
+from launch.cli.command_line import read_command_line
+from launch.cli.run import supervise
+from launch.processes.specs import offline_processes
 from launch.processes.supervisor import INTERRUPTED
-from launch.run_folder.cli import NOT_BEGUN, learner_spec, read_command_line, supervise
 from protocol.config.settings import PreferenceRun
+from protocol.run_record import read_run
 from tests.tiny import write_model_folder
 
 
@@ -35,7 +38,7 @@ def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "w2 ", "chosn": "w3", "rejected": "w4"}] * 9)
     status, lines = launched(tmp_path, *flags)
     assert status == 1
-    assert (tmp_path / "runs" / "a" / NOT_BEGUN).exists()
+    assert read_run(tmp_path / "runs" / "a").state == "failed_to_start"
     assert lines[-1] == "logs:    runs/a/logs"
     assert 'data.columns = {chosen = "chosn"} would read that column' in lines[-2]
     assert not any("go on" in line for line in lines)
@@ -97,8 +100,8 @@ def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.run_folder.cli.anyio, "run", interrupted)
+    monkeypatch.setattr(launch.cli.run.anyio, "run", interrupted)
     flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
     run, folder = read_command_line(PreferenceRun, flags, "")
-    assert supervise(folder, run, learner_spec(folder, "preference")) == INTERRUPTED
-    assert (folder / NOT_BEGUN).exists()
+    assert supervise(folder, run, offline_processes(folder)) == INTERRUPTED
+    assert read_run(folder).state == "failed_to_start"

@@ -153,7 +153,7 @@ def test_what_a_file_holds_is_never_written_over(tmp_path):
     rows.write_text('{"prompt": "w5"}\n')
     flags = [f"--data.path={rows}", f"--model.path={tmp_path}", f"--run.dir={tmp_path / 'runs'}"]
     flags += ["--run.name=p", "--rewards.functions=a.py:f"]
-    with pytest.raises(ConfigError, match=r"rows\.jsonl: holds 17 bytes already; name another"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: already holds 17 bytes; name another"):
         read([*flags, f"--pairs.output={rows}"])
     assert rows.read_text() == '{"prompt": "w5"}\n'
     with pytest.raises(ConfigError, match="cannot be written"):

@@ -26,13 +26,13 @@ class Program(NamedTuple):
 
 
 @contextmanager
-def program(*args, name="reward_server.py"):
+def program(*args):
     """Start the program; it is killed at the end if it still runs.
 
     Gives the process and its three pipes.
     """
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / name), *args],
+        [sys.executable, str(ROOT / "launch/reward_server.py"), *args],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -125,7 +125,7 @@ def test_a_reward_that_cannot_be_imported_is_named():
 
 
 def test_the_schema_is_that_of_the_messages_and_of_the_documentation():
-    with program(name="reward_schema.py") as running:
+    with program("--schema") as running:
         schema = json.loads(running.process.communicate(timeout=20)[0])
     kinds = {"ScoreRequest", "ScoreReply", "ScoreProgress", "ScoreRefusal"}
     assert kinds < schema["$defs"].keys()

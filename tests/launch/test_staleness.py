@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from launch.run_folder.staleness import measure
-from launch.staleness import main
+from launch.staleness import main, measure
 
 ROLLOUTS = [
     {"policy_spans": [[{"start": 0, "version": 3}, {"start": 4, "version": 4}], [{"version": 5}]],

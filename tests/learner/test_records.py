@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.records import Records, mend, move_lines
+from learner.records import Records, move_lines
+from protocol.run_record import cut_partial_line
 
 
 def test_lines_are_appended_whole_and_what_is_not_finite_is_null(tmp_path):
@@ -25,9 +26,9 @@ def test_a_line_that_a_killed_writer_left_is_cut_off(tmp_path):
     assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [1, 2]
     whole = tmp_path / "whole.jsonl"
     whole.write_text('{"step":1}\n')
-    mend(whole)
+    cut_partial_line(whole)
     assert whole.read_text() == '{"step":1}\n'
-    mend(tmp_path / "absent")
+    cut_partial_line(tmp_path / "absent")
 
 
 METRICS = [

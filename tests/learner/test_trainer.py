@@ -18,6 +18,7 @@ from learner.trainer import Schedule, Trainer
 from protocol.config.settings import OptimizerSettings
 from protocol.errors import CheckpointError
 from protocol.model.snapshots import load_trainable, trainable
+from protocol.run_record import CheckpointFailed, parse_events
 
 Arrays = dict[str, mx.array]
 
@@ -170,7 +171,7 @@ def test_a_stop_saves_without_a_further_batch_or_evaluation(tmp_path):
 
 
 def test_a_stop_before_the_first_step_saves_without_an_evaluation(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "pippin.learner")
+    caplog.set_level(logging.INFO, "pippin")
     log: list[str] = []
     made = trainer(tmp_path / "stopped", log, [1], evaluator=Held(log))
     made.stopping = True
@@ -181,6 +182,11 @@ def test_a_stop_before_the_first_step_saves_without_an_evaluation(tmp_path, capl
     run(trainer(tmp_path / "whole", log, [1], evaluator=Held(log)))
     said = [message for message in caplog.messages if message.startswith("evaluating")]
     assert said == ["evaluating step 0", "evaluating step 1"]
+    events = parse_events((tmp_path / "whole/events.jsonl").read_bytes())
+    assert [event.text for event in events] == [
+        "evaluating step 0", "evaluated step 0", "evaluating step 1", "evaluated step 1",
+        "saved checkpoints/step-000001",
+    ]  # fmt: skip
 
 
 def test_a_save_that_fails_on_the_way_is_logged_and_the_last_one_is_an_error(tmp_path, caplog):
@@ -190,6 +196,10 @@ def test_a_save_that_fails_on_the_way_is_logged_and_the_last_one_is_an_error(tmp
     made.advance()
     assert made.step == 2
     assert caplog.text.count("training goes on without this checkpoint") == 2
+    events = parse_events((tmp_path / "events.jsonl").read_bytes())
+    failed = [event for event in events if isinstance(event, CheckpointFailed)]
+    assert [event.step for event in failed] == [1, 2]
+    assert "Free space" in failed[0].reason
     with pytest.raises(CheckpointError, match="Free space"):
         run(made)
 

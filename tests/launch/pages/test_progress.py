@@ -5,9 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from launch.pages.followers import Follower
 from launch.pages.progress import Progress, duration, sparkline
+from protocol.run_record import (
+    CheckpointFailed,
+    EvaluationFinished,
+    EvaluationStarted,
+    Notice,
+    RunRecord,
+    record_event,
+    write_run,
+)
 
-AT = "2026-01-02 03:04:05,678 INFO"
+
+def announce(folder: Path, total_steps: int | None) -> None:
+    """Write what the learner writes once it knows how many steps there are."""
+    write_run(folder, RunRecord(program="sft", total_steps=total_steps))
 
 
 def test_sparkline_spans_least_to_greatest_and_averages_long_series():
@@ -57,17 +70,16 @@ def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Pa
     ]
 
 
-def test_the_learner_says_how_many_steps_there_are_and_what_it_logs_is_shown(tmp_path: Path):
+def test_the_learner_says_how_many_steps_there_are_and_its_notices_are_shown(tmp_path: Path):
     out = io.StringIO()
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "total_steps").write_text("9\n")  # of an earlier incarnation
+    announce(tmp_path, None)
+    record_event(tmp_path, Notice(level="info", message="of an earlier learner"))
     with Progress(tmp_path, out=out) as progress:
-        (tmp_path / "logs" / "learner.log").write_text(
-            "2026-01-02 03:04:05,678 INFO rows.jsonl: 8 rows kept, 0 dropped, 0 truncated\n"
-        )
+        message = "rows.jsonl: 8 rows kept, 0 dropped, 0 truncated"
+        record_event(tmp_path, Notice(level="info", message=message))
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 2.0, "loss": 1.5}\n')
         progress.update()
-        (tmp_path / "total_steps").write_text("4\n")
+        announce(tmp_path, 4)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "time_s": 5.0, "loss": 1.25}\n')
     assert out.getvalue().splitlines()[1:] == [
@@ -96,23 +108,23 @@ def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_th
     tmp_path: Path,
 ):
     out = io.StringIO()
-    (tmp_path / "logs").mkdir()
-    log, metrics = tmp_path / "logs/learner.log", tmp_path / "metrics.jsonl"
+    metrics = tmp_path / "metrics.jsonl"
     with Progress(tmp_path, max_steps=2, out=out) as progress:
         # The first evaluation is over before anyone looks; the last one is looked at twice.
-        log.write_text(f"{AT} evaluating step 0\n")
+        record_event(tmp_path, EvaluationStarted(step=0))
+        record_event(tmp_path, EvaluationFinished(step=0))
         metrics.write_text(
             '{"step": 0, "time_s": 1.0, "eval/loss": 0.7}\n'
             '{"step": 1, "time_s": 2.0, "loss": 0.6}\n'
         )
         progress.update()
         assert progress.time_left() == 1.0
-        with log.open("a") as file:
-            file.write(f"{AT} evaluating step 2\n")
+        record_event(tmp_path, EvaluationStarted(step=2))
         with metrics.open("a") as file:
             file.write('{"step": 2, "time_s": 3.0, "loss": 0.5}\n')
         progress.update()
         progress.update()
+        record_event(tmp_path, EvaluationFinished(step=2))
         with metrics.open("a") as file:
             file.write('{"step": 2, "time_s": 63.0, "eval/loss": 0.4}\n')
     assert out.getvalue().splitlines()[1:] == [
@@ -122,6 +134,38 @@ def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_th
         "evaluating step 2",
         "step 2/2  eval/loss 0.4",
     ]
+
+
+def test_a_checkpoint_that_failed_is_shown_once(tmp_path: Path):
+    out = io.StringIO()
+    with Progress(tmp_path, max_steps=9, out=out) as progress:
+        record_event(tmp_path, CheckpointFailed(step=3, reason="the disk is full"))
+        progress.update()
+        progress.update()
+    said = "step 3: training goes on without this checkpoint: the disk is full"
+    assert out.getvalue().splitlines()[1:] == [said]
+
+
+def test_a_sink_is_given_each_line_and_event_once_in_order(tmp_path: Path):
+    seen: list[object] = []
+
+    class Sink(Follower):
+        def take(self, line: dict[str, object]) -> None:
+            seen.append(line["step"])
+
+        def hear(self, event: object) -> None:
+            seen.append(event)
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n')  # of an earlier learner
+    with Sink(tmp_path) as sink, metrics.open("a") as file:
+        file.write('{"step": 2}\n{"step"')
+        file.flush()
+        event = EvaluationStarted(step=2, time=1.0)
+        record_event(tmp_path, event)
+        sink.update()
+        file.write(": 3}\n")
+    assert seen == [event, 2, 3]
 
 
 class Terminal(io.StringIO):
@@ -142,17 +186,17 @@ def test_the_panel_of_a_preference_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "90")
     out = Terminal()
     with Progress(tmp_path, out=out) as progress:
-        (tmp_path / "total_steps").write_text("8\n")
+        announce(tmp_path, 8)
         (tmp_path / "metrics.jsonl").write_text(
             '{"step": 0, "time_s": 1.0, "eval/loss": 0.69, "eval/rewards/accuracies": 0.0}\n'
             '{"step": 1, "time_s": 2.0, "loss": 0.75, "rewards/margins": 0.5}\n'
             '{"step": 2, "time_s": 4.0, "loss": 0.25, "rewards/margins": 1.5}\n'
         )
         progress.update()
-        (tmp_path / "logs").mkdir()
-        (tmp_path / "logs/learner.log").write_text(f"{AT} evaluating step 2\n")
+        record_event(tmp_path, EvaluationStarted(step=2))
         progress.update()
         assert ["time", "left", "0:09,", "evaluating", "step", "2"] in panel(out)
+        record_event(tmp_path, EvaluationFinished(step=2))
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "time_s": 4.0, "eval/rewards/accuracies": 1.0}\n')
     rows = panel(out)  # and the evaluation is over

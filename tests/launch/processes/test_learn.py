@@ -13,6 +13,16 @@ from typing import Any
 
 import pytest
 
+from protocol.run_record import (
+    CheckpointSaved,
+    EvaluationFinished,
+    Fault,
+    RunRecord,
+    StateChanged,
+    parse_events,
+    read_run,
+    write_run,
+)
 from protocol.transport.endpoints import ipc_folder
 from tests.tiny import write_model_folder
 
@@ -41,6 +51,7 @@ class Run:
         rows = [{"prompt": f"w{2 + i} w{9 + i} w3"} for i in range(12)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         steps = train.get("max_steps", 2)
+        write_run(self.folder, RunRecord(program="grpo"))
         (self.folder / "config.toml").write_text(f"""
 [run]
 seed = 5
@@ -91,7 +102,6 @@ heartbeat_s = 0.2
             "learner",
             "launch/processes/learn.py",
             str(self.folder),
-            "--kind=grpo",
             f"--endpoint=ipc://{self.sockets}/learner",
             f"--snapshots=ipc://{self.sockets}/snapshots",
             f"--rewards=ipc://{self.sockets}/rewards",
@@ -200,6 +210,14 @@ def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(t
         assert float(str(last["staleness/max"])) <= 1
         evaluated = [line for line in run.lines("metrics.jsonl") if "eval/reward" in line]
         assert [line["step"] for line in evaluated] == [0, 6]
+        record = read_run(run.folder)
+        assert (record.state, record.total_steps) == ("finished", 6)
+        events = parse_events((run.folder / "events.jsonl").read_bytes())
+        states = [event.state for event in events if isinstance(event, StateChanged)]
+        assert states == ["running", "finished"]
+        assert [e.step for e in events if isinstance(e, EvaluationFinished)] == [0, 6]
+        # Each at its step, and the last once more at the end.
+        assert [e.step for e in events if isinstance(e, CheckpointSaved)][-2:] == [6, 6]
         loaded = load(str(tmp_path / "model"), adapter_path=str(run.folder / "adapters"))
         names = dict(tree_flatten(loaded[0].parameters()))
         assert any(name.endswith("lora_b") and bool((v != 0).any()) for name, v in names.items())
@@ -245,4 +263,8 @@ def test_rewards_that_are_all_none_stop_the_run_with_a_checkpoint(tmp_path):
         run.settle(run.learner(), status=1)
         assert "Every reward of 3 batches in a row was None" in run.log()
         assert run.steps() == [1, 2]
+        events = parse_events((run.folder / "events.jsonl").read_bytes())
+        (fault,) = [event for event in events if isinstance(event, Fault)]
+        assert fault.process == "learner"
+        assert fault.reason.startswith("RewardError: Every reward of 3 batches in a row was None")
         assert (run.folder / "checkpoints/step-000002/state.json").is_file()

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from launch.processes.run_lock import sole_learner
+from launch.processes.run_lock import hold_run_folder
 from protocol.errors import ConfigError
 
 HOLD = """
 import sys
 from pathlib import Path
-from launch.processes.run_lock import sole_learner
-with sole_learner(Path(sys.argv[1])):
+from launch.processes.run_lock import hold_run_folder
+with hold_run_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -25,11 +25,11 @@ def test_a_second_learner_is_refused_until_the_first_is_gone_even_killed(tmp_pat
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        words = rf"another learner \(process {other.pid}\) works in this run folder"
-        with pytest.raises(ConfigError, match=words), sole_learner(tmp_path):
+        words = rf"another learner \(process {other.pid}\) is working in this run folder"
+        with pytest.raises(ConfigError, match=words), hold_run_folder(tmp_path):
             pass
         other.kill()
-    with sole_learner(tmp_path):
+    with hold_run_folder(tmp_path):
         assert (tmp_path / "learner.pid").read_text() == f"{os.getpid()}\n"
-    with sole_learner(tmp_path):
+    with hold_run_folder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["learner.pid"]

@@ -6,17 +6,17 @@ import re
 import signal
 from pathlib import Path
 
-from launch.processes.start import OURS, begin, start_log
+from launch.processes.start import OUR_LOGGERS, start_log, start_process
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_every_logger_of_ours_is_heard_and_no_other(monkeypatch):
-    for name in OURS:
+    for name in OUR_LOGGERS:
         monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
     named = re.compile(r"getLogger\((__name__|\"[^\"]+\")\)")
     loggers: set[str] = set()
-    for path in (file for folder in OURS[1:] for file in (ROOT / folder).rglob("*.py")):
+    for path in (file for folder in OUR_LOGGERS[1:] for file in (ROOT / folder).rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         loggers |= {
             module if name == "__name__" else name.strip('"')
@@ -36,11 +36,11 @@ def test_every_logger_of_ours_is_heard_and_no_other(monkeypatch):
 
 
 def test_sigterm_asks_for_a_clean_stop(monkeypatch):
-    for name in OURS:
+    for name in OUR_LOGGERS:
         monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        lifeline = begin(child=False, mlx=False)
+        lifeline = start_process(child=False, mlx=False)
         assert not lifeline.stop_requested
         os.kill(os.getpid(), signal.SIGTERM)
         assert lifeline.wait(10)

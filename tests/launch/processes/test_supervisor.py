@@ -14,6 +14,8 @@ from typing import IO
 
 import pytest
 
+from protocol.run_record import AnyEvent, Fault, Restart, parse_events
+
 CHILD = """
 import os, sys
 from launch.processes.lifeline import Lifeline
@@ -21,6 +23,13 @@ fifo, name, how = sys.argv[1:]
 if how == "fails":
     print("\\n".join(f"line {i}" for i in range(30)), flush=True)
     sys.exit(7)
+if how == "explains":
+    from pathlib import Path
+    from protocol.run_record import Fault, record_event
+    print("line of the log", flush=True)
+    reason = "ConfigError: required this, got that"
+    record_event(Path(fifo).parent, Fault(process=name, reason=reason))
+    sys.exit(1)
 lifeline = Lifeline(child=True)
 out = os.open(fifo, os.O_WRONLY)
 os.write(out, f"{name} {os.getpid()}\\n".encode())
@@ -34,16 +43,16 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 import anyio
-from launch.processes.children import ChildSpec
+from launch.processes.children import ChildSpec, Processes
 from launch.processes.supervisor import Supervisor
 folder, learner, actor = sys.argv[1:]
 def spec(name, kind, how, restarts=0):
     command = [sys.executable, f"{folder}/child.py", f"{folder}/fifo", name, how]
     return ChildSpec(name, kind, command, restarts)
+helpers = [spec("actor-0", "actor", actor, 2)]
+processes = Processes(spec("learner", "learner", learner), helpers, frozenset({"actor"}))
 supervisor = Supervisor(
-    spec("learner", "learner", learner), [spec("actor-0", "actor", actor, 2)],
-    Path(folder, "logs"), say=lambda text: print(text, flush=True),
-    required=frozenset({"actor"}), backoff_s=0.01,
+    Path(folder), processes, say=lambda text: print(text, flush=True), backoff_s=0.01
 )
 sys.exit(anyio.run(supervisor.run))
 """
@@ -60,6 +69,7 @@ class Launched:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._fifo: IO[str] | None = None
         self._path = folder / "fifo"
+        self._folder = folder
 
     @property
     def fifo(self) -> IO[str]:
@@ -80,6 +90,10 @@ class Launched:
             if words in line:
                 return line
         raise AssertionError(f"the launcher ended without saying {words!r}")
+
+    def events(self) -> list[AnyEvent]:
+        """Return the events that were recorded."""
+        return parse_events((self._folder / "events.jsonl").read_bytes())
 
     def close(self) -> None:
         """End what is left."""
@@ -109,22 +123,39 @@ def test_an_actor_that_is_killed_is_started_again_and_ctrl_c_stops_cleanly(launc
     launched.process.send_signal(signal.SIGINT)
     assert launched.process.wait() == 0
     assert launched.fifo.read() == ""
+    (restart,) = launched.events()
+    assert isinstance(restart, Restart)
+    assert (restart.process, restart.reason, restart.attempt) == ("actor-0", "SIGKILL", 1)
 
 
 @pytest.mark.parametrize("launched", [("fails", "works")], indirect=True)
 def test_a_failing_learner_fails_the_run_and_shows_its_last_lines(launched: Launched):
-    launched.heard("learner ended with exit status 7; ")
+    launched.heard("learner: ended with exit status 7; ")
     assert launched.heard("line").strip() == "line 10"
     launched.heard("line 29")
     assert launched.process.wait() == 7
+    (fault,) = launched.events()
+    assert isinstance(fault, Fault)
+    assert fault.process == "learner"
+    assert fault.reason.endswith("line 28\nline 29")
+
+
+@pytest.mark.parametrize("launched", [("explains", "works")], indirect=True)
+def test_the_reason_that_a_learner_recorded_is_shown_once_instead_of_its_log(launched: Launched):
+    output, _ = launched.process.communicate(timeout=30)
+    assert output == "learner: ConfigError: required this, got that\n"
+    assert launched.process.returncode == 1
+    assert [event.text for event in launched.events()] == [output.strip()]
 
 
 @pytest.mark.parametrize("launched", [("works", "fails")], indirect=True)
 def test_restarts_are_bounded_and_a_run_without_actors_fails(launched: Launched):
     launched.heard("restart 2 of 2 in 0.02 s")
-    launched.heard("actor-0 ended with exit status 7; ")
+    launched.heard("actor-0: ended with exit status 7; ")
     launched.heard("no actor process is left")
     assert launched.process.wait() == 1
+    kinds = [type(event).__name__ for event in launched.events()]
+    assert kinds == ["Restart", "Restart", "Fault", "Fault"]
 
 
 @pytest.mark.parametrize("launched", [("stubborn", "works")], indirect=True)

@@ -1,35 +1,54 @@
-"""Settings of a resumed run: said where they change, kept as they were where they are refused."""
+"""Settings of a resumed run: changes are listed, and undone where they are refused."""
 
 from pathlib import Path
 
-from launch.run_folder.resume import changes, put, settle
+from launch.run_folder.resume import (
+    accept_settings,
+    changed_settings,
+    prepare_resume,
+    restore_settings,
+)
 from protocol.config.load import load, to_toml
 from protocol.config.settings import SftRun
+from protocol.run_record import RunRecord, StateChanged, parse_events, read_run, write_run
 
 FLAGS = ["--model.path=m", "--data.path=d"]
 OTHER = [*FLAGS, "--run.resume=r", "--run.seed=7", "--model.lora.rank=4", "--data.max_length=none"]
 
 
-def test_what_changes_is_said():
+def test_changed_settings_are_listed():
     before, after = load(SftRun, None, FLAGS), load(SftRun, None, OTHER)
-    assert changes(before, before) == []
-    seed, lora, length = changes(before, after)
+    assert changed_settings(before, before) == []
+    seed, lora, length = changed_settings(before, after)
     assert seed == "changed: run.seed = 7, was 42"
     assert lora.startswith('changed: model.lora = {"rank":4,')
     assert '"rank":16' in lora.split(", was ")[1]
     assert length == "changed: data.max_length = null, was 1024"
 
 
-def test_refused_settings_do_not_stay(tmp_path: Path):
+def test_refused_settings_are_undone_and_events_keep_their_history(tmp_path: Path):
     before, after = load(SftRun, None, FLAGS), load(SftRun, None, OTHER)
     config = tmp_path / "config.toml"
     config.write_text(to_toml(before))
-    put(tmp_path, after)
+    write_run(tmp_path, RunRecord(program="sft", state="finished", started_at=5.0, total_steps=4))
+    (tmp_path / "events.jsonl").write_text(
+        '{"event":"StateChanged","time":1.0,"state":"finished"}\n{"ev'
+    )
+    prepare_resume(tmp_path, after)
     assert load(SftRun, config) == after
-    settle(tmp_path, begun=False)
+    assert restore_settings(tmp_path)
     assert load(SftRun, config) == before
-    put(tmp_path, after)
-    settle(tmp_path, begun=True)
-    settle(tmp_path, begun=False)  # a run that was not resumed has nothing to put back
+    record = read_run(tmp_path)
+    assert (record.state, record.started_at, record.total_steps) == ("finished", 5.0, 4)
+    prepare_resume(tmp_path, after)
+    accept_settings(tmp_path)
+    assert not restore_settings(tmp_path)  # nothing is left to restore
     assert load(SftRun, config) == after
-    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+    record = read_run(tmp_path)
+    assert (record.state, record.started_at, record.total_steps) == ("starting", 5.0, None)
+    events = parse_events((tmp_path / "events.jsonl").read_bytes())
+    states = [event.state for event in events if isinstance(event, StateChanged)]
+    assert states == ["finished", "starting", "finished", "starting"]  # the partial line is gone
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["config.toml", "events.jsonl", "run.json"]

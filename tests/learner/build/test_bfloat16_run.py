@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 
-from launch.run_folder.cli import read_command_line
+from launch.cli.command_line import read_command_line
 from learner.build.offline import assemble_offline
 from learner.checkpoint import load_checkpoint
 from protocol.config.settings import SftRun

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.run_folder.cli import read_command_line
+from launch.cli.command_line import read_command_line
 from learner.build.offline import assemble_offline
 from protocol.config.settings import PreferenceRun
 from tests.tiny import write_model_folder

@@ -9,7 +9,7 @@ import weakref
 import mlx.core as mx
 import pytest
 
-from launch.run_folder.cli import read_command_line
+from launch.cli.command_line import read_command_line
 from learner.build import offline as assembly
 from protocol.config.settings import PreferenceRun
 from protocol.errors import ConfigError

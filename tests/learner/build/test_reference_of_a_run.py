@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from launch.run_folder.cli import read_command_line
+from launch.cli.command_line import read_command_line
 from learner.build.offline import assemble_offline
 from learner.objectives.preference import PreferenceObjective
 from protocol.config.settings import ModelSettings, PreferenceRun, SftRun

@@ -13,16 +13,17 @@ from typing import Any
 import anyio
 import pytest
 
+import launch.cli.command_line
 import launch.processes.collect
-import launch.run_folder.cli
+import launch.run_folder.create
 import learner.build.offline
 import learner.build.online
-import learner.objectives.preference
-from launch.grpo import actor_specs, reward_services
+import learner.objectives.base
+from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
 from launch.processes.lifeline import Lifeline
-from launch.run_folder.cli import read_command_line
+from launch.processes.specs import actor_specs, reward_services
 from learner.build.offline import assemble_offline
 from learner.build.online import OnlineAddresses, assemble_online
 from learner.data.prompts import Prompt
@@ -103,12 +104,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     for cls in PROGRAMS:  # kept from now on; their making reads every default
         leaf_fields(cls)
     for module, name in (
-        (launch.run_folder.cli, "load"),  # checks read everything
-        (launch.run_folder.cli, "to_toml"),
-        (launch.run_folder.cli, "resolve_paths"),
-        (launch.run_folder.cli, "require_files"),
+        (launch.cli.command_line, "load"),  # checks read everything
+        (launch.run_folder.create, "to_toml"),
+        (launch.cli.command_line, "resolve_paths"),
         (learner.build.offline, "load"),
-        (learner.objectives.preference, "check_preference"),
+        (launch.cli.command_line, "require_files"),
+        (learner.objectives.base, "check_preference"),
         (learner.build.online, "load"),
         (learner.build.online, "idle"),
         (learner.build.offline, "idle"),
@@ -192,7 +193,7 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
         endpoint = f"ipc://{folder}/s"
         args = Namespace(run_dir=folder, endpoint=[endpoint], snapshots=f"{endpoint}2")
         args.rewards = ["ipc://x"]
-        collect(args, lifeline)
+        assert collect(args, lifeline) == "stopped"
         tokenizer = load_policy(ModelSettings(**builtins(run.model)), seed=0).tokenizer
         Writer(run, tokenizer, StringIO()).add(item)
     assert recorder.unread(PairsRun) == ELSEWHERE

@@ -10,7 +10,16 @@ import pytest
 
 from launch import report
 from launch.pages.charts import line_chart, ticks
-from launch.report import write_report
+from launch.pages.html import prompt_text
+from launch.pages.run_page import write_report
+from protocol.run_record import (
+    CheckpointFailed,
+    Notice,
+    Restart,
+    RunRecord,
+    record_event,
+    write_run,
+)
 
 EVIL = "<script>alert(1)</script>"
 
@@ -54,6 +63,25 @@ def test_held_out_answers_are_shown_first_and_last(tmp_path: Path):
     assert "at 5" not in page
 
 
+def test_the_page_says_what_ran_how_it_ended_and_what_went_wrong(tmp_path: Path):
+    versions = {"mlx": "0.32.0", "mlx-lm": "0.32.1"}
+    record = RunRecord(program="grpo", state="stopped", total_steps=9, versions=versions)
+    write_run(tmp_path, record)
+    record_event(tmp_path, Notice(level="info", message="seven rows"))
+    record_event(tmp_path, CheckpointFailed(step=4, reason="<full>"))
+    record_event(
+        tmp_path,
+        Restart(process="actor-1", reason="SIGKILL", attempt=1, max_restarts=3, delay_s=0.5),
+    )
+    page = write_report(tmp_path).read_text()
+    assert "<p>grpo run of 9 steps, stopped; mlx 0.32.0, mlx-lm 0.32.1</p>" in page
+    assert (
+        "<ul><li>step 4: training goes on without this checkpoint: &lt;full&gt;</li>"
+        "<li>actor-1 ended with SIGKILL; restart 1 of 3 in 0.5 s</li></ul>"
+    ) in page
+    assert "seven rows" not in page
+
+
 def test_ticks_are_round_and_within():
     assert ticks(0.6466, 0.6936) == [0.65, 0.66, 0.67, 0.68, 0.69]
     assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -82,4 +110,4 @@ def test_an_empty_run_gives_a_page_and_a_missing_one_an_error(tmp_path: Path):
 
 @pytest.mark.parametrize("prompt", ["plain", None, [{"role": "user"}, 3]])
 def test_any_prompt_has_a_text(prompt: object):
-    assert isinstance(report.prompt_text(prompt), str)
+    assert isinstance(prompt_text(prompt), str)

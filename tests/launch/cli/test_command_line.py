@@ -5,19 +5,25 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from launch import grpo
-from launch.grpo import DEFAULT_RECIPE, actor_specs, reward_services, snapshot_endpoint
-from launch.run_folder.cli import (
-    NOT_BEGUN,
-    learner_spec,
-    read_command_line,
-    what_next,
+from launch.cli.command_line import read_command_line
+from launch.cli.run import what_next
+from launch.grpo import DEFAULT_RECIPE
+from launch.processes.specs import (
+    actor_specs,
+    collecting_processes,
+    offline_processes,
+    reward_services,
+    snapshot_endpoint,
+    training_processes,
 )
 from launch.run_folder.paths import resolve_flags, resolve_path
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
+from protocol.run_record import change_state, read_run, write_run
 
 OFFLINE = ["--model.path=m", "--data.path=org/set"]
 
@@ -29,6 +35,9 @@ def test_the_default_recipe_resolves_its_own_files(tmp_path: Path):
     assert run.data.path == f"{recipes / 'addition.py'}:train_rows"
     assert run.rewards.functions == [f"{recipes / 'addition.py'}:exact_match"]
     assert load(GrpoRun, folder / "config.toml") == run
+    record = read_run(folder)
+    assert (record.program, record.state, record.started_at) == ("grpo", "starting", None)
+    assert record.versions.keys() == {"mlx", "mlx-lm", "pippin"}
     assert (tmp_path / "latest").resolve() == folder
 
 
@@ -78,7 +87,7 @@ def test_a_data_file_that_is_missing_or_no_recipe_is_refused_before_a_folder_is_
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"rows\.jsonl is no recipe.*--data\.path rows\.jsonl"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl is not a recipe.*--data\.path rows\.jsonl"):
         read_command_line(SftRun, ["rows.jsonl", "--model.path=m"], "")
     with pytest.raises(ConfigError, match=r"data\.path row\.csv: no such file \(looked at /"):
         read_command_line(SftRun, ["--model.path=m", "--data.path=row.csv"], "")
@@ -91,13 +100,15 @@ def test_a_data_file_that_is_missing_or_no_recipe_is_refused_before_a_folder_is_
 def test_the_name_of_a_run_that_never_began_is_free(tmp_path: Path):
     flags = [*OFFLINE, f"--run.dir={tmp_path}", "--run.name=a"]
     _, folder = read_command_line(SftRun, flags, "")
-    (folder / "started_at").write_text("1.0\n")
-    (folder / NOT_BEGUN).touch()
+    write_run(folder, structs.replace(read_run(folder), started_at=1.0))
+    change_state(folder, "failed_to_start")
     run, again = read_command_line(SftRun, [*flags, "--train.max_steps=3"], "")
     assert again == folder
     assert load(SftRun, folder / "config.toml") == run
-    assert not (folder / "started_at").exists()
-    with pytest.raises(ConfigError, match=r"holds a run already"):
+    assert read_run(folder).started_at is None
+    assert read_run(folder).state == "starting"
+    assert not (folder / "events.jsonl").exists()
+    with pytest.raises(ConfigError, match=r"already holds a run"):
         read_command_line(SftRun, flags, "")
 
 
@@ -123,11 +134,11 @@ def test_the_last_lines_are_commands_for_a_shell(tmp_path: Path, monkeypatch: py
 def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Path):
     flags = [*OFFLINE, f"--run.dir={tmp_path}", "--run.name=a", "--train.max_steps=3"]
     run, folder = read_command_line(SftRun, flags, "")
-    with pytest.raises(ConfigError, match=r"holds a run already.*or delete that folder"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*or delete that folder"):
         read_command_line(SftRun, flags, "")  # nothing to resume was saved
     (folder / "checkpoints/step-000002").mkdir(parents=True)
     (folder / "checkpoints/step-000002/state.json").touch()
-    with pytest.raises(ConfigError, match=r"holds a run already.*go on with it by --run.resume"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*continue it with --run.resume"):
         read_command_line(SftRun, flags, "")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file cannot be made"):
@@ -140,7 +151,7 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
     assert same == folder
     assert again.train.max_steps == 9
     assert again.optimizer == run.optimizer
-    with pytest.raises(ConfigError, match=r"a run of launch/sft\.py; resume it with that"):
+    with pytest.raises(ConfigError, match=r"a run of launch/sft\.py; resume it with that program"):
         read_command_line(PreferenceRun, ["--run.resume", str(folder)], "")
     with pytest.raises(ConfigError, match="required a run folder"):
         read_command_line(SftRun, [f"--run.resume={tmp_path / 'no'}"], "")
@@ -163,12 +174,22 @@ def test_processes_of_a_run(tmp_path: Path):
         "--child",
     ]
     assert [spec.name for spec in actor_specs(run, "ipc:///s/l")] == ["actor-0", "actor-1"]
-    assert learner_spec(tmp_path, "grpo").command[2:] == [
-        str(tmp_path),
-        "--kind",
-        "grpo",
-        "--child",
-    ]
+    assert offline_processes(tmp_path).learner.command[2:] == [str(tmp_path), "--child"]
+    assert offline_processes(tmp_path).required == frozenset()
+
+    whole = training_processes(run, tmp_path, Path("/s"))
+    assert list(whole.learner.command[2:]) == [
+        str(tmp_path), "--child", "--endpoint", "ipc:///s/learner",
+        "--snapshots", "ipc:///s/snapshots",
+        "--rewards", "ipc:///s/reward-0,ipc:///s/reward-1", "--rewards", "tcp://h:1,tcp://h:2",
+    ]  # fmt: skip
+    assert [spec.name for spec in whole.helpers] == ["reward-0", "reward-1", "actor-0", "actor-1"]
+    assert whole.required == {"actor", "reward server"}
+    # Actors elsewhere can stand in for the local ones.
+    elsewhere = collecting_processes(remote, tmp_path, Path("/s"))
+    assert elsewhere.learner.command[1].endswith("processes/collect.py")
+    assert elsewhere.learner.command[-6:-4] == ["--endpoint", "tcp://127.0.0.1:7000"]
+    assert elsewhere.required == {"reward server"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load
 
-from launch.export import export, main
+from launch.export import main
+from launch.exporting.fuse import export
 from launch.exporting.modelfile import family_of, modelfile, template_notes
 from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.errors import ModelError

@@ -1,0 +1,149 @@
+"""Fuses a run's adapters into its base, and writes the model in mlx-lm's format."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.exporting.gguf import write_gguf
+from launch.exporting.modelfile import write_modelfile
+from launch.exporting.result import Exported
+from protocol.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+log = logging.getLogger("pippin.export")
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    model: str = "",
+    best: bool = False,
+    dequantize: bool = False,
+    gguf: bool = False,
+    ollama: bool = False,
+) -> Exported:
+    """Fuse the adapters of `source` and write a model to `out`; ModelError if that fails.
+
+    Weights keep the precision in which they are stored; a quantised layer is quantised again
+    after fusing, which rounds, unless `dequantize`.
+    """
+    from mlx_lm.utils import dequantize_model, save
+
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ModelError(f"{out} exists and is not empty: name a new folder to export to")
+
+    # The best checkpoint's adapter is put together in a folder that is needed only for loading.
+    with tempfile.TemporaryDirectory() as scratch:
+        base, adapter = locate(source, model, Path(scratch), best=best)
+        network, tokenizer, config = _load(base, adapter)
+
+    result = Exported(out)
+    fuse(network, dequantize=dequantize)
+    if dequantize:
+        network = dequantize_model(network)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    elif config.get("quantization") and adapter:
+        result.notes.append(
+            "The base is quantised: the fused layers were quantised again, which rounds. "
+            "--dequantize keeps the adapter's effect exactly."
+        )
+
+    try:
+        save(out, base, network, tokenizer, config, donate_model=False)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(out, ignore_errors=True)  # it did not exist, or was empty
+        raise ModelError(
+            f"{out}: cannot be written: {error}. Nothing was left there; free space"
+        ) from error
+
+    if gguf:
+        write_gguf(result, network, config)
+    if ollama:
+        write_modelfile(result, config, tokenizer)
+    return result
+
+
+def _load(base: str, adapter: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Return network, tokenizer and configuration of a model with its adapter."""
+    from mlx_lm.utils import load
+
+    try:
+        loaded: Any = load(base, adapter_path=adapter, return_config=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{base} with {adapter}" if adapter else base
+        raise ModelError(
+            f"{what}: cannot be loaded: {error}; --model names the base if it has moved"
+        ) from error
+    return loaded
+
+
+def locate(
+    source: Path, model: str, scratch: Path, *, best: bool = False
+) -> tuple[str, str | None]:
+    """Return the base's path or hub id and the adapter folder (None: a full model) of `source`."""
+    if (source / "adapter_config.json").is_file():
+        return _base_of(source, model), str(source)
+    if best:
+        return _best(source, model, scratch)
+    if (source / "model" / "config.json").is_file():
+        return str(source / "model"), None
+    if (source / "adapters" / "adapter_config.json").is_file():
+        return _base_of(source / "adapters", model), str(source / "adapters")
+    raise ModelError(
+        f"{source} holds neither adapter_config.json, nor adapters/, nor model/: name the folder "
+        "of a finished run, or an adapter folder in mlx-lm's format"
+    )
+
+
+def _base_of(adapter: Path, model: str) -> str:
+    path = adapter / "adapter_config.json"
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: malformed JSON: {error}; name a whole adapter") from error
+    base = model or str(text.get("model") or "")
+    if not base:
+        raise ModelError(f"{adapter}/adapter_config.json names no base model: give it as --model")
+    return base
+
+
+def _best(run: Path, model: str, scratch: Path) -> tuple[str, str]:
+    """Put the best checkpoint's tensors next to the run's adapter configuration."""
+    states = sorted((run / "checkpoints").glob("step-*/state.json"))
+    best: dict[str, float] = {}
+    if states:
+        best = json.loads(states[-1].read_text()).get("best", {})
+    weights = run / "checkpoints" / f"step-{int(best.get('step', -1)):06d}" / "weights.safetensors"
+    settings = run / "adapters" / "adapter_config.json"
+    if not weights.is_file() or not settings.is_file():
+        raise ModelError(
+            f"--best: {run} keeps no checkpoint of its best evaluation with adapters (its newest "
+            f"checkpoint says best = {best}); leave --best out to export the last policy"
+        )
+    shutil.copy(weights, scratch / "adapters.safetensors")
+    shutil.copy(settings, scratch / "adapter_config.json")
+    log.info("best evaluation: step %d", int(best["step"]))
+    return _base_of(settings.parent, model), str(scratch)
+
+
+def fuse(network: "nn.Module", *, dequantize: bool) -> None:
+    """Fold every adapter into the layer it wraps, in place."""
+    from mlx.utils import tree_unflatten
+
+    fused: list[tuple[str, Any]] = []
+    for name, module in network.named_modules():
+        layer: Any = module
+        if "lora_a" in layer and hasattr(layer, "fuse"):
+            fused.append((name, layer.fuse(dequantize=dequantize)))
+    network.update_modules(tree_unflatten(fused))

@@ -1,0 +1,154 @@
+"""The report of a run: RUN/report.html, one file without network references.
+
+It shows what the run is (run.json), curves (metrics.jsonl), what went wrong (events.jsonl) and
+sample completions with their rewards, first and last (rollouts.jsonl). Whatever is missing or
+damaged in those files is left out. All text is escaped.
+"""
+
+import os
+from html import escape
+from pathlib import Path
+from typing import Any, cast
+
+from launch.pages.charts import line_chart
+from launch.pages.html import page, points, prompt_text
+from launch.run_folder.tail import number, parse_lines
+from protocol.run_record import (
+    EVENTS,
+    RUN,
+    AnyEvent,
+    CheckpointFailed,
+    Fault,
+    Restart,
+    RunRecord,
+    parse_events,
+    read_run,
+)
+
+SAMPLES = 4
+CHARTS: dict[str, tuple[str, ...]] = {
+    "Reward": ("reward", "reward_std"),
+    "Evaluation": ("eval/reward", "eval/accuracy"),
+    "Loss": ("loss", "eval/loss"),
+    "Preference accuracy": ("rewards/accuracies", "eval/rewards/accuracies"),
+    "Preference margins": ("rewards/margins", "eval/rewards/margins"),
+    "Log-probs of held-out answers, nats": ("eval/logps/chosen", "eval/logps/rejected"),
+    "Completion length": ("completions/mean_length", "completions/max_length"),
+    "Staleness": ("staleness/mean", "staleness/max"),
+    "KL and entropy": ("kl", "entropy"),
+    "Gradient norm": ("grad_norm",),
+    "Time of a step, s": ("step_time",),
+}
+SUMMARY = (
+    "reward",
+    "eval/reward",
+    "loss",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a run folder and return its path."""
+    metrics = parse_lines(_bytes(folder / "metrics.jsonl"))
+    rollouts = parse_lines(_bytes(folder / "rollouts.jsonl"))
+    config = _bytes(folder / "config.toml").decode("utf-8", errors="replace")
+    about = _about(read_run(folder)) if (folder / RUN).exists() else ""
+    troubles = _troubles(parse_events(_bytes(folder / EVENTS)))
+
+    target = folder / "report.html"
+    temporary = folder / f".report-{os.getpid()}.html"
+    text = render(folder.name, metrics, rollouts, config, about=about + troubles)
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(target)
+    return target
+
+
+def render(
+    name: str,
+    metrics: list[dict[str, Any]],
+    rollouts: list[dict[str, Any]],
+    config: str,
+    *,
+    about: str = "",
+) -> str:
+    """Return the page; `about` is HTML on the run as a whole."""
+    rates = sorted({key for line in metrics for key in line if key.endswith("tokens_per_s")})
+    charts = [
+        line_chart(title, {key: points(metrics, key) for key in keys})
+        for title, keys in {**CHARTS, "Throughput, tokens/s": tuple(rates)}.items()
+    ]
+    shown = "".join(charts) or "<p>No metrics were written.</p>"
+    return page(
+        name,
+        f'{about}{_summary(metrics)}<div class="charts">{shown}</div>{_samples(rollouts)}'
+        f"<h2>Configuration</h2><pre>{escape(config)}</pre>",
+    )
+
+
+def _about(record: RunRecord) -> str:
+    """Return a line on what ran, with which versions, and how it ended."""
+    steps = f" of {record.total_steps} steps" if record.total_steps is not None else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    state = record.state.replace("_", " ")
+    return f"<p>{escape(f'{record.program} run{steps}, {state}; {versions}')}</p>"
+
+
+def _troubles(events: list[AnyEvent]) -> str:
+    """Return what went wrong, in order."""
+    found = [each for each in events if isinstance(each, CheckpointFailed | Fault | Restart)]
+    items = "".join(f"<li>{escape(event.text)}</li>" for event in found)
+    return f"<h2>Faults</h2><ul>{items}</ul>" if items else ""
+
+
+def _summary(metrics: list[dict[str, Any]]) -> str:
+    parts: list[str] = []
+    for key in SUMMARY:
+        found = points(metrics, key)
+        if found:
+            parts.append(f"{escape(key)}: {found[0][1]:.4g} first, {found[-1][1]:.4g} last")
+    return f"<p>{'; '.join(parts)}</p>"
+
+
+def _samples(rollouts: list[dict[str, Any]]) -> str:
+    groups = [line for line in rollouts if _list(line, "completions")]
+    train = [line for line in groups if line.get("kind") != "eval"]
+    held_out = [line for line in groups if line.get("kind") == "eval"]
+    versions = sorted({number(line, "trained_at") or 0.0 for line in held_out})
+
+    parts = [_titled("Samples: first", train[:SAMPLES])]
+    parts.append(_titled("Samples: last", train[SAMPLES:][-SAMPLES:]))
+    for version in dict.fromkeys([*versions[:1], *versions[-1:]]):
+        lines = [line for line in held_out if (number(line, "trained_at") or 0.0) == version]
+        parts.append(_titled(f"Held-out answers at step {version:g}", lines[:SAMPLES]))
+    return "".join(parts)
+
+
+def _titled(title: str, groups: list[dict[str, Any]]) -> str:
+    return f"<h2>{escape(title)}</h2>{_table(groups)}" if groups else ""
+
+
+def _table(groups: list[dict[str, Any]]) -> str:
+    rows = ["<tr><th>prompt</th><th>completion</th><th>rewards</th></tr>"]
+    for line in groups:
+        rewards = _list(line, "rewards")
+        names = _list(line, "reward_names")
+        for index, text in enumerate(_list(line, "completions")[:SAMPLES]):
+            reward: object = rewards[index] if index < len(rewards) else []
+            values = cast("list[object]", reward) if isinstance(reward, list) else [reward]
+            labels = [*map(str, names), *[""] * len(values)]
+            worth = "\n".join(f"{n} {v}" for n, v in zip(labels, values, strict=False))
+            prompt = prompt_text(line.get("prompt"))
+            cells = "".join(f"<td>{escape(part)}</td>" for part in (prompt, str(text), worth))
+            rows.append(f"<tr>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _list(line: dict[str, Any], key: str) -> list[Any]:
+    value = line.get(key)
+    return cast("list[Any]", value) if isinstance(value, list) else []
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

@@ -1,0 +1,58 @@
+"""How the two learner programs, learn.py and collect.py, begin and end."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from launch.processes.blas import bound_lookahead
+from launch.processes.lifeline import Lifeline
+from launch.processes.notices import NoticeHandler
+from launch.processes.start import start_process
+from protocol.errors import PippinError
+from protocol.run_record import Fault, State, change_state, record_event
+
+log = logging.getLogger("pippin.learner")
+
+Work = Callable[[argparse.Namespace, Lifeline], State]
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Read the command line: the run folder, and the endpoints of a run with actors."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--endpoint", action="append", default=[], help="where actors connect")
+    parser.add_argument("--snapshots", default="", help="where snapshots are served")
+    parser.add_argument(
+        "--rewards", action="append", default=[], help="a service's endpoints, joined by commas"
+    )
+    parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    return parser.parse_args()
+
+
+def run_learner(name: str, description: str | None, work: Work) -> NoReturn:
+    """Do the work, record how it ended, and exit: with status 1 if it failed.
+
+    `name` is that of the process's log; `work` returns the run's state at its end.
+    """
+    args = arguments(description)
+    bound_lookahead()  # before MLX is imported
+    lifeline = start_process(child=args.child, mlx=True)
+    logging.getLogger().addHandler(NoticeHandler(args.run_dir, f"logs/{name}.log"))
+
+    status = 0
+    try:
+        change_state(args.run_dir, work(args, lifeline))
+    except (PippinError, OSError) as error:  # OSError: a full disk, a folder that went away
+        reason = f"{type(error).__name__}: {error}"
+        log.error("%s", reason)
+        record_event(args.run_dir, Fault(process=name, reason=reason))
+        status = 1
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # After a failure, threads may still wait for what never comes.
+    os._exit(status) if status else sys.exit(0)

@@ -1,0 +1,113 @@
+"""Which processes a run starts, with which commands and endpoints."""
+
+import sys
+from pathlib import Path
+
+from launch.processes.children import ChildSpec, Processes
+from protocol.config.settings import GrpoRun, OnlineRun
+from protocol.errors import ConfigError
+
+LAUNCH = Path(__file__).parents[1]
+
+
+def program(name: str, *arguments: str) -> list[str]:
+    """Return the command of one of our programs, in this interpreter."""
+    return [sys.executable, str(LAUNCH / name), *arguments]
+
+
+def offline_processes(folder: Path) -> Processes:
+    """Return the processes of a run without actors: the learner alone."""
+    command = program("processes/learn.py", str(folder), "--child")
+    return Processes(ChildSpec("learner", "learner", command))
+
+
+def training_processes(run: GrpoRun, folder: Path, sockets: Path) -> Processes:
+    """Return the learner of launch/grpo.py, its actors and its reward servers."""
+    return _with_actors("learner", "processes/learn.py", run, folder, sockets)
+
+
+def collecting_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
+    """Return the collector of launch/pairs.py, its actors and its reward servers."""
+    return _with_actors("collect", "processes/collect.py", run, folder, sockets)
+
+
+def _with_actors(name: str, script: str, run: OnlineRun, folder: Path, sockets: Path) -> Processes:
+    """Return the learner program `script`, local actors and reward servers; `sockets` is a folder.
+
+    Local actors are required unless actors elsewhere can connect to `transport.bind`.
+    """
+    endpoint = f"ipc://{sockets}/learner"
+    services, servers = reward_services(run, sockets)
+    arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]
+    if run.transport.bind:
+        arguments += ["--endpoint", run.transport.bind]
+    for service in services:
+        arguments += ["--rewards", service]
+    learner = ChildSpec(name, "learner", program(script, str(folder), "--child", *arguments))
+
+    required = {"reward server"} if servers else set[str]()
+    if not run.transport.bind:
+        required.add("actor")
+    return Processes(learner, [*servers, *actor_specs(run, endpoint)], frozenset(required))
+
+
+def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:
+    """Return the learner's `--rewards` values, and the local reward servers to start.
+
+    Each value is one service, its endpoints joined by commas. All functions named by file or module
+    are one service with `rewards.workers` local servers; all `zmq://` endpoints are another.
+    """
+    local = [name for name in run.rewards.functions if not name.startswith("zmq://")]
+    remote = [f"tcp://{name[6:]}" for name in run.rewards.functions if name.startswith("zmq://")]
+    endpoints = [f"ipc://{sockets}/reward-{i}" for i in range(run.rewards.workers)]
+    if run.transport.bind:
+        endpoints = [port_above(run.transport.bind, 2 + i) for i in range(run.rewards.workers)]
+
+    servers = [
+        ChildSpec(
+            f"reward-{i}",
+            "reward server",
+            program("reward_server.py", *local, "--bind", endpoint, "--child", *_keys(run)),
+            run.actors.max_restarts,
+        )
+        for i, endpoint in enumerate(endpoints)
+    ]
+    services = [",".join(endpoints)] * bool(local) + [",".join(remote)] * bool(remote)
+    return services, servers if local else []
+
+
+def actor_specs(run: OnlineRun, endpoint: str) -> list[ChildSpec]:
+    """Return the local actors to start; `endpoint` is the learner's."""
+    settings = run.actors
+    common = ["--connect", endpoint, "--child"]
+    common += ["--max-concurrent-completions", str(settings.max_concurrent_completions)]
+    common += ["--prefill-step-size", str(settings.prefill_step_size), *_keys(run)]
+    names = [f"actor-{i}" for i in range(settings.count)]
+    return [
+        ChildSpec(
+            name, "actor", program("actor.py", *common, "--name", name), settings.max_restarts
+        )
+        for name in names
+    ]
+
+
+def snapshot_endpoint(run: OnlineRun, sockets: Path) -> str:
+    """Return where snapshots are served: for remote actors, on the port above `transport.bind`."""
+    if not run.transport.bind:
+        return f"ipc://{sockets}/snapshots"
+    return port_above(run.transport.bind, 1)
+
+
+def port_above(endpoint: str, offset: int) -> str:
+    """Return the tcp endpoint `offset` ports above: 1 serves snapshots, 2 and up rewards."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not port.isdecimal():
+        raise ConfigError(
+            f"transport.bind {endpoint!r}: required tcp://host:port with a port number; the ports "
+            "above it serve snapshots and rewards"
+        )
+    return f"tcp://{host}:{int(port) + offset}"
+
+
+def _keys(run: OnlineRun) -> list[str]:
+    return ["--keys", run.transport.keys] if run.transport.keys else []

@@ -1,0 +1,227 @@
+"""What a run records about itself: `run.json` (what it is) and `events.jsonl` (what happened).
+
+The learner and the launcher write these files; the display, the report, the comparison and a resume
+read them, and never the text of a log. `run.json` is replaced whole, and only one process at a time
+does so: the launcher before and after the learner's life, the learner during it. Both append to
+`events.jsonl`, one whole line per event, and a resumed run adds to what is there.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from protocol.errors import ConfigError
+
+Program = Literal["grpo", "preference", "sft", "pairs"]
+State = Literal[
+    "starting",  # the learner has not accepted its settings yet
+    "running",
+    "stopping",  # on request, after the step under way
+    "stopped",
+    "finished",
+    "failed",
+    "failed_to_start",  # before the first step: nothing was recorded, and the folder may be reused
+]
+
+RUN, EVENTS = "run.json", "events.jsonl"
+EVENT_LOGGER = "pippin.events"
+log = logging.getLogger(EVENT_LOGGER)
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The contents of `run.json`."""
+
+    program: Program
+    state: State = "starting"
+    started_at: float | None = None  # Unix s; when the learner first was ready to train
+    total_steps: int | None = None  # None until the learner knows
+    versions: dict[str, str] = {}  # of mlx, mlx-lm and pippin
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=True):
+    """Base of every event: a line of `events.jsonl`, tagged with its class's name."""
+
+    time: float = msgspec.field(default_factory=time.time)  # Unix s
+
+    @property
+    def text(self) -> str:
+        """Return the event in words, for logs and people."""
+        raise NotImplementedError
+
+
+class StateChanged(Event, frozen=True, kw_only=True):
+    """The run's state changed to `state`, as `run.json` says too."""
+
+    state: State
+
+    @property
+    def text(self) -> str:
+        return f"the run is {self.state.replace('_', ' ')}"
+
+
+class EvaluationStarted(Event, frozen=True, kw_only=True):
+    """The evaluation of the policy of `step` began."""
+
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"evaluating step {self.step}"
+
+
+class EvaluationFinished(Event, frozen=True, kw_only=True):
+    """The figures of the policy of `step` are complete; their line in `metrics.jsonl` follows."""
+
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"evaluated step {self.step}"
+
+
+class CheckpointSaved(Event, frozen=True, kw_only=True):
+    """A checkpoint was written to `path`, relative to the run folder."""
+
+    step: int
+    path: str
+
+    @property
+    def text(self) -> str:
+        return f"saved {self.path}"
+
+
+class CheckpointFailed(Event, frozen=True, kw_only=True):
+    """A checkpoint could not be written, and training went on without it."""
+
+    step: int
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return f"step {self.step}: training goes on without this checkpoint: {self.reason}"
+
+
+class Fault(Event, frozen=True, kw_only=True):
+    """A process failed for good; written by the process itself, or by the launcher for it."""
+
+    process: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.process}: {self.reason}"
+
+
+class Restart(Event, frozen=True, kw_only=True):
+    """A helper process died, and is restarted after `delay_s`."""
+
+    process: str
+    reason: str
+    attempt: int  # from 1
+    max_restarts: int
+    delay_s: float
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.process} ended with {self.reason}; restart {self.attempt} of "
+            f"{self.max_restarts} in {self.delay_s:g} s"
+        )
+
+
+class Notice(Event, frozen=True, kw_only=True):
+    """A message of the learner to the user."""
+
+    level: Literal["info", "warning"]
+    message: str
+
+    @property
+    def text(self) -> str:
+        return self.message
+
+
+AnyEvent = (
+    StateChanged
+    | EvaluationStarted
+    | EvaluationFinished
+    | CheckpointSaved
+    | CheckpointFailed
+    | Fault
+    | Restart
+    | Notice
+)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read `run.json`; ConfigError where `folder` has none, or one that cannot be read."""
+    path = folder / RUN
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunRecord)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder}: required a run folder with {RUN}; found none") from error
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Replace `run.json`; a reader sees the old contents or the new, never a part."""
+    temporary = folder / f".{RUN}.{os.getpid()}"
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+    temporary.replace(folder / RUN)
+
+
+def change_state(folder: Path, state: State) -> None:
+    """Note a new state in `run.json` and as an event."""
+    write_run(folder, msgspec.structs.replace(read_run(folder), state=state))
+    record_event(folder, StateChanged(state=state))
+
+
+def record_event(folder: Path, event: AnyEvent) -> None:
+    """Append an event to `events.jsonl`, and log it.
+
+    A disk that is full does not end a run that only wants to say so: the event is then logged only.
+    """
+    try:
+        append_event(folder, event)
+    except OSError as error:
+        log.info("%s cannot be written: %s", folder / EVENTS, error)
+    level = logging.WARNING if isinstance(event, CheckpointFailed) else logging.INFO
+    log.log(level, "%s", event.text)
+
+
+def append_event(folder: Path, event: AnyEvent) -> None:
+    """Append one whole line to `events.jsonl`, which another process may append to as well."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    descriptor = os.open(folder / EVENTS, flags, 0o644)
+    try:
+        os.write(descriptor, msgspec.json.encode(event) + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def parse_events(data: bytes) -> list[AnyEvent]:
+    """Decode lines of `events.jsonl`; lines that are damaged or of an unknown kind are left out."""
+    found: list[AnyEvent] = []
+    for line in data.splitlines():
+        try:
+            found.append(_decoder.decode(line))
+        except msgspec.DecodeError:
+            continue
+    return found
+
+
+def cut_partial_line(path: Path) -> None:
+    """Cut off a last line that a killed writer left unfinished: the next would be glued to it."""
+    if not path.is_file():
+        return
+
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
