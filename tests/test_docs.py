@@ -6,6 +6,7 @@ import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,6 @@ from actors.worker import as_answers
 from learner.data.examples import pairs
 from learner.data.filter import Report
 from learner.data.prompts import open_prompts
-from learner.losses.dpo import Pairs
 from protocol.config.fields import leaf_fields
 from protocol.config.load import load
 from protocol.config.settings import (
@@ -86,7 +86,7 @@ def test_the_recipe_of_the_readme_gives_rewards(recipe: Path, monkeypatch: pytes
     assert (ROOT / run.model.path / "config.json").is_file()
     monkeypatch.chdir(recipe.parent)
     prompts = open_prompts(run.data, tiny_tokenizer.build(), seed=0)
-    assert (len(prompts.train), len(prompts.evaluation)) == (4, 2)
+    assert (prompts.train.total, len(prompts.evaluation)) == (4, 2)
 
     functions = runpy.run_path(str(recipe.parent / "my.py"))
     prompt = prompts.train.next()
@@ -125,9 +125,8 @@ def test_the_reward_function_of_how_to_add_scores():
 def test_the_dpo_loss_of_how_to_add_has_its_value():
     source = next(block for block in blocks("docs/how-to-add.md", "python") if '"cauchy"' in block)
     loss = eval(f"{{{source}}}", {"mx": mx})["cauchy"]
-    one = mx.array([1.0])
-    given = Pairs(one, one, mx.array([3.0]), mx.array([-2.0]), one, one, mx.array(0.0), one)
-    # beta 0.1, delta 5: log(1 + (1 - 0.5)^2)
+    given = SimpleNamespace(delta=lambda settings: mx.array([5.0]))
+    # beta 0.1: log(1 + (1 - 0.5)^2)
     assert loss(given, PreferenceSettings()).item() == pytest.approx(0.22314355)
 
 
