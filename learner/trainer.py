@@ -4,6 +4,9 @@ The trainer knows neither where batches come from nor what is optimised. It owns
 program calls `advance` until `done`, and waits on the source in between.
 """
 
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
 import math
 import time
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 """The evaluation of held-out examples during offline training."""
 
-# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
