@@ -175,7 +175,8 @@ def optimizer_of(recording: Recording) -> OptimizerSettings:
     """Return the optimiser's settings: TRL's names are ours."""
     given = recording.arguments
     # Not converted, so unchecked: tests set what a recipe could not, such as max_grad_norm = 0.
-    return OptimizerSettings(**{name: given[name] for name in OptimizerSettings.__struct_fields__})
+    known = given.keys() & set(OptimizerSettings.__struct_fields__)
+    return OptimizerSettings(**{name: given[name] for name in known})
 
 
 def reads_reference(recording: Recording) -> bool:
