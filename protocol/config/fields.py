@@ -1,4 +1,4 @@
-"""The keys of a recipe, walked from the Structs of `settings.py`, and the check of one value."""
+"""The types of fields, the walk over a recipe's keys, and the check of one value."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,34 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
-from protocol.config.field_types import Section
 from protocol.errors import ConfigError, did_you_mean
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section of a recipe."""
+
+
+def doc(text: str) -> Meta:
+    """Return the help text of a field, in Markdown."""
+    return Meta(description=text)
+
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+# Nothing would be done with 0, so it is refused rather than read as "all".
+CountOrAll = Annotated[int, Meta(ge=-1, extra={"refused": 0})]
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+UpToOne = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+# launch/run_folder/paths.py makes fields of these types absolute.
+LocalPath = Annotated[str, Meta(extra={"path": "file or folder"})]
+DataPath = Annotated[str, Meta(extra={"path": "data"})]
+PathOrId = Annotated[str, Meta(min_length=1, extra={"path": "folder or hub id"})]
+FunctionName = Annotated[str, Meta(extra={"path": "file.py:function"})]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import msgspec
 
 from protocol.config.checks import check
-from protocol.config.field_types import Section
-from protocol.config.fields import check_value, leaf_fields, without_none
+from protocol.config.fields import Section, check_value, leaf_fields, without_none
 from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.config.unknown_keys import unknown_key
 from protocol.errors import ConfigError
