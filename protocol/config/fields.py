@@ -66,7 +66,24 @@ class Field:
     @property
     def bounds(self) -> str:
         """The bounds in words, such as "at least 1" or "in (0, 1]"; "" where there are none."""
-        return _words(metas(self.annotation))
+        found = metas(self.annotation)
+        bounds = {
+            name: bound
+            for meta in found
+            for name in ("ge", "gt", "le", "lt", "min_length")
+            if (bound := getattr(meta, name)) is not None
+        }
+        low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+        if any("refused" in (meta.extra or {}) for meta in found):
+            return "-1 or at least 1"  # CountOrAll
+        if high is not None:
+            left, right = "[" if "ge" in bounds else "(", "]" if "le" in bounds else ")"
+            return f"in {left}{low}, {high}{right}"
+        if "gt" in bounds:
+            return "positive" if low == 0 else f"above {low}"
+        if low is not None:
+            return f"at least {low}"
+        return "non-empty" if "min_length" in bounds else ""
 
 
 @cache
@@ -132,26 +149,6 @@ def _type_name(plain: object) -> str:
     else:
         name = str(getattr(inner, "__name__", inner))
     return f"{name}|none" if optional else name
-
-
-def _words(found: list[Meta]) -> str:
-    """Return bounds in words; "" where there are none."""
-    bounds = {
-        name: bound
-        for meta in found
-        for name in ("ge", "gt", "le", "lt", "min_length")
-        if (bound := getattr(meta, name)) is not None
-    }
-    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if any("refused" in (meta.extra or {}) for meta in found):
-        return "-1 or at least 1"  # CountOrAll
-    if high is not None:
-        return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
-    if "gt" in bounds:
-        return "positive" if low == 0 else f"above {low}"
-    if low is not None:
-        return f"at least {low}"
-    return "non-empty" if "min_length" in bounds else ""
 
 
 def check_value(field: Field, value: object, label: str) -> None:

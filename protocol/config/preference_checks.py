@@ -11,7 +11,7 @@ DPO_LOSSES = (
 )  # fmt: skip
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # The losses of each method; one that is not listed has no choice of loss.
-LOSSES_OF = {
+METHOD_LOSSES = {
     "dpo": DPO_LOSSES,
     "cpo": ("sigmoid", "hinge", "ipo", "simpo"),
     "simpo": ("simpo",),
@@ -79,7 +79,7 @@ def _check_losses(settings: PreferenceSettings) -> None:
     method, losses, weights = settings.method, settings.loss_type, settings.loss_weights
     field = "objective.loss_type"
     require(bool(losses), field, "must name at least one loss", losses)
-    shown = LOSSES_OF.get(method, ())
+    shown = METHOD_LOSSES.get(method, ())
     valid = (*shown, "sigmoid")  # the default, which stands for a method's first loss
     rule = (
         f"must be of {', '.join(shown)} for objective.method = {method!r}"

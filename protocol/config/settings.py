@@ -299,7 +299,7 @@ def has_held_out(data: GrpoData | ExampleData) -> bool:
 
 
 def narrowed(section: Section, cls: type[SectionT]) -> SectionT:
-    """Return a section as one of fewer keys, which it may be derived from."""
+    """Return a section as `cls`, which has fewer keys, such as a base class of its own."""
     return cls(**{name: getattr(section, name) for name in cls.__struct_fields__})
 
 

@@ -19,7 +19,12 @@ import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
 from protocol.hosts import is_loopback_host
-from protocol.transport.curve_keys import ClientKeys, ServerKeys
+from protocol.transport.curve_keys import (
+    ClientKeys,
+    ServerKeys,
+    load_client_keys,
+    load_server_keys,
+)
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"
@@ -206,6 +211,39 @@ def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Soc
         if authenticator is not None:
             authenticator.stop()
         context.term()
+
+
+@contextmanager
+def bound_socket(
+    endpoints: list[str], keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
+) -> Generator[tuple[zmq.asyncio.Socket, list[str]]]:
+    """Open a ROUTER bound to `endpoints`; yield it, and the endpoints with their actual ports.
+
+    `keys` is a folder made by `curve_keys.make_keys`. Raise `ChannelError` that names an endpoint
+    or a key file that cannot be used.
+    """
+    for endpoint in endpoints:
+        check_endpoint(endpoint, keys=keys is not None)
+    loaded = load_server_keys(keys) if keys is not None else None
+
+    with open_socket(zmq.ROUTER, loaded) as socket:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
+        yield socket, bind_all(socket, endpoints, loaded)
+
+
+@contextmanager
+def connected_socket(
+    endpoint: str, keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
+) -> Generator[zmq.asyncio.Socket]:
+    """Open a DEALER that connects to `endpoint`; raises what `bound_socket` raises."""
+    check_endpoint(endpoint, keys=keys is not None)
+    loaded = load_client_keys(keys) if keys is not None else None
+
+    with open_socket(zmq.DEALER, None) as socket:
+        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
+        connect(socket, endpoint, loaded)
+        yield socket
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:

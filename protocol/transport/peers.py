@@ -1,4 +1,4 @@
-"""What a server remembers of its peers: bounded, however many connect."""
+"""What a server remembers of its peers: bounded however many connect."""
 
 import time
 from collections import OrderedDict, deque
@@ -17,7 +17,7 @@ class _RefusalBudget:
 
 
 class PeerTable:
-    """Known peers by routing ID, each with a budget of refusals, so that no peer draws a flood.
+    """Known peers by routing ID, each with a budget of refusals, so that no peer is flooded.
 
     Beyond `bound` peers, the one that was silent longest is forgotten, but not reported as gone.
     """
