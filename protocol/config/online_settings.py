@@ -17,7 +17,7 @@ from protocol.config.fields import (
 
 
 class RewardSettings(Section, frozen=True, kw_only=True):
-    """What completions are worth."""
+    """Reward functions and their weights."""
 
     functions: Annotated[
         list[FunctionName],
@@ -29,7 +29,7 @@ class RewardSettings(Section, frozen=True, kw_only=True):
 
 
 class GrpoRewards(RewardSettings, frozen=True, kw_only=True):
-    """What completions are worth."""
+    """Reward functions and their weights."""
 
     max_none_batches: Annotated[PositiveInt, doc("Stop at this many in a row without reward.")] = 3
 
@@ -46,7 +46,7 @@ class SamplingSettings(Section, frozen=True, kw_only=True):
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
-    """Asynchrony."""
+    """How far sampling may run ahead of training."""
 
     max_staleness: Annotated[Count, doc("Batches that a policy may be behind; 0: synchronous.")] = 1
     lease_s: Annotated[float, doc("Seconds without progress before prompts go to others.")] = 120.0
@@ -64,7 +64,7 @@ class ActorSettings(Section, frozen=True, kw_only=True):
 
 
 class TransportSettings(Section, frozen=True, kw_only=True):
-    """Sockets."""
+    """Connections between learner and actors."""
 
     bind: Annotated[
         str, doc("`tcp://host:port` for remote actors; next ports: snapshots, rewards. Empty: ipc.")
@@ -74,7 +74,7 @@ class TransportSettings(Section, frozen=True, kw_only=True):
 
 
 class PairsSettings(Section, frozen=True, kw_only=True):
-    """What becomes a pair."""
+    """How pairs are chosen."""
 
     mode: Annotated[
         Literal["best_worst", "given"],

@@ -55,9 +55,7 @@ class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
 class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
     """The run itself, its checkpoints and its log of completions."""
 
-    log_completions: Annotated[
-        int, Meta(ge=-1), doc("Completions per step with text in rollouts.jsonl; -1: all.")
-    ] = 4
+    log_completions: Annotated[int, Meta(ge=-1), doc("Per step, in rollouts.jsonl; -1: all.")] = 4
 
 
 class LoraSettings(Section, frozen=True, kw_only=True):
@@ -148,14 +146,14 @@ class PromptData(DataSettings, frozen=True, kw_only=True):
 
 
 class GrpoData(PromptData, frozen=True, kw_only=True):
-    """The dataset of prompts, and the held-out ones."""
+    """The dataset of prompts, and held-out prompts."""
 
     eval_path: EvalPath = ""
     eval_split: EvalSplit = ""
 
 
 class ExampleData(DataSettings, frozen=True, kw_only=True):
-    """The dataset of examples, and the held-out ones."""
+    """The dataset of examples, and held-out examples."""
 
     eval_path: EvalPath = ""
     eval_split: EvalSplit = ""
@@ -183,7 +181,7 @@ class OptimizerSettings(Section, frozen=True, kw_only=True):
 
 
 class BatchSettings(Section, frozen=True, kw_only=True):
-    """Batches, and how many of them."""
+    """The size and number of batches."""
 
     batch_size: Annotated[PositiveInt, doc("Prompts (groups) or, offline, examples per batch.")] = 8
     max_steps: Annotated[CountOrAll, doc("Batches; -1: as `train.num_train_epochs` gives.")] = -1
@@ -299,7 +297,7 @@ def has_held_out(data: GrpoData | ExampleData) -> bool:
 
 
 def narrowed(section: Section, cls: type[SectionT]) -> SectionT:
-    """Return a section as `cls`, which has fewer keys, such as a base class of its own."""
+    """Return a section as `cls`, a section with some of its keys."""
     return cls(**{name: getattr(section, name) for name in cls.__struct_fields__})
 
 

@@ -102,13 +102,10 @@ def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bou
 def bind_all(
     socket: zmq.asyncio.Socket, endpoints: list[str], keys: ServerKeys | None
 ) -> list[str]:
-    """Bind every endpoint and return them with their actual ports.
+    """Bind every endpoint, each checked before, and return them with their actual ports.
 
     Raise `ChannelError` that names the endpoint that cannot be bound.
     """
-    for endpoint in endpoints:
-        check_endpoint(endpoint, keys=keys is not None)
-
     # An option applies to endpoints bound after it was set: ipc first, then CURVE for tcp.
     bound: dict[int, str] = {}
     indices = sorted(range(len(endpoints)), key=lambda i: endpoints[i].startswith("tcp://"))
@@ -163,9 +160,7 @@ def _refuse_live_ipc(endpoint: str) -> None:
 
 
 def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) -> None:
-    """Connect a socket; ZMQ keeps trying by itself. Raises what `check_endpoint` raises."""
-    check_endpoint(endpoint, keys=keys is not None)
-
+    """Connect a socket to a checked endpoint; ZMQ keeps trying by itself."""
     if keys is not None and endpoint.startswith("tcp://"):
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
