@@ -1,4 +1,4 @@
-"""Host names, as configuration and transport judge them."""
+"""Which host names stay on this machine, for configuration and transport."""
 
 from ipaddress import ip_address
 

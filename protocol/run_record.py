@@ -184,7 +184,7 @@ def change_state(folder: Path, state: State) -> None:
 def record_event(folder: Path, event: AnyEvent) -> None:
     """Append an event to `events.jsonl`, and log it.
 
-    A disk that is full does not end a run that only wants to say so: the event is then logged only.
+    A full disk does not end the run: the event is then only logged.
     """
     try:
         append_event(folder, event)

@@ -12,8 +12,8 @@ from typing import TypeVar
 from launch.run_folder.create import CONFIG, make_run_folder
 from launch.run_folder.paths import DATA_SUFFIXES, require_files, resolve_flags, resolve_paths
 from launch.run_folder.resume import changed_settings, prepare_resume, require_program
-from protocol.config.help import help_text
 from protocol.config.load import load
+from protocol.config.reference import help_text
 from protocol.config.settings import AnyRun, GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
 from protocol.run_record import Program

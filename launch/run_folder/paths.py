@@ -11,8 +11,7 @@ from typing import Any, TypeVar, cast
 
 from msgspec import structs
 
-from protocol.config.field_types import Section
-from protocol.config.fields import Field, extra, leaf_fields, value_of
+from protocol.config.fields import Field, Section, extra, leaf_fields, value_of
 from protocol.config.load import split_flags
 from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.errors import ConfigError

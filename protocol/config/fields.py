@@ -1,4 +1,4 @@
-"""The keys of a recipe, walked from the Structs of `settings.py`, and the check of one value."""
+"""The types of fields, the walk over a recipe's keys, and the check of one value."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,34 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
-from protocol.config.field_types import Section
 from protocol.errors import ConfigError, did_you_mean
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section of a recipe."""
+
+
+def doc(text: str) -> Meta:
+    """Return the help text of a field, in Markdown."""
+    return Meta(description=text)
+
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+# Nothing would be done with 0, so it is refused rather than read as "all".
+CountOrAll = Annotated[int, Meta(ge=-1, extra={"refused": 0})]
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+UpToOne = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+# launch/run_folder/paths.py makes fields of these types absolute.
+LocalPath = Annotated[str, Meta(extra={"path": "file or folder"})]
+DataPath = Annotated[str, Meta(extra={"path": "data"})]
+PathOrId = Annotated[str, Meta(min_length=1, extra={"path": "folder or hub id"})]
+FunctionName = Annotated[str, Meta(extra={"path": "file.py:function"})]
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,24 @@ class Field:
     @property
     def bounds(self) -> str:
         """The bounds in words, such as "at least 1" or "in (0, 1]"; "" where there are none."""
-        return _words(metas(self.annotation))
+        found = metas(self.annotation)
+        bounds = {
+            name: bound
+            for meta in found
+            for name in ("ge", "gt", "le", "lt", "min_length")
+            if (bound := getattr(meta, name)) is not None
+        }
+        low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+        if any("refused" in (meta.extra or {}) for meta in found):
+            return "-1 or at least 1"  # CountOrAll
+        if high is not None:
+            left, right = "[" if "ge" in bounds else "(", "]" if "le" in bounds else ")"
+            return f"in {left}{low}, {high}{right}"
+        if "gt" in bounds:
+            return "positive" if low == 0 else f"above {low}"
+        if low is not None:
+            return f"at least {low}"
+        return "non-empty" if "min_length" in bounds else ""
 
 
 @cache
@@ -108,26 +149,6 @@ def _type_name(plain: object) -> str:
     else:
         name = str(getattr(inner, "__name__", inner))
     return f"{name}|none" if optional else name
-
-
-def _words(found: list[Meta]) -> str:
-    """Return bounds in words; "" where there are none."""
-    bounds = {
-        name: bound
-        for meta in found
-        for name in ("ge", "gt", "le", "lt", "min_length")
-        if (bound := getattr(meta, name)) is not None
-    }
-    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if any("refused" in (meta.extra or {}) for meta in found):
-        return "-1 or at least 1"  # CountOrAll
-    if high is not None:
-        return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
-    if "gt" in bounds:
-        return "positive" if low == 0 else f"above {low}"
-    if low is not None:
-        return f"at least {low}"
-    return "non-empty" if "min_length" in bounds else ""
 
 
 def check_value(field: Field, value: object, label: str) -> None:

@@ -9,6 +9,7 @@ the path of the field, where it was written and, for unknown keys, the nearest v
 import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
@@ -16,8 +17,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import msgspec
 
 from protocol.config.checks import check
-from protocol.config.field_types import Section
-from protocol.config.fields import check_value, leaf_fields, without_none
+from protocol.config.fields import Section, check_value, leaf_fields, without_none
 from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.config.unknown_keys import unknown_key
 from protocol.errors import ConfigError
@@ -152,12 +152,10 @@ def _parse_text(key: str, text: str, annotation: object) -> object:
         return _parse_table(key, text)
     if inner is bool:
         return _BOOLEANS.get(text.lower(), text)
-    for number in (int, float):
-        if inner in (int, float) and number in (int, inner):
-            try:
+    if inner in (int, float):
+        for number in (int, inner):
+            with suppress(ValueError):
                 return number(text)
-            except ValueError:
-                continue
     return text
 
 

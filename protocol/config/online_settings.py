@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from protocol.config.field_types import (
+from protocol.config.fields import (
     Count,
     FunctionName,
     LocalPath,
@@ -17,61 +17,39 @@ from protocol.config.field_types import (
 
 
 class RewardSettings(Section, frozen=True, kw_only=True):
-    """What completions are worth."""
+    """Reward functions and their weights."""
 
     functions: Annotated[
         list[FunctionName],
-        doc(
-            "Reward functions: `file.py:function`, `package.module:function` or `zmq://host:port`."
-        ),
+        doc("Functions: `file.py:function`, `package.module:function` or `zmq://host:port`."),
     ] = field(default_factory=list[str])
-    reward_weights: Annotated[
-        list[float] | None, doc("One factor per reward function; none: 1 for each.")
-    ] = None
+    reward_weights: Annotated[list[float] | None, doc("Factor per function; none: all 1.")] = None
     reward_timeout_s: Annotated[Positive, doc("Seconds that scoring a group may take.")] = 60.0
     workers: Annotated[PositiveInt, doc("Local reward servers.")] = 1
 
 
 class GrpoRewards(RewardSettings, frozen=True, kw_only=True):
-    """What completions are worth."""
+    """Reward functions and their weights."""
 
-    max_none_batches: Annotated[
-        PositiveInt, doc("Stop after this many batches in a row without any reward.")
-    ] = 3
+    max_none_batches: Annotated[PositiveInt, doc("Stop at this many in a row without reward.")] = 3
 
 
 class SamplingSettings(Section, frozen=True, kw_only=True):
     """How completions are sampled."""
 
-    num_generations: Annotated[
-        int, Meta(ge=2), doc("Completions per prompt: a group, which GRPO compares with its mean.")
-    ] = 8
+    num_generations: Annotated[int, Meta(ge=2), doc("Completions per prompt (a group).")] = 8
     max_completion_length: Annotated[PositiveInt, doc("Most tokens of a completion.")] = 512
-    temperature: Annotated[
-        Positive, doc("Divides the logits; not 0, because training has to sample.")
-    ] = 1.0
-    top_p: Annotated[
-        float,
-        Meta(gt=0, le=1),
-        doc("Sample from the likeliest tokens of this total probability; 1: off."),
-    ] = 1.0
+    temperature: Annotated[Positive, doc("Divides logits; not 0: training has to sample.")] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1), doc("Probability mass to sample from; 1: off.")] = 1.0
     top_k: Annotated[Count, doc("Sample from this many of the likeliest tokens; 0: off.")] = 0
-    min_p: Annotated[
-        UpToOne | None,
-        doc("Drop tokens below this share of the likeliest one's probability; none: off."),
-    ] = None
+    min_p: Annotated[UpToOne | None, doc("Least share of the top probability; none: off.")] = None
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
-    """Asynchrony."""
+    """How far sampling may run ahead of training."""
 
-    max_staleness: Annotated[
-        Count,
-        doc("Batches that a group's policy may be behind when it is trained; 0: synchronous."),
-    ] = 1
-    lease_s: Annotated[
-        float, doc("Seconds without progress after which an actor's prompts go to others.")
-    ] = 120.0
+    max_staleness: Annotated[Count, doc("Batches that a policy may be behind; 0: synchronous.")] = 1
+    lease_s: Annotated[float, doc("Seconds without progress before prompts go to others.")] = 120.0
     max_attempts: Annotated[PositiveInt, doc("Leases of a prompt before it is given up.")] = 3
 
 
@@ -79,34 +57,24 @@ class ActorSettings(Section, frozen=True, kw_only=True):
     """The local actors."""
 
     count: Annotated[Count, doc("Local actors; 0: only remote ones, by `transport.bind`.")] = 1
-    max_concurrent_completions: Annotated[
-        PositiveInt, doc("Completions that an actor samples at once.")
-    ] = 32
+    max_concurrent_completions: Annotated[PositiveInt, doc("Completions per actor at a time.")] = 32
     prefill_step_size: Annotated[PositiveInt, doc("Prompt tokens per forward pass.")] = 2048
     heartbeat_s: Annotated[Positive, doc("Seconds between an actor's heartbeats.")] = 2.0
-    max_restarts: Annotated[
-        Count, doc("Restarts of an actor before the run goes on without it.")
-    ] = 10
+    max_restarts: Annotated[Count, doc("Restarts of an actor before the run gives it up.")] = 10
 
 
 class TransportSettings(Section, frozen=True, kw_only=True):
-    """Sockets."""
+    """Connections between learner and actors."""
 
     bind: Annotated[
-        str,
-        doc(
-            "`tcp://host:port` for remote actors; the ports above it serve snapshots and rewards. "
-            "Empty: this machine only, by ipc."
-        ),
+        str, doc("`tcp://host:port` for remote actors; next ports: snapshots, rewards. Empty: ipc.")
     ] = ""
-    keys: Annotated[
-        LocalPath, doc("Folder of CURVE keys made by launch/keys.py; required off loopback.")
-    ] = ""
+    keys: Annotated[LocalPath, doc("Folder made by launch/keys.py; required off loopback.")] = ""
     max_message_mb: Annotated[PositiveInt, doc("Largest message that is accepted, in MiB.")] = 64
 
 
 class PairsSettings(Section, frozen=True, kw_only=True):
-    """What becomes a pair."""
+    """How pairs are chosen."""
 
     mode: Annotated[
         Literal["best_worst", "given"],
@@ -116,6 +84,4 @@ class PairsSettings(Section, frozen=True, kw_only=True):
         ),
     ] = "best_worst"
     answer_column: Annotated[str, doc("Column of the chosen answer in mode `given`.")] = "answer"
-    output: Annotated[
-        str, doc("JSONL file that is written; empty: pairs.jsonl in the run's folder.")
-    ] = ""
+    output: Annotated[str, doc("JSONL file to write; empty: pairs.jsonl in the run's folder.")] = ""

@@ -1,5 +1,4 @@
-"""Checks of preference settings: what TRL 1.16.0's DPO, CPO, ORPO and KTO trainers refuse, and what
-would be undefined."""
+"""Refuses preference settings that are undefined or that TRL 1.16.0's trainers refuse."""
 
 from protocol.config.fields import check_section
 from protocol.config.objective_settings import PreferenceSettings
@@ -10,8 +9,14 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
+# The losses of each method; one that is not listed has no choice of loss.
+METHOD_LOSSES = {
+    "dpo": DPO_LOSSES,
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo"),
+    "simpo": ("simpo",),
+    "kto": KTO_LOSSES,
+}
 
 # f-DPO leaves a term in log Z(x) that cancels in a difference of the two scores alone.
 DIVERGENCE_LOSSES = (
@@ -74,16 +79,8 @@ def _check_losses(settings: PreferenceSettings) -> None:
     method, losses, weights = settings.method, settings.loss_type, settings.loss_weights
     field = "objective.loss_type"
     require(bool(losses), field, "must name at least one loss", losses)
-    # "sigmoid" is the default, which stands for the one loss of kto, simpo and orpo.
-    valid = {
-        "dpo": DPO_LOSSES,
-        "cpo": CPO_LOSSES,
-        "simpo": ("simpo", "sigmoid"),
-        "orpo": ("sigmoid",),
-        "kto": (*KTO_LOSSES, "sigmoid"),
-    }[method]
-
-    shown = {"simpo": ("simpo",), "orpo": (), "kto": KTO_LOSSES}.get(method, valid)
+    shown = METHOD_LOSSES.get(method, ())
+    valid = (*shown, "sigmoid")  # the default, which stands for a method's first loss
     rule = (
         f"must be of {', '.join(shown)} for objective.method = {method!r}"
         if shown

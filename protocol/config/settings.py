@@ -6,10 +6,9 @@ one. Names follow TRL where TRL has the setting. Rules that span keys are in `ch
 
 from typing import Annotated, Any, Literal, TypeVar
 
-import msgspec
-from msgspec import Meta
+from msgspec import Meta, field, to_builtins
 
-from protocol.config.field_types import (
+from protocol.config.fields import (
     BelowOne,
     Count,
     CountOrAll,
@@ -40,33 +39,23 @@ SectionT = TypeVar("SectionT", bound=Section)
 class RunSettings(Section, frozen=True, kw_only=True):
     """The run itself."""
 
-    name: Annotated[
-        str, doc("Folder under `run.dir`; empty: made from the recipe's name and the time.")
-    ] = ""
+    name: Annotated[str, doc("Folder under `run.dir`; empty: the recipe's name and the time.")] = ""
     dir: Annotated[str, doc("Where run folders are made.")] = "runs"
-    seed: Annotated[
-        int, Meta(ge=0, lt=2**32), doc("Seed of data order, new adapters, dropout and sampling.")
-    ] = 42
+    seed: Annotated[int, Meta(ge=0, lt=2**32), doc("Seed of everything random.")] = 42
 
 
 class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
     """The run itself and its checkpoints."""
 
     resume: Annotated[str, doc("Run folder to continue, from its newest checkpoint.")] = ""
-    save_steps: Annotated[
-        Count, doc("Steps between checkpoints; 0: only the one that every run saves at its end.")
-    ] = 50
+    save_steps: Annotated[Count, doc("Steps between checkpoints; 0: only at the end.")] = 50
     save_total_limit: Annotated[PositiveInt, doc("How many checkpoints to keep.")] = 2
 
 
 class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
     """The run itself, its checkpoints and its log of completions."""
 
-    log_completions: Annotated[
-        int,
-        Meta(ge=-1),
-        doc("Completions per step written to rollouts.jsonl with their text; -1: all."),
-    ] = 4
+    log_completions: Annotated[int, Meta(ge=-1), doc("Per step, in rollouts.jsonl; -1: all.")] = 4
 
 
 class LoraSettings(Section, frozen=True, kw_only=True):
@@ -75,9 +64,7 @@ class LoraSettings(Section, frozen=True, kw_only=True):
     rank: Annotated[PositiveInt, doc("Rank of each adapter.")] = 16
     scale: Annotated[float, doc("Factor of the adapter's output: alpha / rank.")] = 2.0
     dropout: Annotated[BelowOne, doc("Share of the adapter's inputs dropped in training.")] = 0.0
-    num_layers: Annotated[
-        CountOrAll, doc("How many of the last layers get adapters; -1: all of them.")
-    ] = -1
+    num_layers: Annotated[CountOrAll, doc("Last layers that get adapters; -1: all.")] = -1
     keys: Annotated[
         Annotated[list[str], Meta(min_length=1)] | None,
         doc("Names of the modules in a layer that get adapters; none: every linear layer."),
@@ -87,33 +74,17 @@ class LoraSettings(Section, frozen=True, kw_only=True):
 class ModelSource(Section, frozen=True, kw_only=True):
     """The model that is loaded."""
 
-    path: Annotated[
-        PathOrId,
-        Meta(min_length=1),
-        doc("The model: a local folder or hub id, in mlx-lm's format."),
-    ] = ""
-    revision: Annotated[
-        str | None, doc("Branch, tag or commit of a hub id; none: its default.")
-    ] = None
-    adapter_path: Annotated[
-        LocalPath, doc("Adapter to start from, in mlx-lm's format; empty: new adapters.")
-    ] = ""
-    fine_tune_type: Annotated[
-        Literal["lora", "dora", "full"], doc("What is trained: adapters, or all weights.")
-    ] = "lora"
-    quantize_bits: Annotated[
-        Literal[0, 4, 8], doc("Bits to quantise an unquantised model to at load; 0: as stored.")
-    ] = 0
-    quantize_group_size: Annotated[
-        Literal[32, 64, 128], doc("Weights that share a scale, with `model.quantize_bits`.")
-    ] = 64
+    path: Annotated[PathOrId, doc("The model: a local folder or hub id, in mlx-lm's format.")] = ""
+    revision: Annotated[str | None, doc("Branch, tag or commit on the hub; none: default.")] = None
+    adapter_path: Annotated[LocalPath, doc("Adapter to start from; empty: new adapters.")] = ""
+    fine_tune_type: Annotated[Literal["lora", "dora", "full"], doc("full: all weights.")] = "lora"
+    quantize_bits: Annotated[Literal[0, 4, 8], doc("Bits to quantise to; 0: as stored.")] = 0
+    quantize_group_size: Annotated[Literal[32, 64, 128], doc("Weights that share a scale.")] = 64
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         doc("Type of the weights; auto: as stored, but float32 on a CPU."),
     ] = "auto"
-    chat_template: Annotated[
-        LocalPath, doc("File with a Jinja template that replaces the tokenizer's own.")
-    ] = ""
+    chat_template: Annotated[LocalPath, doc("Jinja file to use instead of the tokenizer's.")] = ""
 
 
 class ModelSettings(ModelSource, frozen=True, kw_only=True):
@@ -127,11 +98,8 @@ class PolicySettings(ModelSettings, frozen=True, kw_only=True):
 
     reference: Annotated[
         PathOrId,
-        Meta(min_length=1, extra={"not_paths": ("initial", "base")}),
-        doc(
-            "The frozen reference of the loss: `initial`, the policy as it starts; `base`, the "
-            "model without adapter; or a path to a model or an adapter."
-        ),
+        Meta(extra={"not_paths": ("initial", "base")}),
+        doc("Reference: `initial` (policy at start), `base` (no adapter), a model or an adapter."),
     ] = "initial"
 
 
@@ -145,69 +113,51 @@ class DataSettings(Section, frozen=True, kw_only=True):
     ] = ""
     name: Annotated[str | None, doc("Configuration of a hub dataset; none: its default.")] = None
     split: Annotated[str, doc("Split of the dataset to use.")] = "train"
-    eval_rows: Annotated[
-        Count, doc("Rows of `data.path` that are held out and never trained on; 0: none.")
-    ] = 0
+    eval_rows: Annotated[Count, doc("Rows of `data.path` that are held out; 0: none.")] = 0
     streaming: Annotated[bool, doc("Read rows as they come; needs `train.max_steps`.")] = False
-    shuffle_buffer: Annotated[
-        PositiveInt, doc("Rows that a streamed dataset is shuffled among.")
-    ] = 10_000
+    shuffle_buffer: Annotated[PositiveInt, doc("Rows among which a stream is shuffled.")] = 10_000
     columns: Annotated[dict[str, str], doc("Renamed columns: our name = the dataset's name.")] = (
-        msgspec.field(default_factory=dict[str, str])
+        field(default_factory=dict[str, str])
     )
     prepare: Annotated[
         FunctionName,
-        doc(
-            "`file.py:function` or `package.module:function` that turns a row into another, or "
-            "into None to leave it out."
-        ),
+        doc("`file.py:function` or `package.module:function` that changes a row; None drops it."),
     ] = ""
-    system_prompt: Annotated[
-        str, doc("System message of every conversation that has none; empty: none.")
-    ] = ""
+    system_prompt: Annotated[str, doc("System message where a conversation has none.")] = ""
     order: Annotated[
         Literal["shuffled", "sequential", "length_grouped", "torch_randperm"],
         doc("Order of rows; torch_randperm: that of TRL with the same seed."),
     ] = "shuffled"
-    on_bad_row: Annotated[
-        Literal["drop", "error"], doc("Rows that cannot be used: drop them, or stop at the first.")
-    ] = "drop"
+    on_bad_row: Annotated[Literal["drop", "error"], doc("What to do with unusable rows.")] = "drop"
     max_rows: Annotated[PositiveInt | None, doc("Most rows to use; none: all of them.")] = None
 
 
 EvalPath = Annotated[DataPath, doc("Held-out rows, as for `data.path`; empty: no other dataset.")]
-EvalSplit = Annotated[
-    str,
-    doc("Split of `data.eval_path`, or else of `data.path`, whose rows are held out."),
-]
+EvalSplit = Annotated[str, doc("Split of `data.eval_path`, else of `data.path`, that is held out.")]
 
 
 class PromptData(DataSettings, frozen=True, kw_only=True):
     """The dataset of prompts."""
 
-    max_prompt_length: Annotated[
-        PositiveInt | None, doc("Most tokens of a prompt; none: no limit.")
-    ] = None
+    max_prompt_length: Annotated[PositiveInt | None, doc("Most prompt tokens; none: off.")] = None
     overlong_prompts: Annotated[
         Literal["drop", "error"], doc("Prompts over `data.max_prompt_length`: drop them, or stop.")
     ] = "drop"
 
 
 class GrpoData(PromptData, frozen=True, kw_only=True):
-    """The dataset of prompts, and the held-out ones."""
+    """The dataset of prompts, and held-out prompts."""
 
     eval_path: EvalPath = ""
     eval_split: EvalSplit = ""
 
 
 class ExampleData(DataSettings, frozen=True, kw_only=True):
-    """The dataset of examples, and the held-out ones."""
+    """The dataset of examples, and held-out examples."""
 
     eval_path: EvalPath = ""
     eval_split: EvalSplit = ""
-    max_length: Annotated[
-        PositiveInt | None, doc("Most tokens of prompt and completion together; none: no limit.")
-    ] = 1024
+    max_length: Annotated[PositiveInt | None, doc("Most tokens per example; none: off.")] = 1024
     truncation_mode: Annotated[
         Literal["keep_start", "keep_end"], doc("Which end of longer examples is kept.")
     ] = "keep_start"
@@ -217,19 +167,12 @@ class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
     learning_rate: Annotated[
-        Positive,
-        doc(
-            "Peak learning rate. The default suits full fine-tuning; adapters take 10 to 100 times "
-            "as much."
-        ),
+        Positive, doc("Peak learning rate. Adapters take 10 to 100 times the default.")
     ] = 1e-6
     lr_scheduler_type: Annotated[
-        Literal["linear", "constant", "cosine"],
-        doc("What follows the warm-up: linear or cosine decay to 0, or the same rate."),
+        Literal["linear", "constant", "cosine"], doc("After the warm-up: decay to 0, or constant.")
     ] = "linear"
-    warmup_steps: Annotated[
-        Count, doc("Optimiser steps over which the learning rate rises from 0.")
-    ] = 0
+    warmup_steps: Annotated[Count, doc("Optimiser steps in which the rate rises from 0.")] = 0
     weight_decay: Annotated[NonNegative, doc("Decoupled weight decay.")] = 0.0
     adam_beta1: Annotated[BelowOne, doc("Decay of the mean of gradients.")] = 0.9
     adam_beta2: Annotated[BelowOne, doc("Decay of the mean of squared gradients.")] = 0.999
@@ -238,12 +181,9 @@ class OptimizerSettings(Section, frozen=True, kw_only=True):
 
 
 class BatchSettings(Section, frozen=True, kw_only=True):
-    """Batches, and how many of them."""
+    """The size and number of batches."""
 
-    batch_size: Annotated[
-        PositiveInt,
-        doc("Prompts (one group each) or, offline, examples per batch."),
-    ] = 8
+    batch_size: Annotated[PositiveInt, doc("Prompts (groups) or, offline, examples per batch.")] = 8
     max_steps: Annotated[CountOrAll, doc("Batches; -1: as `train.num_train_epochs` gives.")] = -1
     num_train_epochs: Annotated[Positive, doc("Passes over the rows.")] = 1.0
 
@@ -251,43 +191,28 @@ class BatchSettings(Section, frozen=True, kw_only=True):
 class TrainSettings(BatchSettings, frozen=True, kw_only=True):
     """The training step."""
 
-    micro_batch_size: Annotated[
-        PositiveInt, doc("Groups or, offline, examples per forward pass.")
-    ] = 1
-    head: Annotated[
-        Literal["chunked", "full"],
-        doc("How log-probs are computed: in chunks that never hold all logits, or from all."),
-    ] = "chunked"
-    gradient_checkpointing: Annotated[
-        bool, doc("Recompute each layer in the backward pass: less memory, more time.")
-    ] = False
-    compile: Annotated[Literal["auto", "on", "off"], doc("Compile the step; auto: on a GPU.")] = (
-        "auto"
-    )
-    length_bucket: Annotated[
-        PositiveInt, doc("Padded lengths are multiples of this, so that steps share shapes.")
-    ] = 32
+    micro_batch_size: Annotated[PositiveInt, doc("Groups or, offline, examples per pass.")] = 1
+    head: Annotated[Literal["chunked", "full"], doc("Logits in chunks or all at once.")] = "chunked"
+    gradient_checkpointing: Annotated[bool, doc("Recompute layers to save memory.")] = False
+    compile: Annotated[Literal["auto", "on", "off"], doc("Compile steps; auto: on GPU.")] = "auto"
+    length_bucket: Annotated[PositiveInt, doc("Padded lengths are multiples of this.")] = 32
 
 
 class GrpoTrain(TrainSettings, frozen=True, kw_only=True):
     """The training step."""
 
     shared_prompt: Annotated[
-        Literal["auto", "on", "off"],
-        doc("Run a group's prompt through the model once for all completions; auto: not on CUDA."),
+        Literal["auto", "on", "off"], doc("Run a group's prompt only once; auto: not on CUDA.")
     ] = "auto"
 
 
 class EvalSettings(Section, frozen=True, kw_only=True):
     """Evaluation of held-out rows."""
 
-    steps: Annotated[
-        Count, doc("Steps between evaluations; 0: only at the start and at the end.")
-    ] = 0
+    steps: Annotated[Count, doc("Steps between evaluations; 0: only at start and end.")] = 0
     at_start: Annotated[bool, doc("Evaluate before the first step.")] = True
     max_completion_length: Annotated[
-        PositiveInt | None,
-        doc("Most tokens of a sampled answer; none: as in training (GRPO), or 256 (offline)."),
+        PositiveInt | None, doc("Most answer tokens; none: as in training (GRPO), 256 (offline).")
     ] = None
 
 
@@ -372,10 +297,10 @@ def has_held_out(data: GrpoData | ExampleData) -> bool:
 
 
 def narrowed(section: Section, cls: type[SectionT]) -> SectionT:
-    """Return a section as one of fewer keys, which it may be derived from."""
+    """Return a section as `cls`, a section with some of its keys."""
     return cls(**{name: getattr(section, name) for name in cls.__struct_fields__})
 
 
 def builtins(section: Section) -> dict[str, Any]:
     """Return a section as plain values, for messages and files."""
-    return msgspec.to_builtins(section)
+    return to_builtins(section)

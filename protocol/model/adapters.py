@@ -34,11 +34,7 @@ class AdapterConfig:
 def adapter_config(settings: ModelSettings) -> AdapterConfig:
     """Return the configuration of new adapters."""
     lora = settings.lora
-    parameters: dict[str, Any] = {
-        "rank": lora.rank,
-        "scale": lora.scale,
-        "dropout": lora.dropout,
-    }
+    parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout}
     # mlx-lm reads a missing key as "every linear layer"; None would be an error there.
     if lora.keys is not None:
         parameters["keys"] = list(lora.keys)

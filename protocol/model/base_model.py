@@ -32,7 +32,7 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
 
-    # What looks like a path must not be sought on the hub, whose ids are NAME or OWNER/NAME.
+    # What looks like a path must not be looked up on the hub, whose ids are NAME or OWNER/NAME.
     if folder.exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise ModelError(
             f"model.path: there is no model folder at {path}. Give the folder that holds "

@@ -6,9 +6,8 @@ actor on Metal (bfloat16) agree when they were given the same model.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 WHOLE_FILE_BYTES = 64 * 1024 * 1024
 SAMPLES = 64
@@ -23,10 +22,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
 )
-
-
-class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
 
 
 def model_digest(folder: Path, *, quantize_bits: int, quantize_group_size: int) -> str:
@@ -44,7 +39,8 @@ def model_digest(folder: Path, *, quantize_bits: int, quantize_group_size: int) 
     digest.update(json.dumps(config, sort_keys=True).encode())
 
     for path in sorted(folder.glob("model*.safetensors")):
-        _add_weight_file(digest, path)
+        for part in _weight_parts(path):
+            digest.update(part)
 
     if quantize_bits:
         digest.update(f"quantize {quantize_bits} {quantize_group_size}".encode())
@@ -74,19 +70,19 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _add_weight_file(digest: _Digest, path: Path) -> None:
-    """Add a weight file: name, size, header, and content, or samples of the content if large."""
+def _weight_parts(path: Path) -> Iterator[bytes]:
+    """Yield a weight file's name, size, header, and content, or samples of it if it is large."""
     size = path.stat().st_size
-    digest.update(f"{path.name} {size}".encode())
+    yield f"{path.name} {size}".encode()
     with path.open("rb") as file:
         if size <= WHOLE_FILE_BYTES:
-            digest.update(file.read())
+            yield file.read()
             return
 
         # A safetensors file begins with the length of its JSON header in 8 bytes.
         header_size = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(min(header_size, WHOLE_FILE_BYTES)))
+        yield file.read(min(header_size, WHOLE_FILE_BYTES))
 
         for sample in range(SAMPLES):
             file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+            yield file.read(SAMPLE_BYTES)

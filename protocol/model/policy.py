@@ -60,7 +60,11 @@ def load_policy(settings: ModelSettings, *, seed: int) -> LoadedPolicy:
     with seeded(seed):
         adapter_config = attach_adapters(model, settings)
         mx.eval(model.parameters())
-    _check_trainable(model)
+    if not trainable(model):
+        raise ModelError(
+            "model.lora.keys names no layer of this model, so nothing would be trained. Leave it "
+            "out to adapt every linear layer, or name layers such as self_attn.q_proj."
+        )
     model.eval()
     _log_trainable(model, adapter_config)
 
@@ -91,14 +95,6 @@ def _vocab_size(config: dict[str, Any], tokenizer: "TokenizerWrapper") -> int:
     text: dict[str, Any] = config.get("text_config") or {}
     size = config.get("vocab_size") or text.get("vocab_size")
     return int(size) if size else len(cast(Any, tokenizer))
-
-
-def _check_trainable(model: nn.Module) -> None:
-    if not trainable(model):
-        raise ModelError(
-            "model.lora.keys names no layer of this model, so nothing would be trained. Leave it "
-            "out to adapt every linear layer, or name layers such as self_attn.q_proj."
-        )
 
 
 def _log_trainable(model: nn.Module, adapter_config: AdapterConfig) -> None:

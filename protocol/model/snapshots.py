@@ -106,6 +106,7 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned to 8 bytes
+    size = 8 + len(head) + offset
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -118,13 +119,12 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        total = 8 + len(head) + offset
         raise SnapshotError(
-            f"Cannot write {total:,} bytes to {path}: {error.strerror or error}. Nothing was left "
+            f"Cannot write {size:,} bytes to {path}: {error.strerror or error}. Nothing was left "
             "there. Free space or point run.dir at another disk."
         ) from error
 
-    return 8 + len(head) + offset
+    return size
 
 
 def read_snapshot(source: str | Path | bytes | bytearray | memoryview) -> Snapshot:

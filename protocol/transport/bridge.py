@@ -76,7 +76,7 @@ class Bridge(Generic[ToIo, FromIo]):
             if len(self._to_io) >= self._bound:
                 return False
             self._to_io.append(item)
-        self._notify_io()
+        self._call_io(self._wake)
         return True
 
     def get(self, timeout_s: float | None = 0.0) -> FromIo | None:
@@ -94,7 +94,7 @@ class Bridge(Generic[ToIo, FromIo]):
             else:
                 self._raise_if_ended()
                 return None
-        self._notify_io()
+        self._call_io(self._wake)
         return item
 
     def close(self, error: BaseException | None = None, *, grace_s: float = GRACE_S) -> None:
@@ -107,7 +107,7 @@ class Bridge(Generic[ToIo, FromIo]):
             seen = self._main_ended
             self._main_ended, self._main_error = True, self._main_error or error
             self._changed.notify_all()
-        self._notify_io()
+        self._call_io(self._wake)
 
         if self._thread is not None:
             self._thread.join(grace_s)
@@ -204,9 +204,6 @@ class Bridge(Generic[ToIo, FromIo]):
     def _cancel(self) -> None:
         if self._scope is not None:
             self._scope.cancel()
-
-    def _notify_io(self) -> None:
-        self._call_io(self._wake)
 
     def _call_io(self, function: Callable[[], None]) -> None:
         with self._changed:  # the loop ends only after `_loop` is cleared under this lock

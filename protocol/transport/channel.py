@@ -7,7 +7,6 @@ Hello again after a refusal.
 """
 
 from collections import Counter
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -19,7 +18,6 @@ from protocol.errors import ChannelError, WireError
 from protocol.messages import wire
 from protocol.messages.messages import ActorMessage, LearnerMessage, Refuse
 from protocol.transport import endpoints
-from protocol.transport.curve_keys import load_client_keys, load_server_keys
 from protocol.transport.peers import PeerTable
 
 OUTBOX_BOUND = 1024
@@ -39,7 +37,7 @@ class ClientChannel(Protocol):
 
 
 class Server:
-    """A ROUTER bound to `endpoints`, which may be `ipc://path` and `tcp://host:port`.
+    """A ROUTER bound to the endpoints `bind`, `ipc://path` or `tcp://host:port`.
 
     `keys` is a folder made by `curve_keys.make_keys`; it guards tcp endpoints. Frames that are not
     a message are counted in `refusals` by kind, and answered with `Refuse` within a rate limit.
@@ -50,19 +48,19 @@ class Server:
 
     def __init__(
         self,
-        endpoints: list[str],
+        bind: list[str],
         *,
         keys: str | Path | None = None,
         max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
         outbox_bound: int = OUTBOX_BOUND,
     ) -> None:
         self.refusals: Counter[str] = Counter()
-        self.endpoints = list(endpoints)
-        self._keys = keys
+        self.endpoints = list(bind)
         self._max_message_bytes = max_message_bytes
-        self._outbox_bound = outbox_bound
         self._peers = PeerTable()
-        self._resources = AsyncExitStack()
+        self._opened = endpoints.bound_socket(
+            bind, keys, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound
+        )
         self._socket: zmq.asyncio.Socket | None = None
         self._received = 0
 
@@ -73,21 +71,7 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Bind; raise `ChannelError` that names an endpoint that cannot be bound."""
-        for endpoint in self.endpoints:
-            endpoints.check_endpoint(endpoint, keys=self._keys is not None)
-        keys = load_server_keys(self._keys) if self._keys is not None else None
-
-        async with AsyncExitStack() as stack:
-            socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
-            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            endpoints.set_limits(
-                socket,
-                max_message_bytes=self._max_message_bytes,
-                outbox_bound=self._outbox_bound,
-            )
-            self.endpoints = endpoints.bind_all(socket, self.endpoints, keys)
-            self._socket = socket
-            self._resources = stack.pop_all()
+        self._socket, self.endpoints = self._opened.__enter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -95,7 +79,7 @@ class Server:
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
-        await self._resources.aclose()
+        self._opened.__exit__(None, None, None)
 
     async def receive(self) -> tuple[bytes, ActorMessage]:
         """Wait for the next message: (peer, message). Refuse frames that are not one."""
@@ -150,27 +134,15 @@ class Client:
         outbox_bound: int = OUTBOX_BOUND,
     ) -> None:
         self.endpoint = endpoint
-        self._keys = keys
         self._max_message_bytes = max_message_bytes
-        self._outbox_bound = outbox_bound
-        self._resources = AsyncExitStack()
+        self._opened = endpoints.connected_socket(
+            endpoint, keys, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound
+        )
         self._socket: zmq.asyncio.Socket | None = None
 
     async def __aenter__(self) -> Self:
         """Start connecting; raise `ChannelError` for an endpoint or keys that cannot be used."""
-        endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
-        keys = load_client_keys(self._keys) if self._keys is not None else None
-
-        async with AsyncExitStack() as stack:
-            socket = stack.enter_context(endpoints.open_socket(zmq.DEALER, None))
-            endpoints.set_limits(
-                socket,
-                max_message_bytes=self._max_message_bytes,
-                outbox_bound=self._outbox_bound,
-            )
-            endpoints.connect(socket, self.endpoint, keys)
-            self._socket = socket
-            self._resources = stack.pop_all()
+        self._socket = self._opened.__enter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -178,7 +150,7 @@ class Client:
         if self._socket is not None:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
-        await self._resources.aclose()
+        self._opened.__exit__(None, None, None)
 
     def send(self, message: ActorMessage) -> bool:
         """Put `message` into the outbox; False if it is full because the learner is away.

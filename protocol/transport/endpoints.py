@@ -19,7 +19,12 @@ import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
 from protocol.hosts import is_loopback_host
-from protocol.transport.curve_keys import ClientKeys, ServerKeys
+from protocol.transport.curve_keys import (
+    ClientKeys,
+    ServerKeys,
+    load_client_keys,
+    load_server_keys,
+)
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"
@@ -97,13 +102,10 @@ def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bou
 def bind_all(
     socket: zmq.asyncio.Socket, endpoints: list[str], keys: ServerKeys | None
 ) -> list[str]:
-    """Bind every endpoint and return them with their actual ports.
+    """Bind every endpoint, each checked before, and return them with their actual ports.
 
     Raise `ChannelError` that names the endpoint that cannot be bound.
     """
-    for endpoint in endpoints:
-        check_endpoint(endpoint, keys=keys is not None)
-
     # An option applies to endpoints bound after it was set: ipc first, then CURVE for tcp.
     bound: dict[int, str] = {}
     indices = sorted(range(len(endpoints)), key=lambda i: endpoints[i].startswith("tcp://"))
@@ -158,9 +160,7 @@ def _refuse_live_ipc(endpoint: str) -> None:
 
 
 def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) -> None:
-    """Connect a socket; ZMQ keeps trying by itself. Raises what `check_endpoint` raises."""
-    check_endpoint(endpoint, keys=keys is not None)
-
+    """Connect a socket to a checked endpoint; ZMQ keeps trying by itself."""
     if keys is not None and endpoint.startswith("tcp://"):
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
@@ -206,6 +206,39 @@ def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Soc
         if authenticator is not None:
             authenticator.stop()
         context.term()
+
+
+@contextmanager
+def bound_socket(
+    endpoints: list[str], keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
+) -> Generator[tuple[zmq.asyncio.Socket, list[str]]]:
+    """Open a ROUTER bound to `endpoints`; yield it, and the endpoints with their actual ports.
+
+    `keys` is a folder made by `curve_keys.make_keys`. Raise `ChannelError` that names an endpoint
+    or a key file that cannot be used.
+    """
+    for endpoint in endpoints:
+        check_endpoint(endpoint, keys=keys is not None)
+    loaded = load_server_keys(keys) if keys is not None else None
+
+    with open_socket(zmq.ROUTER, loaded) as socket:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
+        yield socket, bind_all(socket, endpoints, loaded)
+
+
+@contextmanager
+def connected_socket(
+    endpoint: str, keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
+) -> Generator[zmq.asyncio.Socket]:
+    """Open a DEALER that connects to `endpoint`; raises what `bound_socket` raises."""
+    check_endpoint(endpoint, keys=keys is not None)
+    loaded = load_client_keys(keys) if keys is not None else None
+
+    with open_socket(zmq.DEALER, None) as socket:
+        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
+        connect(socket, endpoint, loaded)
+        yield socket
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:

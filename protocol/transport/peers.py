@@ -1,8 +1,7 @@
-"""What a server remembers of its peers: bounded, however many connect."""
+"""What a server remembers of its peers: bounded however many connect."""
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_PEERS = 4096
@@ -17,18 +16,14 @@ class _RefusalBudget:
 
 
 class PeerTable:
-    """Known peers by routing ID, each with a budget of refusals, so that no peer draws a flood.
+    """Known peers by routing ID, each with a budget of refusals, so that no peer is flooded.
 
-    Beyond `bound` peers, the one that was silent longest is forgotten, but not reported as gone.
+    Beyond `MAX_PEERS`, the one that was silent longest is forgotten, but not reported as gone.
     """
 
-    def __init__(
-        self, *, bound: int = MAX_PEERS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._bound = bound
-        self._clock = clock
+    def __init__(self) -> None:
         self._budgets: OrderedDict[bytes, _RefusalBudget] = OrderedDict()
-        self._gone: deque[bytes] = deque(maxlen=bound)
+        self._gone: deque[bytes] = deque(maxlen=MAX_PEERS)
 
     def seen(self, peer: bytes) -> None:
         """Note that bytes came from a peer."""
@@ -36,8 +31,8 @@ class PeerTable:
             self._budgets.move_to_end(peer)
             return
 
-        self._budgets[peer] = _RefusalBudget(REFUSAL_BURST, self._clock())
-        if len(self._budgets) > self._bound:
+        self._budgets[peer] = _RefusalBudget(REFUSAL_BURST, time.monotonic())
+        if len(self._budgets) > MAX_PEERS:
             self._budgets.popitem(last=False)
 
     def drop(self, peer: bytes) -> None:
@@ -57,7 +52,7 @@ class PeerTable:
         if budget is None:
             return False
 
-        now = self._clock()
+        now = time.monotonic()
         refill = (now - budget.refilled_at) * REFUSALS_PER_S
         budget.left = min(REFUSAL_BURST, budget.left + refill)
         budget.refilled_at = now

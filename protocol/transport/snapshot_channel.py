@@ -13,14 +13,12 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-import zmq
 import zmq.asyncio
 
 from protocol.errors import SnapshotError, WireError, only_leaf
 from protocol.messages import wire
 from protocol.messages.messages import Chunk, Fetch, Policy
 from protocol.transport import endpoints
-from protocol.transport.curve_keys import load_client_keys, load_server_keys
 
 CHUNK_BYTES = 4 * wire.MIB
 TIMEOUT_S = 60.0
@@ -53,17 +51,15 @@ class SnapshotServer:
 
     async def __aenter__(self) -> Self:
         """Bind and serve; raise `ChannelError` that names the endpoint if it cannot be bound."""
-        endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
-        keys = load_server_keys(self._keys) if self._keys is not None else None
-
         async with AsyncExitStack() as stack:
-            socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
-            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            endpoints.set_limits(
-                socket, max_message_bytes=_MAX_REQUEST_BYTES, outbox_bound=_OUTBOX_BOUND
+            socket, (self.endpoint,) = stack.enter_context(
+                endpoints.bound_socket(
+                    [self.endpoint],
+                    self._keys,
+                    max_message_bytes=_MAX_REQUEST_BYTES,
+                    outbox_bound=_OUTBOX_BOUND,
+                )
             )
-            (self.endpoint,) = endpoints.bind_all(socket, [self.endpoint], keys)
-
             tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(tasks.cancel_scope.cancel)
             tasks.start_soon(self._serve, socket)
@@ -131,18 +127,15 @@ async def fetch_snapshot(
     A chunk that does not come is asked for again. Raise `SnapshotError` when none has come for
     `timeout_s`, when the snapshot is no longer served, or when it has another size.
     """
-    loaded_keys = load_client_keys(keys) if keys is not None else None
     chunk_bytes = min(chunk_bytes, wire.MAX_CHUNK_BYTES)
     received = bytearray()
 
-    with endpoints.open_socket(zmq.DEALER, None) as socket:
-        endpoints.set_limits(
-            socket,
-            max_message_bytes=wire.MAX_SNAPSHOT_MESSAGE_BYTES,
-            outbox_bound=_OUTBOX_BOUND,
-        )
-        endpoints.connect(socket, endpoint, loaded_keys)
-
+    with endpoints.connected_socket(
+        endpoint,
+        keys,
+        max_message_bytes=wire.MAX_SNAPSHOT_MESSAGE_BYTES,
+        outbox_bound=_OUTBOX_BOUND,
+    ) as socket:
         while len(received) < policy.size:
             fetch = Fetch(
                 version=policy.version,

@@ -29,8 +29,7 @@ from learner.build.online import OnlineAddresses, assemble_online
 from learner.data.prompts import Prompt
 from learner.online.experience import PromptGroup, TrainBatch
 from learner.online.source import OnlineSource
-from protocol.config.field_types import Section
-from protocol.config.fields import leaf_fields
+from protocol.config.fields import Section, leaf_fields
 from protocol.config.settings import (
     PROGRAMS,
     GrpoRun,

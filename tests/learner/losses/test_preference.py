@@ -180,4 +180,4 @@ def test_preference_score_scales_a_pair():
 
 def test_every_named_loss_is_there():
     assert tuple(DPO_LOSSES) == preference_checks.DPO_LOSSES
-    assert tuple(CPO_LOSSES) == preference_checks.CPO_LOSSES
+    assert tuple(CPO_LOSSES) == preference_checks.METHOD_LOSSES["cpo"]

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from protocol.config.fields import extra, leaf_fields
-from protocol.config.help import help_text
 from protocol.config.load import load, to_toml
+from protocol.config.reference import help_text
 from protocol.config.settings import PROGRAMS, GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
 from tests.protocol.config.recipes import FLAGS
@@ -228,7 +228,7 @@ def test_every_program_has_a_json_schema(cls: Any):
 
 def test_configuration_loads_neither_mlx_nor_transformers():
     code = (
-        "import sys, protocol.config.load, protocol.config.help;"
+        "import sys, protocol.config.load, protocol.config.reference;"
         "print([m for m in ('mlx', 'mlx_lm', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

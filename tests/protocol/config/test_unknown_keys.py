@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from protocol.config.fields import leaf_fields
-from protocol.config.help import help_text
 from protocol.config.load import load, to_toml
+from protocol.config.reference import help_text
 from protocol.config.settings import PROGRAMS, GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.config.unknown_keys import INSTEAD, RENAMED
 from protocol.errors import ConfigError
