@@ -25,9 +25,15 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
     epsilon: Annotated[Positive, doc("Ratios are clipped below 1 - epsilon.")] = 0.2
     epsilon_high: Annotated[
         Positive | None,
-        doc("Ratios are clipped above 1 + epsilon_high (cispo: epsilon_high); none: `epsilon`."),
+        doc(
+            "Ratios are clipped above 1 + epsilon_high, or with cispo above epsilon_high "
+            "itself; none: `epsilon`."
+        ),
     ] = None
-    delta: Annotated[Positive | None, doc("Upper bound of the unclipped ratio; none: off.")] = None
+    delta: Annotated[
+        Positive | None,
+        doc("Upper bound of the ratio before its clipping (two-sided clipping); none: off."),
+    ] = None
     num_iterations: Annotated[PositiveInt, doc("Optimiser steps per batch.")] = 1
     importance_sampling_level: Annotated[
         Literal["token", "sequence"], doc("Ratios per token, or one per sequence (GSPO).")
@@ -39,7 +45,9 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
         Literal["sum_then_normalize", "normalize_then_sum"],
         doc("Normalise the weighted sum of the rewards, or each reward first (GDPO)."),
     ] = "sum_then_normalize"
-    mask_truncated_completions: Annotated[bool, doc("No loss on truncated completions.")] = False
+    mask_truncated_completions: Annotated[
+        bool, doc("Leave completions out of the loss that reached the length limit.")
+    ] = False
     top_entropy_quantile: Annotated[
         UpToOne, doc("Share of tokens, those of highest entropy, in the policy loss; 1: all.")
     ] = 1.0
@@ -54,19 +62,31 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
         ),
     ] = None
     entropy_coef: Annotated[float, doc("Weight of the entropy bonus; 0: off.")] = 0.0
-    sapo_temperature_pos: Annotated[Positive, doc("SAPO gate's temperature, advantage > 0.")] = 1.0
-    sapo_temperature_neg: Annotated[Positive, doc("SAPO gate's temperature elsewhere.")] = 1.05
-    vespo_k_pos: Annotated[float, doc("Exponent of VESPO's weight, advantage >= 0.")] = 2.0
+    sapo_temperature_pos: Annotated[
+        Positive, doc("Temperature of SAPO's gate where the advantage is positive.")
+    ] = 1.0
+    sapo_temperature_neg: Annotated[Positive, doc("Temperature of SAPO's gate elsewhere.")] = 1.05
+    vespo_k_pos: Annotated[
+        float, doc("Exponent of VESPO's weight where the advantage is not negative.")
+    ] = 2.0
     vespo_lambda_pos: Annotated[float, doc("Exponential decay of the same weight.")] = 3.0
-    vespo_k_neg: Annotated[float, doc("Exponent of VESPO's weight, advantage < 0.")] = 3.0
+    vespo_k_neg: Annotated[
+        float, doc("Exponent of VESPO's weight where the advantage is negative.")
+    ] = 3.0
     vespo_lambda_neg: Annotated[float, doc("Exponential decay of the same weight.")] = 2.0
     old_logprobs: Annotated[
         Literal["sampler", "recompute"],
-        doc("Old log-probs: the sampler's, or the learner's before the batch's first step."),
+        doc(
+            "Where the ratio's old log-probs come from: the sampler, or a forward pass of "
+            "the learner before the batch's first step."
+        ),
     ] = "sampler"
     importance_sampling_correction: Annotated[
         bool,
-        doc("Weight the loss by learner / sampler probability; needs `old_logprobs` = recompute."),
+        doc(
+            "Weight the loss with the ratio of the learner's probabilities to the "
+            "sampler's; needs `old_logprobs` = recompute."
+        ),
     ] = False
     importance_sampling_mode: Annotated[
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
@@ -76,39 +96,53 @@ class GrpoSettings(Section, frozen=True, kw_only=True):
     importance_sampling_clip_min: Annotated[
         NonNegative | None, doc("Lower bound of that correction; none: no bound.")
     ] = None
-    zero_advantage_step: Annotated[bool, doc("Step even if all advantages are 0 (TRL).")] = False
+    zero_advantage_step: Annotated[
+        bool, doc("Step even if every advantage of a batch is zero, as TRL does.")
+    ] = False
 
 
 class PreferenceSettings(Section, frozen=True, kw_only=True):
     """Preference losses; TRL 1.16.0's names and defaults."""
 
-    method: Annotated[Literal["dpo", "cpo", "simpo", "orpo", "kto"], doc("Loss family.")] = "dpo"
+    method: Annotated[
+        Literal["dpo", "cpo", "simpo", "orpo", "kto"], doc("The family of the loss.")
+    ] = "dpo"
     loss_type: Annotated[
         list[str],
         doc("Loss of the method; with dpo also several, which are added with `loss_weights`."),
     ] = field(default_factory=lambda: ["sigmoid"])
     loss_weights: Annotated[list[float] | None, doc("Factor per `loss_type`; none: all 1.")] = None
-    beta: Annotated[Positive, doc("Scale of rewards; higher stays closer to the reference.")] = 0.1
-    label_smoothing: Annotated[float, Meta(ge=0, lt=0.5), doc("Share of mislabelled pairs.")] = 0.0
+    beta: Annotated[
+        Positive, doc("Scale of the implicit rewards: the higher, the closer to the reference.")
+    ] = 0.1
+    label_smoothing: Annotated[
+        float, Meta(ge=0, lt=0.5), doc("Probability that a preference is the wrong way round.")
+    ] = 0.0
     f_divergence_type: Annotated[
         Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
         doc("Divergence from the reference that scores the log-ratios (f-DPO)."),
     ] = "reverse_kl"
     f_alpha_divergence_coef: Annotated[float, doc("Alpha of the alpha divergence.")] = 0.5
     ld_alpha: Annotated[
-        UpToOne | None, doc("Weight of tokens beyond the shorter answer (LD-DPO); none: 1.")
+        UpToOne | None,
+        doc("Weight of the tokens beyond the shorter answer's length (LD-DPO); none: 1."),
     ] = None
     use_weighting: Annotated[bool, doc("Weight pairs by the policy's probability (WPO).")] = False
     discopop_tau: Annotated[Positive, doc("Temperature of the discopop loss.")] = 0.05
     simpo_gamma: Annotated[float, doc("Target margin of the rewards (SimPO).")] = 0.5
-    cpo_alpha: Annotated[float, doc("Weight of chosen answers' likelihood; 0: plain SimPO.")] = 1.0
+    cpo_alpha: Annotated[
+        float, doc("Weight of the chosen answer's likelihood (CPO, SimPO); 0: plain SimPO.")
+    ] = 1.0
     alpha: Annotated[float, doc("Shape of the reward (AlphaPO); 0: the log-prob itself.")] = 0.0
     desirable_weight: Annotated[Positive, doc("Weight of good answers (KTO).")] = 1.0
     undesirable_weight: Annotated[Positive, doc("Weight of bad answers (KTO).")] = 1.0
     reference_free: Annotated[bool, doc("Leave the reference out: its log-probs are 0.")] = False
     precompute_ref_log_probs: Annotated[
         bool,
-        doc("Score rows first, then unload the reference; kept in `$HF_DATASETS_CACHE/pippin`."),
+        doc(
+            "Score all rows with the reference before training, then unload it; the log-probs are "
+            "kept in `$HF_DATASETS_CACHE/pippin` for later runs."
+        ),
     ] = False
 
 
@@ -117,5 +151,8 @@ class SftSettings(Section, frozen=True, kw_only=True):
 
     completion_only_loss: Annotated[
         bool | None,
-        doc("Train on completions only (last answer of messages); none: where rows have a prompt."),
+        doc(
+            "Whether only completions count in the loss; none: where rows have a prompt. With "
+            "messages, true: only the last answer counts."
+        ),
     ] = None

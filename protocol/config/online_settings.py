@@ -31,7 +31,9 @@ class RewardSettings(Section, frozen=True, kw_only=True):
 class GrpoRewards(RewardSettings, frozen=True, kw_only=True):
     """Reward functions and their weights."""
 
-    max_none_batches: Annotated[PositiveInt, doc("Stop at this many in a row without reward.")] = 3
+    max_none_batches: Annotated[
+        PositiveInt, doc("Stop after this many batches in a row without any reward.")
+    ] = 3
 
 
 class SamplingSettings(Section, frozen=True, kw_only=True):
@@ -40,15 +42,25 @@ class SamplingSettings(Section, frozen=True, kw_only=True):
     num_generations: Annotated[int, Meta(ge=2), doc("Completions per prompt (a group).")] = 8
     max_completion_length: Annotated[PositiveInt, doc("Most tokens of a completion.")] = 512
     temperature: Annotated[Positive, doc("Divides logits; not 0: training has to sample.")] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1), doc("Probability mass to sample from; 1: off.")] = 1.0
+    top_p: Annotated[
+        float,
+        Meta(gt=0, le=1),
+        doc("Sample from the likeliest tokens of this total probability; 1: off."),
+    ] = 1.0
     top_k: Annotated[Count, doc("Sample from this many of the likeliest tokens; 0: off.")] = 0
-    min_p: Annotated[UpToOne | None, doc("Least share of the top probability; none: off.")] = None
+    min_p: Annotated[
+        UpToOne | None,
+        doc("Drop tokens below this share of the likeliest one's probability; none: off."),
+    ] = None
 
 
 class QueueSettings(Section, frozen=True, kw_only=True):
     """How far sampling may run ahead of training."""
 
-    max_staleness: Annotated[Count, doc("Batches that a policy may be behind; 0: synchronous.")] = 1
+    max_staleness: Annotated[
+        Count,
+        doc("Batches that a group's policy may be behind when it is trained; 0: synchronous."),
+    ] = 1
     lease_s: Annotated[float, doc("Seconds without progress before prompts go to others.")] = 120.0
     max_attempts: Annotated[PositiveInt, doc("Leases of a prompt before it is given up.")] = 3
 
@@ -67,9 +79,15 @@ class TransportSettings(Section, frozen=True, kw_only=True):
     """Connections between learner and actors."""
 
     bind: Annotated[
-        str, doc("`tcp://host:port` for remote actors; next ports: snapshots, rewards. Empty: ipc.")
+        str,
+        doc(
+            "`tcp://host:port` for remote actors; the ports above it serve snapshots and rewards. "
+            "Empty: this machine only, by ipc."
+        ),
     ] = ""
-    keys: Annotated[LocalPath, doc("Folder made by launch/keys.py; required off loopback.")] = ""
+    keys: Annotated[
+        LocalPath, doc("Folder of CURVE keys made by launch/keys.py; required off loopback.")
+    ] = ""
     max_message_mb: Annotated[PositiveInt, doc("Largest message that is accepted, in MiB.")] = 64
 
 

@@ -41,21 +41,29 @@ class RunSettings(Section, frozen=True, kw_only=True):
 
     name: Annotated[str, doc("Folder under `run.dir`; empty: the recipe's name and the time.")] = ""
     dir: Annotated[str, doc("Where run folders are made.")] = "runs"
-    seed: Annotated[int, Meta(ge=0, lt=2**32), doc("Seed of everything random.")] = 42
+    seed: Annotated[
+        int, Meta(ge=0, lt=2**32), doc("Seed of data order, new adapters, dropout and sampling.")
+    ] = 42
 
 
 class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
     """The run itself and its checkpoints."""
 
     resume: Annotated[str, doc("Run folder to continue, from its newest checkpoint.")] = ""
-    save_steps: Annotated[Count, doc("Steps between checkpoints; 0: only at the end.")] = 50
+    save_steps: Annotated[
+        Count, doc("Steps between checkpoints; 0: only the one that every run saves at its end.")
+    ] = 50
     save_total_limit: Annotated[PositiveInt, doc("How many checkpoints to keep.")] = 2
 
 
 class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
     """The run itself, its checkpoints and its log of completions."""
 
-    log_completions: Annotated[int, Meta(ge=-1), doc("Per step, in rollouts.jsonl; -1: all.")] = 4
+    log_completions: Annotated[
+        int,
+        Meta(ge=-1),
+        doc("Completions per group written to rollouts.jsonl with their text; -1: all."),
+    ] = 4
 
 
 class LoraSettings(Section, frozen=True, kw_only=True):
@@ -76,10 +84,18 @@ class ModelSource(Section, frozen=True, kw_only=True):
 
     path: Annotated[PathOrId, doc("The model: a local folder or hub id, in mlx-lm's format.")] = ""
     revision: Annotated[str | None, doc("Branch, tag or commit on the hub; none: default.")] = None
-    adapter_path: Annotated[LocalPath, doc("Adapter to start from; empty: new adapters.")] = ""
-    fine_tune_type: Annotated[Literal["lora", "dora", "full"], doc("full: all weights.")] = "lora"
-    quantize_bits: Annotated[Literal[0, 4, 8], doc("Bits to quantise to; 0: as stored.")] = 0
-    quantize_group_size: Annotated[Literal[32, 64, 128], doc("Weights that share a scale.")] = 64
+    adapter_path: Annotated[
+        LocalPath, doc("Adapter to start from, in mlx-lm's format; empty: new adapters.")
+    ] = ""
+    fine_tune_type: Annotated[
+        Literal["lora", "dora", "full"], doc("What is trained: adapters, or all weights.")
+    ] = "lora"
+    quantize_bits: Annotated[
+        Literal[0, 4, 8], doc("Bits to quantise an unquantised model to at load; 0: as stored.")
+    ] = 0
+    quantize_group_size: Annotated[
+        Literal[32, 64, 128], doc("Weights that share a scale, with `model.quantize_bits`.")
+    ] = 64
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         doc("Type of the weights; auto: as stored, but float32 on a CPU."),
@@ -99,7 +115,10 @@ class PolicySettings(ModelSettings, frozen=True, kw_only=True):
     reference: Annotated[
         PathOrId,
         Meta(extra={"not_paths": ("initial", "base")}),
-        doc("Reference: `initial` (policy at start), `base` (no adapter), a model or an adapter."),
+        doc(
+            "The frozen reference of the loss: `initial`, the policy as it starts; `base`, the "
+            "model without adapter; or a path to a model or an adapter."
+        ),
     ] = "initial"
 
 
@@ -113,7 +132,9 @@ class DataSettings(Section, frozen=True, kw_only=True):
     ] = ""
     name: Annotated[str | None, doc("Configuration of a hub dataset; none: its default.")] = None
     split: Annotated[str, doc("Split of the dataset to use.")] = "train"
-    eval_rows: Annotated[Count, doc("Rows of `data.path` that are held out; 0: none.")] = 0
+    eval_rows: Annotated[
+        Count, doc("Rows of `data.path` that are held out and never trained on; 0: none.")
+    ] = 0
     streaming: Annotated[bool, doc("Read rows as they come; needs `train.max_steps`.")] = False
     shuffle_buffer: Annotated[PositiveInt, doc("Rows among which a stream is shuffled.")] = 10_000
     columns: Annotated[dict[str, str], doc("Renamed columns: our name = the dataset's name.")] = (
@@ -128,7 +149,9 @@ class DataSettings(Section, frozen=True, kw_only=True):
         Literal["shuffled", "sequential", "length_grouped", "torch_randperm"],
         doc("Order of rows; torch_randperm: that of TRL with the same seed."),
     ] = "shuffled"
-    on_bad_row: Annotated[Literal["drop", "error"], doc("What to do with unusable rows.")] = "drop"
+    on_bad_row: Annotated[
+        Literal["drop", "error"], doc("Rows that cannot be used: drop them, or stop at the first.")
+    ] = "drop"
     max_rows: Annotated[PositiveInt | None, doc("Most rows to use; none: all of them.")] = None
 
 
@@ -139,7 +162,9 @@ EvalSplit = Annotated[str, doc("Split of `data.eval_path`, else of `data.path`, 
 class PromptData(DataSettings, frozen=True, kw_only=True):
     """The dataset of prompts."""
 
-    max_prompt_length: Annotated[PositiveInt | None, doc("Most prompt tokens; none: off.")] = None
+    max_prompt_length: Annotated[
+        PositiveInt | None, doc("Most tokens of a prompt; none: no limit.")
+    ] = None
     overlong_prompts: Annotated[
         Literal["drop", "error"], doc("Prompts over `data.max_prompt_length`: drop them, or stop.")
     ] = "drop"
@@ -157,7 +182,9 @@ class ExampleData(DataSettings, frozen=True, kw_only=True):
 
     eval_path: EvalPath = ""
     eval_split: EvalSplit = ""
-    max_length: Annotated[PositiveInt | None, doc("Most tokens per example; none: off.")] = 1024
+    max_length: Annotated[
+        PositiveInt | None, doc("Most tokens of prompt and completion together; none: no limit.")
+    ] = 1024
     truncation_mode: Annotated[
         Literal["keep_start", "keep_end"], doc("Which end of longer examples is kept.")
     ] = "keep_start"
@@ -167,10 +194,15 @@ class OptimizerSettings(Section, frozen=True, kw_only=True):
     """AdamW with bias correction, as TRL configures it."""
 
     learning_rate: Annotated[
-        Positive, doc("Peak learning rate. Adapters take 10 to 100 times the default.")
+        Positive,
+        doc(
+            "Peak learning rate. The default suits full fine-tuning; adapters take 10 to 100 times "
+            "as much."
+        ),
     ] = 1e-6
     lr_scheduler_type: Annotated[
-        Literal["linear", "constant", "cosine"], doc("After the warm-up: decay to 0, or constant.")
+        Literal["linear", "constant", "cosine"],
+        doc("What follows the warm-up: linear or cosine decay to 0, or the same rate."),
     ] = "linear"
     warmup_steps: Annotated[Count, doc("Optimiser steps in which the rate rises from 0.")] = 0
     weight_decay: Annotated[NonNegative, doc("Decoupled weight decay.")] = 0.0
@@ -192,27 +224,38 @@ class TrainSettings(BatchSettings, frozen=True, kw_only=True):
     """The training step."""
 
     micro_batch_size: Annotated[PositiveInt, doc("Groups or, offline, examples per pass.")] = 1
-    head: Annotated[Literal["chunked", "full"], doc("Logits in chunks or all at once.")] = "chunked"
-    gradient_checkpointing: Annotated[bool, doc("Recompute layers to save memory.")] = False
+    head: Annotated[
+        Literal["chunked", "full"],
+        doc("How log-probs are computed: in chunks that never hold all logits, or from all."),
+    ] = "chunked"
+    gradient_checkpointing: Annotated[
+        bool, doc("Recompute each layer in the backward pass: less memory, more time.")
+    ] = False
     compile: Annotated[Literal["auto", "on", "off"], doc("Compile steps; auto: on GPU.")] = "auto"
-    length_bucket: Annotated[PositiveInt, doc("Padded lengths are multiples of this.")] = 32
+    length_bucket: Annotated[
+        PositiveInt, doc("Padded lengths are multiples of this, so that steps share shapes.")
+    ] = 32
 
 
 class GrpoTrain(TrainSettings, frozen=True, kw_only=True):
     """The training step."""
 
     shared_prompt: Annotated[
-        Literal["auto", "on", "off"], doc("Run a group's prompt only once; auto: not on CUDA.")
+        Literal["auto", "on", "off"],
+        doc("Run a group's prompt through the model once for all completions; auto: not on CUDA."),
     ] = "auto"
 
 
 class EvalSettings(Section, frozen=True, kw_only=True):
     """Evaluation of held-out rows."""
 
-    steps: Annotated[Count, doc("Steps between evaluations; 0: only at start and end.")] = 0
+    steps: Annotated[
+        Count, doc("Steps between evaluations; 0: only at the start and at the end.")
+    ] = 0
     at_start: Annotated[bool, doc("Evaluate before the first step.")] = True
     max_completion_length: Annotated[
-        PositiveInt | None, doc("Most answer tokens; none: as in training (GRPO), 256 (offline).")
+        PositiveInt | None,
+        doc("Most tokens of a sampled answer; none: as in training (GRPO), or 256 (offline)."),
     ] = None
 
 
