@@ -22,9 +22,15 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from actors.rewards.replies import empty_reply, merge_replies, reply_error
+from actors.rewards.replies import merge_replies, reply_error
 from protocol.messages.parts import RewardResult, RewardService
-from protocol.messages.rewards import ScoreProgress, ScoreRefusal, ScoreReply, ScoreRequest
+from protocol.messages.rewards import (
+    RewardFault,
+    ScoreProgress,
+    ScoreRefusal,
+    ScoreReply,
+    ScoreRequest,
+)
 from protocol.transport import endpoints
 from protocol.transport.curve_keys import ClientKeys, load_client_keys
 
@@ -74,8 +80,14 @@ class _Service:
     def no_rewards(
         self, count: int, kind: Literal["unreachable", "contract"], message: str
     ) -> ScoreReply:
-        """Return None for all functions, each with a fault."""
-        return empty_reply(self.names, self.where, count, kind, message)
+        """Return None for all functions, whose names may still be unknown, and the fault."""
+        faulty = self.names or [self.where]
+        return ScoreReply(
+            id="",
+            names=self.names,
+            rewards=[[None] * count for _ in self.names],
+            faults=[RewardFault(function=name, kind=kind, message=message) for name in faulty],
+        )
 
 
 @dataclass(eq=False)

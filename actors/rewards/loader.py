@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,20 +49,24 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
     if not specs:
         raise RewardError("rewards: required at least one function, got none; name one")
 
-    functions: list[RewardFunction] = []
-    taken: set[str] = set()
-    for spec in specs:
-        function = _load(spec)
-        name, count = function.name, 1
-        while name in taken:
+    functions = [_load(spec) for spec in specs]
+    names = unique_names([function.name for function in functions])
+    return [replace(f, name=name) for f, name in zip(functions, names, strict=True)]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return the names in order; one that occurs again gets `_2`, `_3`, …"""
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
             count += 1
-            name = f"{function.name}_{count}"
-        taken.add(name)
-        functions.append(RewardFunction(name, function.call, function.is_async))
-    return functions
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result
 
 
-def is_async_callable(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., Any]) -> bool:
     """Whether a call returns a coroutine; sees through partials and instances, as TRL does."""
     while isinstance(function, functools.partial):
         function = function.func
@@ -98,7 +102,7 @@ def _load(spec: str) -> RewardFunction:
 
     _check_signature(spec, value)
     name = _column_name(value, match["attribute"].rpartition(".")[2])
-    return RewardFunction(name, value, is_async_callable(value))
+    return RewardFunction(name, value, _is_async(value))
 
 
 def _module(spec: str, where: str) -> ModuleType:

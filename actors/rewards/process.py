@@ -86,15 +86,9 @@ class WorkerProcess:
         self.names = message.names
 
     async def _open(self, guarded: int) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "actors.rewards.function_worker",
-            str(guarded),
-            *self._functions,
-        ]
+        worker = [sys.executable, "-m", "actors.rewards.function_worker"]
         process = await anyio.open_process(
-            command,
+            [*worker, str(guarded), *self._functions],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None,

@@ -1,13 +1,14 @@
 """Checks the replies of reward services and merges them into a group's result."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from actors.rewards.loader import unique_names
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.parts import RewardResult
-from protocol.messages.rewards import RewardFault, ScoreReply
+from protocol.messages.rewards import ScoreReply
 
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -27,24 +28,6 @@ def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
             if value is not None and not abs(value) <= _MAX_FLOAT32:
                 return f"gave the reward {value} of {name!r}, which float32 cannot hold"
     return ""
-
-
-def empty_reply(
-    names: list[str],
-    where: str,
-    count: int,
-    kind: Literal["unreachable", "contract"],
-    message: str,
-) -> ScoreReply:
-    """Return None for every function of the service at `where`, whose names may be unknown."""
-    return ScoreReply(
-        id="",
-        names=names,
-        rewards=[[None] * count for _ in names],
-        faults=[
-            RewardFault(function=name, kind=kind, message=message) for name in names or [where]
-        ],
-    )
 
 
 def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
@@ -68,21 +51,10 @@ def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -
             metrics.setdefault(name, []).append(value)
 
     return RewardResult(
-        names=_unique([n for r in replies for n in r.names]) if complete else [],
+        names=unique_names([n for r in replies for n in r.names]) if complete else [],
         rewards=floats_bytes(table.reshape(-1)),
         log_extra=extra,
         log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
         faults=[fault for reply in replies for fault in reply.faults],
         elapsed_s=elapsed_s,
     )
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    result: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in result:
-            count += 1
-            candidate = f"{name}_{count}"
-        result.append(candidate)
-    return result

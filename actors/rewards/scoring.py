@@ -10,12 +10,13 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import msgspec
 
-from actors.rewards.function_worker import ScoreJob, WorkerMessage
+from actors.rewards.contract import RewardOutcome
+from actors.rewards.function_worker import ScoreJob
 from actors.rewards.process import WorkerDied, WorkerProcess
 from actors.rewards.queue import QueuedRequest
 from protocol.messages.rewards import RewardFault, ScoreReply
@@ -24,14 +25,13 @@ log = logging.getLogger("pippin.rewards")
 
 MAX_DEATHS = 2  # of the worker while a function runs, before the function is blamed
 MAX_FAULTS_LOGGED = 1000
-_NO_OUTCOME = WorkerMessage("outcome")
 
 
 @dataclass
 class Scores:
     """What the functions gave for one request so far, by function index."""
 
-    outcomes: dict[int, WorkerMessage] = field(default_factory=dict[int, WorkerMessage])
+    outcomes: dict[int, RewardOutcome] = field(default_factory=dict[int, RewardOutcome])
     faults: dict[int, RewardFault] = field(default_factory=dict[int, RewardFault])
 
     def missing(self, functions: Sequence[int]) -> list[int]:
@@ -40,23 +40,23 @@ class Scores:
 
     def reply(self, request_id: str, names: list[str], count: int, elapsed_s: float) -> ScoreReply:
         """Build the reply for `count` completions: None for every function without rewards."""
-        messages = [self.outcomes.get(index, _NO_OUTCOME) for index in range(len(names))]
-        faults = [self.faults.get(index) or message.fault for index, message in enumerate(messages)]
+        outcomes = [self.outcomes.get(index, RewardOutcome()) for index in range(len(names))]
+        faults = [self.faults.get(index) or outcome.fault for index, outcome in enumerate(outcomes)]
 
         # Functions that log under the same name are put one after the other, or averaged.
-        extra: dict[str, list[object]] = {}
+        extra: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}
-        for message in messages:
-            for column, values in message.log_extra.items():
+        for outcome in outcomes:
+            for column, values in outcome.log_extra.items():
                 extra.setdefault(column, []).extend(values)
-            for name, numbers in message.log_metric.items():
+            for name, numbers in outcome.log_metric.items():
                 metrics.setdefault(name, []).extend(numbers)
 
         no_rewards: list[float | None] = [None] * count
         return ScoreReply(
             id=request_id,
             names=names,
-            rewards=[no_rewards if m.rewards is None else m.rewards for m in messages],
+            rewards=[no_rewards if o.rewards is None else o.rewards for o in outcomes],
             log_extra=extra,
             log_metric={name: sum(numbers) / len(numbers) for name, numbers in metrics.items()},
             faults=[fault for fault in faults if fault is not None],
@@ -118,10 +118,10 @@ class WorkerScorer:
                 self._running = scores.missing(asked) if asynchronous else [message.index]
                 return False
 
-            scores.outcomes[message.index] = message
+            outcome = scores.outcomes[message.index] = message.outcome
             self._running = [i for i in self._running if i != message.index]
-            if message.fault is not None:
-                self._log_once(message.fault, message.where, message.traceback)
+            if outcome.fault is not None:
+                self._log_once(outcome.fault, outcome.where, outcome.traceback)
 
     def _blame(
         self, scores: Scores, blamed: list[int], kind: Literal["died", "timeout"], message: str

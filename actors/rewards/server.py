@@ -77,7 +77,7 @@ class RewardServer:
         self.endpoint = endpoint
         self.refusals: Counter[str] = Counter()
         self._keys = keys
-        self._scorer = WorkerScorer(functions)
+        self.scorer = WorkerScorer(functions)
         self._queue = FairQueue(max_queued, MAX_QUEUED_BYTES)
         self._done = _ReplyCache()
         self._askers: dict[str, bytes] = {}  # by request ID, the peer that asked last
@@ -90,8 +90,8 @@ class RewardServer:
         keys = load_server_keys(self._keys) if self._keys is not None else None
 
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._scorer.worker.kill)
-            await self._scorer.worker.ensure_running()
+            stack.push_async_callback(self.scorer.worker.kill)
+            await self.scorer.worker.ensure_running()
 
             self._socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
             endpoints.set_limits(
@@ -109,12 +109,7 @@ class RewardServer:
     @property
     def names(self) -> list[str]:
         """The functions' names, in order."""
-        return self._scorer.worker.names
-
-    @property
-    def worker_pid(self) -> int | None:
-        """The worker's process ID, which changes when the worker is restarted."""
-        return self._scorer.worker.pid
+        return self.scorer.worker.names
 
     async def run(self) -> None:
         """Serve until cancelled; raise RewardError if the functions can no longer be loaded."""
@@ -184,7 +179,7 @@ class RewardServer:
             self._current = request.id
 
             started = time.perf_counter()
-            scores = await self._scorer.score(request)
+            scores = await self.scorer.score(request)
             elapsed_s = time.perf_counter() - started
 
             reply = msgspec.json.encode(
@@ -194,7 +189,7 @@ class RewardServer:
             self._current = ""
             endpoints.send_now(self._socket, [self._askers.pop(request.id), reply])
 
-            await self._scorer.worker.ensure_running()  # before the next request needs it
+            await self.scorer.worker.ensure_running()  # before the next request needs it
 
 
 def _request_error(request: ScoreRequest) -> str:
