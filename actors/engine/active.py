@@ -1,6 +1,5 @@
 """Requests and completions that are being sampled, and what was recorded for them so far."""
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -95,11 +94,6 @@ class ActiveRequest:
     prefix: PromptCache | None = None  # the prompt's cache, under the current policy
     started_at: float = 0.0
 
-    @property
-    def key(self) -> Hashable:
-        """The request's key."""
-        return self.request.key
-
     def may_start(self, version: int) -> bool:
         """Whether completions are waiting and policy `version` may sample them."""
         pinned = self.request.pinned_version
@@ -127,7 +121,7 @@ class ActiveRequest:
     def result(self, now: float) -> GenerationResult:
         """Return the complete group."""
         return GenerationResult(
-            key=self.key,
+            key=self.request.key,
             completions=[self.done[i] for i in sorted(self.done)],
             started_at=self.started_at,
             finished_at=now,

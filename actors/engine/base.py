@@ -89,7 +89,10 @@ class Engine(Protocol):
         ...
 
     def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
-        """Swap weights between two steps without draining: `apply` changes the model in place."""
+        """Swap weights between two steps without draining: `apply` changes the model in place.
+
+        If `apply` raises, the engine keeps its policy and the exception propagates.
+        """
         ...
 
     def step(self) -> EngineStep:
