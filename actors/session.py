@@ -76,7 +76,6 @@ class Session:
     """One actor's view of its learner: whether it has joined, and the leases that it holds."""
 
     identity: ActorIdentity
-    resend_s: float = RESEND_S
     welcome: Welcome | None = None
     joined: bool = False
     _leases: dict[LeaseKey, _HeldLease] = field(default_factory=dict[LeaseKey, _HeldLease])
@@ -256,11 +255,11 @@ class Session:
     def tick(self, now: float) -> None:
         """Send again whatever was not answered in time."""
         if not self.joined:
-            if now - self._hello_at >= self.resend_s:
+            if now - self._hello_at >= RESEND_S:
                 self.hello(now)
             return
         for lease in self._leases.values():
-            if now - lease.sent_at >= self.resend_s:
+            if now - lease.sent_at >= RESEND_S:
                 self._send_owed(lease, now)
 
     def credit(self, free_completions: int) -> None:

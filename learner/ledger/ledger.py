@@ -124,8 +124,19 @@ class Ledger:
             if completions > free_completions and not (idle and not grants):
                 break
             free_completions -= completions
+
             pinned = record.pinned_version
-            grants.append(self._lease(record, actor, published if pinned is None else pinned, now))
+            self._emit(
+                TaskLeased(
+                    number=record.number,
+                    attempt=len(record.floors) + 1,
+                    actor=actor,
+                    min_policy_version=published if pinned is None else pinned,
+                    expires_at=now + self.settings.lease_s,
+                    at=now,
+                )
+            )
+            grants.append(_grant(self.state, record))
         return grants
 
     def leases_of(self, actor: str) -> list[Grant]:
@@ -148,19 +159,6 @@ class Ledger:
         detail = f"actor {actor} {'was lost' if blamed else 'left'}"
         held = self.state.open_leases(actor)
         return [self._end_lease(record, "gone", detail, now, blamed=blamed) for record, _ in held]
-
-    def _lease(self, record: TaskRecord, actor: str, min_version: int, now: float) -> Grant:
-        self._emit(
-            TaskLeased(
-                number=record.number,
-                attempt=len(record.floors) + 1,
-                actor=actor,
-                min_policy_version=min_version,
-                expires_at=now + self.settings.lease_s,
-                at=now,
-            )
-        )
-        return _grant(self.state, record)
 
     def _end_lease(
         self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
@@ -191,7 +189,7 @@ class Ledger:
         self, task: TaskId, attempt: int, actor: str, now: float, versions: Iterable[int] = ()
     ) -> Receipt:
         """Accept or discard a group; `versions` are the policy versions that sampled it."""
-        record = rules.addressee(self.state, task, attempt)
+        record = rules.find_open(self.state, task, attempt)
         if isinstance(record, str):
             return self._discard(task, attempt, actor, record, now)
 
@@ -213,7 +211,7 @@ class Ledger:
 
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
         """End the lease of an attempt that failed; if it ended before, nothing changes."""
-        record = rules.addressee(self.state, task, attempt)
+        record = rules.find_open(self.state, task, attempt)
         if isinstance(record, str):
             return Receipt(outcome=record)
         if not record.is_leased_as(attempt):

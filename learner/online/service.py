@@ -28,7 +28,7 @@ from learner.online.commands import (
     StartEvaluation,
 )
 from learner.online.coordinator import Coordinator
-from protocol.messages.messages import Policy
+from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server
 from protocol.transport.snapshot_channel import SnapshotServer
@@ -100,7 +100,7 @@ class LearnerService:
                     data = msgspec.msgpack.encode(self.coordinator.state())
                     await self.bridge.aput(EncodedState(data))
                 case EndRun(reason):
-                    self.coordinator.stop(reason)
+                    self.coordinator.connected.send_all(Stop(reason=reason))
                     await self._flush()
                     return
 
