@@ -129,7 +129,7 @@ class ActorIo:
         bridge: IoEnd,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
-        # A full outbox drops the message: the learner is away, and the session sends again what
+        # A full outbox drops the message: the learner is unreachable, and the session resends what
         # matters.
         try:
             channel.send(command.message)

@@ -87,7 +87,6 @@ class Worker:
         self._rate = _Rate(clock())
 
     def start(self) -> None:
-        """Say Hello."""
         self._session.hello(self._clock())
         self._perform()
 

@@ -72,7 +72,6 @@ class ActiveCompletion:
         self.kept_logmass.append(kept)
 
     def completion(self, finish_reason: FinishReason) -> Completion:
-        """Return the finished completion."""
         filtered = has_filter(self.parent.request.sampling)
         return Completion(
             token_ids=ids_bytes(self.token_ids),
@@ -119,7 +118,6 @@ class ActiveRequest:
         return not self.running and not self.waiting
 
     def result(self, now: float) -> GenerationResult:
-        """Return the complete group."""
         return GenerationResult(
             key=self.request.key,
             completions=[self.done[i] for i in sorted(self.done)],

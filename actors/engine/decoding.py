@@ -4,13 +4,11 @@
 # pyright: reportMissingTypeStubs=false
 # (mlx and mlx-lm are only partly typed)
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.generate import GenerationBatch, StopSequences
+from mlx_lm.generate import GenerationBatch
 
 from actors.engine.active import ActiveCompletion, StampedDraw
 from actors.engine.base import NO_POLICY
@@ -81,29 +79,3 @@ class BatchSampler:
             self._columns = SamplingParameters.of(samplings, self._vocab_size), seeds
             self._columns_of = list(completions)
         return self._columns
-
-
-def new_batch(
-    model: Float32Logits,
-    completions: Sequence[ActiveCompletion],
-    cache: PromptCache,
-    sampler: BatchSampler,
-    stop: StopSequences,
-) -> DecodingBatch:
-    """Make a batch from prompts' caches; this already draws each completion's first token.
-
-    So `sampler` must expect `completions` by now.
-    """
-    requests = [completion.parent.request for completion in completions]
-    return DecodingBatch(
-        model,
-        uids=list(range(len(completions))),
-        inputs=mx.array([request.prompt_ids[-1] for request in requests]),
-        prompt_cache=cache,
-        tokens=[[] for _ in completions],
-        samplers=[sampler] * len(completions),
-        fallback_sampler=sampler,
-        logits_processors=[[] for _ in completions],
-        stop_sequences=[stop] * len(completions),
-        max_tokens=[request.sampling.max_completion_length for request in requests],
-    )

@@ -23,7 +23,7 @@ from mlx_lm.generate import StopSequences
 
 from actors.engine.active import ActiveCompletion, ActiveRequest
 from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
-from actors.engine.decoding import BatchSampler, DecodingBatch, Float32Logits, new_batch
+from actors.engine.decoding import BatchSampler, DecodingBatch, Float32Logits
 from actors.engine.prefill import Prefiller, PromptCache, merge
 from protocol.errors import DataError, ModelError
 
@@ -249,8 +249,22 @@ class MlxEngine:
             self._batches.append((batch, list(completions)))
 
     def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> DecodingBatch:
+        """Make a batch from prompts' caches, which already draws the first tokens."""
         self._sampler.expect(completions, self._version, self._digest)
-        return new_batch(self._decoder, completions, cache, self._sampler, self._stop)
+        count = len(completions)
+        requests = [completion.parent.request for completion in completions]
+        return DecodingBatch(
+            self._decoder,
+            uids=list(range(count)),
+            inputs=mx.array([request.prompt_ids[-1] for request in requests]),
+            prompt_cache=cache,
+            tokens=[[] for _ in requests],
+            samplers=[self._sampler] * count,
+            fallback_sampler=self._sampler,
+            logits_processors=[[] for _ in requests],
+            stop_sequences=[self._stop] * count,
+            max_tokens=[request.sampling.max_completion_length for request in requests],
+        )
 
     # ---- decoding ------------------------------------------------------------------------
 

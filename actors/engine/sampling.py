@@ -83,7 +83,6 @@ class SamplingParameters:
 
     @property
     def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p is on for any completion."""
         return not (self.top_k is None and self.top_p is None and self.log_min_p is None)
 
 

@@ -68,7 +68,6 @@ class RewardCall:
         }
 
     def run(self) -> RewardOutcome:
-        """Call a synchronous function."""
         try:
             self._check_signature()
             return self._outcome(self.function.call(**self.arguments))
@@ -76,7 +75,6 @@ class RewardCall:
             return self._fault(error)
 
     async def run_async(self) -> RewardOutcome:
-        """Call an asynchronous function."""
         try:
             self._check_signature()
             return self._outcome(await self.function.call(**self.arguments))

@@ -111,9 +111,8 @@ def _write_outcome(sink: BinaryIO, call: RewardCall, outcome: RewardOutcome) -> 
     """Write one outcome; a function that logged too much is at fault."""
     logged = len(msgspec.json.encode((outcome.log_extra, outcome.log_metric), enc_hook=str))
     if logged > MAX_LOGGED:
-        problem = (
-            f"logged {logged} bytes for one group, but at most {MAX_LOGGED} are kept; log less"
-        )
+        rule = f"at most {MAX_LOGGED} are kept; log less"
+        problem = f"logged {logged} bytes for one group, but {rule}"
         fault = RewardFault(function=call.function.name, kind="contract", message=problem)
         outcome = RewardOutcome(fault=fault, where="logged")
     _write(sink, WorkerMessage("outcome", index=call.index, outcome=outcome))

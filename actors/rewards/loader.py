@@ -55,7 +55,7 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Return the names in order; one that occurs again gets `_2`, `_3`, …"""
+    """Return the names in order; one that occurs again gets `_2`, then `_3`."""
     result: list[str] = []
     for name in names:
         candidate, count = name, 1
@@ -86,9 +86,11 @@ def _load(spec: str) -> RewardFunction:
     value: Any = module
     for part in match["attribute"].split("."):
         if not hasattr(value, part):
+            functions = [name for name, item in vars(module).items() if inspect.isfunction(item)]
+            public = sorted(name for name in functions if not name.startswith("_"))
             raise RewardError(
                 f"reward {spec!r}: {match['where']} has no {match['attribute']!r}; "
-                f"it defines {', '.join(_callables(module)) or 'no functions'}"
+                f"it defines {', '.join(public) or 'no functions'}"
             )
         value = getattr(value, part)
 
@@ -139,11 +141,6 @@ def _file_module(spec: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     definition.loader.exec_module(module)
     return module
-
-
-def _callables(module: ModuleType) -> list[str]:
-    names = (name for name, value in vars(module).items() if inspect.isfunction(value))
-    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _construct(spec: str, factory: Callable[..., object], call: str) -> object:

@@ -40,7 +40,6 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process ID, which is also its group's."""
         return None if self._process is None else self._process.pid
 
     async def ensure_running(self) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 import msgspec
@@ -19,6 +19,7 @@ from actors.rewards.contract import RewardOutcome
 from actors.rewards.function_worker import ScoreJob
 from actors.rewards.process import WorkerDied, WorkerProcess
 from actors.rewards.queue import QueuedRequest
+from actors.rewards.replies import join_lists
 from protocol.messages.rewards import RewardFault, ScoreReply
 
 log = logging.getLogger("pippin.rewards")
@@ -43,21 +44,13 @@ class Scores:
         outcomes = [self.outcomes.get(index, RewardOutcome()) for index in range(len(names))]
         faults = [self.faults.get(index) or outcome.fault for index, outcome in enumerate(outcomes)]
 
-        # Functions that log under the same name are put one after the other, or averaged.
-        extra: dict[str, list[Any]] = {}
-        metrics: dict[str, list[float]] = {}
-        for outcome in outcomes:
-            for column, values in outcome.log_extra.items():
-                extra.setdefault(column, []).extend(values)
-            for name, numbers in outcome.log_metric.items():
-                metrics.setdefault(name, []).extend(numbers)
-
+        metrics = join_lists(outcome.log_metric for outcome in outcomes)
         no_rewards: list[float | None] = [None] * count
         return ScoreReply(
             id=request_id,
             names=names,
             rewards=[no_rewards if o.rewards is None else o.rewards for o in outcomes],
-            log_extra=extra,
+            log_extra=join_lists(outcome.log_extra for outcome in outcomes),
             log_metric={name: sum(numbers) / len(numbers) for name, numbers in metrics.items()},
             faults=[fault for fault in faults if fault is not None],
             elapsed_s=elapsed_s,

@@ -103,12 +103,10 @@ class RewardServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the socket and end the worker."""
         await self._resources.aclose()
 
     @property
     def names(self) -> list[str]:
-        """The functions' names, in order."""
         return self.scorer.worker.names
 
     async def run(self) -> None:
@@ -156,7 +154,6 @@ class RewardServer:
         return request, line
 
     def _enqueue(self, peer: bytes, request: ScoreRequest, line: bytes) -> bool:
-        """Queue a request, or refuse it if the queue is full."""
         queued = QueuedRequest(request.id, len(request.completions), request.timeout_s, line)
         if self._queue.put(peer, queued):
             return True

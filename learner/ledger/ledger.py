@@ -70,11 +70,9 @@ class Ledger:
     # ---- tasks join ---------------------------------------------------------------------------
 
     def room(self) -> int:
-        """Return how many training tasks may join now."""
         return rules.room(self.settings, self.state)
 
     def is_finished(self) -> bool:
-        """Whether no training task is left and none will join."""
         return rules.is_finished(self.settings, self.state)
 
     def join(self, row_key: RowKey, now: float) -> TaskId:

@@ -105,7 +105,6 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return [(record, lease) for record, lease in leased if actor in (None, lease.actor)]
 
     def copy(self) -> "LedgerState":
-        """Return a deep copy."""
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self), type=LedgerState)
 
     def resumed(self, incarnation: str) -> "LedgerState":

@@ -49,11 +49,9 @@ class ConnectedActors:
     )
 
     def send(self, peer: bytes, message: LearnerMessage) -> None:
-        """Queue a message to one actor."""
         self._outbox.append((peer, message))
 
     def send_all(self, message: LearnerMessage) -> None:
-        """Queue a message to every actor."""
         for peer in self.by_peer:
             self.send(peer, message)
 

@@ -299,7 +299,6 @@ class Coordinator:
         return EvalResult(done.version, groups, len(done.dropped))
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the actors, the queue and the messages."""
         return queue_metrics(self.ledger.state, self.connected)
 
     # ---- checkpoints and the journal -----------------------------------------------------

@@ -108,6 +108,7 @@ def test_what_cannot_be_loaded_is_named(spec, words):
 
 def test_a_missing_column_is_a_fault_of_the_contract():
     refused = outcome(f"{TRL}:accuracy_reward", completions=chat("a"))
+    assert refused.fault is not None
     assert refused.fault.kind == "contract"
     assert "solution" in refused.fault.message
     assert refused.rewards is None
