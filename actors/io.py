@@ -1,4 +1,4 @@
-"""The actor's I/O thread: the learner's socket, reward servers, snapshots. No MLX here.
+"""The actor's I/O thread: the learner's socket, reward servers, snapshots; never MLX.
 
 The main thread's commands come in through the bridge and events go back through it. Scoring and
 fetching run concurrently with everything else, so a slow reward delays only its own group.

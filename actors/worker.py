@@ -93,7 +93,7 @@ class Worker:
     def advance(self) -> bool:
         """Do what can be done now, at most one decode step; False if there was nothing to do.
 
-        Raises RefusedError, SnapshotError, and what the I/O thread raised.
+        Raises RefusedError, SnapshotError, and whatever the I/O thread raised.
         """
         now = self._clock()
 

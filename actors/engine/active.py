@@ -87,7 +87,7 @@ class ActiveRequest:
     """A request with its completions by stage: waiting, then running, then done."""
 
     request: GenerationRequest
-    waiting: list[int] = field(default_factory=list[int])  # positions that were not started
+    waiting: list[int] = field(default_factory=list[int])  # positions not started yet
     running: list[ActiveCompletion] = field(default_factory=list[ActiveCompletion])
     done: dict[int, Completion] = field(default_factory=dict[int, Completion])
     prefix: PromptCache | None = None  # the prompt's cache, under the current policy

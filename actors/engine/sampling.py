@@ -1,7 +1,7 @@
 """Samples one token per completion of a batch: temperature, top-k, top-p, min-p, keyed draw.
 
 `draw` is the whole step; `_filter_threshold` applies top-k, top-p and min-p. They apply in the
-order of transformers' generate, which TRL uses: temperature, top-k, top-p of what top-k left,
+order of transformers' generate, which TRL uses: temperature, top-k, top-p over what top-k leaves,
 min-p. Tokens tied with the last one kept are kept too.
 
 The random numbers of a completion depend on its seed and the token's index only, so a completion

@@ -221,7 +221,7 @@ class RewardClient:
     async def _send_until_answered(
         self, service: _Service, request_id: str, pending: _PendingRequest, data: bytes
     ) -> None:
-        """Send again and again: to the same endpoint while it reports progress, else to others."""
+        """Resend until answered: to the same endpoint while it reports progress, else to others."""
         while True:
             endpoint, pending.in_progress, pending.full = pending.endpoint, False, ""
             endpoint.outstanding.add(request_id)

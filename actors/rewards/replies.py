@@ -41,7 +41,7 @@ def decode_reply(address: str, data: bytes) -> Reply | None:
 def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
     """Return what is wrong with a reply that could be decoded, or ""."""
     if names and reply.names != names:
-        return f"answered for the functions {reply.names}, which were {names}; restart the run"
+        return f"answered for the functions {reply.names}, earlier for {names}; restart the run"
     if not reply.names or len(set(reply.names)) != len(reply.names):
         return f"answered with the names {reply.names}; required at least one, all different"
     if len(reply.rewards) != len(reply.names):

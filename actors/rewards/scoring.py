@@ -1,9 +1,9 @@
 """Scores one request on the worker process: time limits, restarts, and who is at fault.
 
-request ──▶ worker ──"started f"──"outcome f"── … ──"done"──▶ Scores ──▶ ScoreReply
-│
-└─ silent for timeout_s, or dead ──▶ killed; the remaining functions run in a
-new worker
+    request ──▶ worker ──"started f"──"outcome f"── … ──"done"──▶ Scores ──▶ ScoreReply
+                  └─ silent for timeout_s, or dead ──▶ killed
+
+After a time-out or death, the functions that have not run yet run in a new worker.
 """
 
 import logging
@@ -82,7 +82,8 @@ class WorkerScorer:
                 suspects = self._running or missing
                 deaths.update(suspects)
                 blamed = [i for i in suspects if deaths[i] >= MAX_DEATHS]
-                self._blame(scores, blamed, "died", f"the process that ran it ended {MAX_DEATHS} x")
+                message = f"the process that ran it ended {MAX_DEATHS} times"
+                self._blame(scores, blamed, "died", message)
             except TimeoutError:
                 message = f"no answer within {request.timeout_s:g} s; its process was killed"
                 self._blame(scores, self._running or missing[:1], "timeout", message)

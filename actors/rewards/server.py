@@ -157,7 +157,7 @@ class RewardServer:
         queued = QueuedRequest(request.id, len(request.completions), request.timeout_s, line)
         if self._queue.put(peer, queued):
             return True
-        reason = f"{len(self._queue)} requests wait already ({self._queue.bytes} bytes)"
+        reason = f"{len(self._queue)} requests are already waiting ({self._queue.bytes} bytes)"
         self._refuse(peer, "full", reason, request.id, retry=True)
         return False
 

@@ -6,7 +6,7 @@
 
 Every operation decides by the rules (`rules.py`, which also proves the staleness bound), expresses
 its decision as events (`events.py`), and applies them to the state (`state.py`). The caller drains
-the events into its journal (`journal.py`). Times are passed in, in seconds of any one clock.
+the events into its journal (`journal.py`). Times are passed in, in seconds, all from one clock.
 """
 
 from collections.abc import Iterable, Sequence
@@ -147,7 +147,7 @@ class Ledger:
             self._emit(LeasesRenewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
 
     def expire(self, now: float) -> list[EndedLease]:
-        """End the leases whose time is over."""
+        """End the leases whose time is up."""
         detail = f"no progress for {self.settings.lease_s:g} s"
         due = [record for record, lease in self.state.open_leases() if lease.expires_at <= now]
         return [self._end_lease(record, "expired", detail, now) for record in due]
@@ -208,7 +208,7 @@ class Ledger:
         return Receipt(outcome="accepted", cancelled=cancelled)
 
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
-        """End the lease of an attempt that failed; if it ended before, nothing changes."""
+        """End the lease of a failed attempt; nothing changes if it has already ended."""
         record = rules.find_open(self.state, task, attempt)
         if isinstance(record, str):
             return Receipt(outcome=record)

@@ -1,4 +1,4 @@
-"""The connected actors, what must be sent to them, and whether one can work for the run."""
+"""The connected actors, the messages queued for them, and the reasons to refuse one."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -78,7 +78,7 @@ def is_enquiry(hello: Hello) -> bool:
 
 
 def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
-    """Return why an actor cannot work for this run, naming both sides; None if it can."""
+    """Return why an actor cannot work for this run, or None if it can."""
     if hello.protocol_version != PROTOCOL_VERSION:
         return Refuse(
             code="protocol_version",

@@ -137,7 +137,7 @@ class Coordinator:
             self.connected.send(peer, self.policy)
 
         # Tasks on their way to the old connection may be lost, and their leases would never expire
-        # while the actor is well. An actor that has the task already ignores it.
+        # while the actor makes progress. An actor that has the task already ignores it.
         for lease in self.ledger.leases_of(hello.actor_id):
             self.connected.send(peer, self._task(lease))
 
@@ -154,7 +154,7 @@ class Coordinator:
         if task.incarnation != self.welcome.incarnation:
             self.connected.counters["groups_stale"] += 1
             ours = self.welcome.incarnation
-            reason = f"task {task} is of another learner; this one is {ours}"
+            reason = f"task {task} belongs to another learner; this one is {ours}"
             self.connected.send(peer, Refuse(code="stale", reason=reason))
 
         # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
@@ -283,7 +283,7 @@ class Coordinator:
         self.assign(now)
 
     def next_batch(self, now: float) -> TrainBatch | None:
-        """Form the next batch if its B groups are there."""
+        """Form the next batch if all its groups have arrived."""
         if not self.ledger.batch_ready():
             return None
         batch = self.ledger.form_batch(now)
