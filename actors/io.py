@@ -55,13 +55,9 @@ class GroupScorer(Protocol):
 class IoEnd(Protocol):
     """The I/O thread's end of `protocol.transport.bridge.Bridge`."""
 
-    async def aget(self) -> Command:
-        """Take the main thread's next command; raises BridgeClosed once it has ended."""
-        ...
+    async def aget(self) -> Command: ...
 
-    async def aput(self, item: Event) -> None:
-        """Queue an event for the main thread."""
-        ...
+    async def aput(self, item: Event) -> None: ...
 
 
 @dataclass
@@ -206,7 +202,6 @@ class IoThreadHandle:
         return events
 
     def put(self, command: Command) -> None:
-        """Hand over a command, waiting for room."""
         self._bridge.put(command)
 
     def wait(self, timeout_s: float) -> None:

@@ -8,7 +8,6 @@ completions. A group is kept until the learner acknowledges it. The worker does 
 the program around it calls `advance` in a loop.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -47,8 +46,6 @@ from actors.session import Session
 from protocol.errors import DataError, ModelError
 from protocol.messages.arrays import ids_view
 from protocol.messages.messages import Heartbeat, Task
-
-log = logging.getLogger("pippin.actor")
 
 RATE_WINDOW_S = 2.0
 

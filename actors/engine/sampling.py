@@ -81,10 +81,6 @@ class SamplingParameters:
             log_min_p=log_min_p,
         )
 
-    @property
-    def filtered(self) -> bool:
-        return not (self.top_k is None and self.top_p is None and self.log_min_p is None)
-
 
 def _column(values: list[float]) -> mx.array:
     return mx.array(values, dtype=mx.float32)[:, None]
@@ -117,7 +113,8 @@ def draw(logprobs: mx.array, keys: mx.array, parameters: SamplingParameters) -> 
 
     kept_logmass = None
     candidates = logprobs
-    if parameters.filtered and not parameters.all_greedy:
+    filters = (parameters.top_k, parameters.top_p, parameters.log_min_p)
+    if not parameters.all_greedy and any(column is not None for column in filters):
         kept = logprobs >= _filter_threshold(logprobs, parameters)
         candidates = mx.where(kept, logprobs, -mx.inf)
         kept_logmass = mx.logsumexp(candidates, axis=-1)

@@ -49,11 +49,9 @@ class WorkerProcess:
 
         for _ in range(MAX_STARTS):
             await self.kill()
-            try:
+            with suppress(WorkerDied):
                 await self._start()
-            except WorkerDied:
-                continue
-            return
+                return
 
         await self.kill()
         raise RewardError(

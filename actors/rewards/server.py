@@ -8,7 +8,6 @@ worker. Every request is answered at once: with its rewards, a refusal, or a rep
 (protocol/REWARDS.md has the wire).
 """
 
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ from protocol.messages.rewards import (
 )
 from protocol.transport import endpoints
 from protocol.transport.curve_keys import load_server_keys
-
-log = logging.getLogger("pippin.rewards")
 
 MAX_REQUEST_BYTES = 32 << 20
 MAX_QUEUED = 256

@@ -14,6 +14,8 @@ from protocol.messages.messages import (
     Welcome,
 )
 
+Outgoing = tuple[bytes, LearnerMessage]  # a peer, which is the transport's name for a connection
+
 
 @dataclass
 class ConnectedActor:
@@ -37,16 +39,14 @@ class ConnectedActor:
 
 @dataclass
 class ConnectedActors:
-    """The actors by peer, which is the transport's name for a connection, and an outbox.
+    """The actors by peer, and an outbox.
 
     `counters` become the `wire/…` metrics.
     """
 
     by_peer: dict[bytes, ConnectedActor] = field(default_factory=dict[bytes, ConnectedActor])
     counters: Counter[str] = field(default_factory=Counter[str])
-    _outbox: list[tuple[bytes, LearnerMessage]] = field(
-        default_factory=list[tuple[bytes, LearnerMessage]]
-    )
+    _outbox: list[Outgoing] = field(default_factory=list[Outgoing])
 
     def send(self, peer: bytes, message: LearnerMessage) -> None:
         self._outbox.append((peer, message))
@@ -66,7 +66,7 @@ class ConnectedActors:
             if actor.actor_id == lease.actor:
                 self.send(peer, Cancel(task=lease.task, attempt=lease.attempt))
 
-    def take_outgoing(self) -> list[tuple[bytes, LearnerMessage]]:
+    def take_outgoing(self) -> list[Outgoing]:
         """Return and clear what must be sent, in order."""
         outgoing, self._outbox = self._outbox, []
         return outgoing

@@ -5,7 +5,6 @@ command and tick, `_flush` sends what the coordinator decided, writes its events
 hands finished batches and evaluations to the trainer.
 """
 
-import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,8 @@ from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server
 from protocol.transport.snapshot_channel import SnapshotServer
 
-log = logging.getLogger("pippin.learner")
 TICK_S = 0.25
+SnapshotKey = tuple[int, str]  # version and digest
 
 
 @dataclass
@@ -49,9 +48,7 @@ class LearnerService:
     keys: str = ""
     max_message_bytes: int = 64 << 20
     batch_requested: bool = False
-    _snapshot_files: dict[tuple[int, str], Path] = field(
-        default_factory=dict[tuple[int, str], Path]
-    )
+    _snapshot_files: dict[SnapshotKey, Path] = field(default_factory=dict[SnapshotKey, Path])
 
     async def run(self) -> None:
         """Serve until `EndRun`; errors end the bridge and are raised at the trainer."""
