@@ -27,7 +27,6 @@ class ConnectedActor:
 
     actor_id: str
     incarnation: str
-    host: str
     last_seen: float
     oldest_needed: int
     credit: int = 0

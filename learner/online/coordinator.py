@@ -129,7 +129,7 @@ class Coordinator:
 
         oldest = -1 if self.policy is None else self.policy.version
         self.connected.by_peer[peer] = ConnectedActor(
-            hello.actor_id, hello.actor_incarnation, hello.host, now, oldest_needed=oldest
+            hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
         )
         self.connected.counters["hellos"] += 1
         self.connected.send(peer, self.welcome)
