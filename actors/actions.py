@@ -45,9 +45,9 @@ class NotePolicy:
 
 @dataclass(frozen=True)
 class JoinRun:
-    """Work on the learner's terms.
+    """Join the run that the learner describes.
 
-    `new_incarnation`: it is not the learner that we knew, so requests and policies are void.
+    `new_incarnation`: the learner was restarted, so its earlier requests and policies are dropped.
     """
 
     welcome: Welcome

@@ -1,4 +1,4 @@
-"""The actor's I/O thread: the learner's socket, reward servers, snapshots. No MLX here.
+"""The actor's I/O thread: the learner's socket, reward servers, snapshots; never MLX.
 
 The main thread's commands come in through the bridge and events go back through it. Scoring and
 fetching run concurrently with everything else, so a slow reward delays only its own group.
@@ -55,13 +55,9 @@ class GroupScorer(Protocol):
 class IoEnd(Protocol):
     """The I/O thread's end of `protocol.transport.bridge.Bridge`."""
 
-    async def aget(self) -> Command:
-        """Take the main thread's next command; raises BridgeClosed once it has ended."""
-        ...
+    async def aget(self) -> Command: ...
 
-    async def aput(self, item: Event) -> None:
-        """Queue an event for the main thread."""
-        ...
+    async def aput(self, item: Event) -> None: ...
 
 
 @dataclass
@@ -129,7 +125,7 @@ class ActorIo:
         bridge: IoEnd,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
-        # A full outbox drops the message: the learner is away, and the session sends again what
+        # A full outbox drops the message: the learner is unreachable, and the session resends what
         # matters.
         try:
             channel.send(command.message)
@@ -206,7 +202,6 @@ class IoThreadHandle:
         return events
 
     def put(self, command: Command) -> None:
-        """Hand over a command, waiting for room."""
         self._bridge.put(command)
 
     def wait(self, timeout_s: float) -> None:

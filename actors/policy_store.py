@@ -15,9 +15,9 @@ RETRY_S = 1.0
 class PolicyStore:
     """Policies newer than the engine's. Only the newest is fetched, one at a time.
 
-    announce ──▶ next_fetch ──▶ fetched ──▶ take (the engine applies it)
-                     ▲             │
-                     └── failed ◀──┘
+        announce ──▶ next_fetch ──▶ fetched ──▶ take (the engine applies it)
+                         ▲             │
+                         └── failed ◀──┘
 
     `wants` is the engine's `wants_policy`.
     """
@@ -63,7 +63,7 @@ class PolicyStore:
             log.warning("policy version %d could not be fetched: %s", policy.version, reason)
 
     def take(self) -> tuple[Policy, bytes] | None:
-        """Return the snapshot that the engine should apply now, if there is one; only once."""
+        """Return the snapshot that the engine should apply now, if there is one, and forget it."""
         if self._fetched is None or not self.wants(self._fetched[0].version):
             return None
 
@@ -73,7 +73,7 @@ class PolicyStore:
         return taken
 
     def reset(self) -> None:
-        """Forget everything: another learner counts versions from 0 again."""
+        """Forget everything, because a new learner counts versions from 0."""
         self._announced.clear()
         self._fetching = self._fetched = None
         self._retry_at = 0.0

@@ -1,7 +1,7 @@
 """The actor's side of the conversation with its learner: a state machine.
 
-Messages and results go in; what to do about them comes out of `take_actions`, in order. There is no
-socket, clock or MLX here; time is passed in. Every lease passes through three stages:
+Messages and results go in; what to do about them comes out of `take_actions`, in order. It has no
+socket, clock or MLX; time is passed in. Every lease passes through three stages:
 
     Task ──▶ sampling ──generated──▶ scoring ──scored──▶ owed ──Ack──▶ (forgotten)
 
@@ -76,7 +76,6 @@ class Session:
     """One actor's view of its learner: whether it has joined, and the leases that it holds."""
 
     identity: ActorIdentity
-    resend_s: float = RESEND_S
     welcome: Welcome | None = None
     joined: bool = False
     _leases: dict[LeaseKey, _HeldLease] = field(default_factory=dict[LeaseKey, _HeldLease])
@@ -232,7 +231,7 @@ class Session:
         self._owe(lease, now)
 
     def failed(self, key: LeaseKey, reason: str, now: float) -> None:
-        """Report an attempt that gave no group, for a reason on our side."""
+        """Report an attempt that produced no group, for a reason on our side."""
         lease = self._leases.get(key)
         if lease is None or lease.stage == "owed":
             return
@@ -254,17 +253,17 @@ class Session:
     # ---- time and credit -----------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Send again whatever was not answered in time."""
+        """Resend whatever was not answered in time."""
         if not self.joined:
-            if now - self._hello_at >= self.resend_s:
+            if now - self._hello_at >= RESEND_S:
                 self.hello(now)
             return
         for lease in self._leases.values():
-            if now - lease.sent_at >= self.resend_s:
+            if now - lease.sent_at >= RESEND_S:
                 self._send_owed(lease, now)
 
     def credit(self, free_completions: int) -> None:
-        """Ask for more tasks when there is more room than the learner was told of."""
+        """Ask for more tasks when there is more room than the learner knows of."""
         if self.joined and free_completions > self._offered:
             self._offered = free_completions
             self._send(Request(free_completions=free_completions))

@@ -8,7 +8,6 @@ completions. A group is kept until the learner acknowledges it. The worker does 
 the program around it calls `advance` in a loop.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -48,8 +47,6 @@ from protocol.errors import DataError, ModelError
 from protocol.messages.arrays import ids_view
 from protocol.messages.messages import Heartbeat, Task
 
-log = logging.getLogger("pippin.actor")
-
 RATE_WINDOW_S = 2.0
 
 
@@ -87,14 +84,13 @@ class Worker:
         self._rate = _Rate(clock())
 
     def start(self) -> None:
-        """Say Hello."""
         self._session.hello(self._clock())
         self._perform()
 
     def advance(self) -> bool:
         """Do what can be done now, at most one decode step; False if there was nothing to do.
 
-        Raises RefusedError, SnapshotError, and what the I/O thread raised.
+        Raises RefusedError, SnapshotError, and whatever the I/O thread raised.
         """
         now = self._clock()
 

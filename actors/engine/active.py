@@ -1,6 +1,5 @@
 """Requests and completions that are being sampled, and what was recorded for them so far."""
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -73,7 +72,6 @@ class ActiveCompletion:
         self.kept_logmass.append(kept)
 
     def completion(self, finish_reason: FinishReason) -> Completion:
-        """Return the finished completion."""
         filtered = has_filter(self.parent.request.sampling)
         return Completion(
             token_ids=ids_bytes(self.token_ids),
@@ -89,16 +87,11 @@ class ActiveRequest:
     """A request with its completions by stage: waiting, then running, then done."""
 
     request: GenerationRequest
-    waiting: list[int] = field(default_factory=list[int])  # positions that were not started
+    waiting: list[int] = field(default_factory=list[int])  # positions not started yet
     running: list[ActiveCompletion] = field(default_factory=list[ActiveCompletion])
     done: dict[int, Completion] = field(default_factory=dict[int, Completion])
     prefix: PromptCache | None = None  # the prompt's cache, under the current policy
     started_at: float = 0.0
-
-    @property
-    def key(self) -> Hashable:
-        """The request's key."""
-        return self.request.key
 
     def may_start(self, version: int) -> bool:
         """Whether completions are waiting and policy `version` may sample them."""
@@ -125,9 +118,8 @@ class ActiveRequest:
         return not self.running and not self.waiting
 
     def result(self, now: float) -> GenerationResult:
-        """Return the complete group."""
         return GenerationResult(
-            key=self.key,
+            key=self.request.key,
             completions=[self.done[i] for i in sorted(self.done)],
             started_at=self.started_at,
             finished_at=now,

@@ -1,7 +1,7 @@
 """The interface between the actor's worker and the engine that samples its completions.
 
-Nothing here loads MLX. One thread drives an engine: `add` requests, then call `step` until the
-groups come out. `set_policy` may be called between any two steps.
+One thread drives an engine: `add` requests, then call `step` until the groups come out.
+`set_policy` may be called between any two steps. This module does not load MLX.
 """
 
 from collections.abc import Callable, Hashable
@@ -85,11 +85,14 @@ class Engine(Protocol):
         ...
 
     def wants_policy(self, version: int) -> bool:
-        """Whether `set_policy` would take it now: it is newer and no pinned request needs ours."""
+        """Whether `set_policy` would take it now: it is newer and no pin forbids it."""
         ...
 
     def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
-        """Swap weights between two steps without draining: `apply` changes the model in place."""
+        """Swap weights between two steps without draining: `apply` changes the model in place.
+
+        If `apply` raises, the engine keeps its policy and the exception propagates.
+        """
         ...
 
     def step(self) -> EngineStep:
@@ -97,5 +100,5 @@ class Engine(Protocol):
         ...
 
     def reset(self) -> None:
-        """Drop every request and the policy's version: another learner counts from 0 again."""
+        """Drop every request and the policy's version: a new learner counts from 0."""
         ...

@@ -1,18 +1,19 @@
-"""The decoding half of mlx-lm's `BatchGenerator`, with float32 logits."""
+"""The decoding half of mlx-lm's `BatchGenerator`, with float32 logits and a keyed sampler."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false
 # (mlx and mlx-lm are only partly typed)
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationBatch, StopSequences
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.generate import GenerationBatch
 
-from actors.engine.active import ActiveCompletion
-from actors.engine.batch_sampler import BatchSampler
+from actors.engine.active import ActiveCompletion, StampedDraw
+from actors.engine.base import NO_POLICY
 from actors.engine.prefill import PromptCache
+from actors.engine.sampling import SamplingParameters, draw, token_keys
 
 
 class DecodingBatch(GenerationBatch):
@@ -33,27 +34,48 @@ class Float32Logits(nn.Module):
         return self.model(inputs, cache=cache).astype(mx.float32)
 
 
-def new_batch(
-    model: Float32Logits,
-    completions: Sequence[ActiveCompletion],
-    cache: PromptCache,
-    sampler: BatchSampler,
-    stop: StopSequences,
-) -> DecodingBatch:
-    """Make a batch from prompts' caches; this already draws each completion's first token.
+class BatchSampler:
+    """Draws the next token of every completion named in the last `expect`.
 
-    So `sampler` must expect `completions` by now.
+    mlx-lm calls a sampler with log-probs alone, so `expect` says beforehand whose they are. Each
+    completion's `pending` is its draw.
     """
-    requests = [completion.parent.request for completion in completions]
-    return DecodingBatch(
-        model,
-        uids=list(range(len(completions))),
-        inputs=mx.array([request.prompt_ids[-1] for request in requests]),
-        prompt_cache=cache,
-        tokens=[[] for _ in completions],
-        samplers=[sampler] * len(completions),
-        fallback_sampler=sampler,
-        logits_processors=[[] for _ in completions],
-        stop_sequences=[stop] * len(completions),
-        max_tokens=[request.sampling.max_completion_length for request in requests],
-    )
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._expected: list[ActiveCompletion] = []
+        self._policy = (NO_POLICY, "")
+        self._columns_of: list[ActiveCompletion] = []
+        self._columns: tuple[SamplingParameters, npt.NDArray[np.uint64]] | None = None
+
+    def expect(self, completions: list[ActiveCompletion], version: int, digest: str) -> None:
+        """Set the completions that the next call samples for, and the policy that it samples."""
+        self._expected = completions
+        self._policy = (version, digest)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Draw the next tokens (B,) of the B expected completions from log-probs (B, V)."""
+        completions = self._expected
+        parameters, seeds = self._parameters(completions)
+        keys = token_keys(seeds, np.array([completion.drawn for completion in completions]))
+
+        drawn = draw(logprobs, keys, parameters)
+        kept = [] if drawn.kept_logmass is None else [drawn.kept_logmass]
+        mx.async_eval(drawn.tokens, drawn.logprobs, *kept)
+
+        stamped = StampedDraw(drawn, *self._policy)
+        for i, completion in enumerate(completions):
+            completion.pending = (stamped, i)
+            completion.drawn += 1
+        return drawn.tokens
+
+    def _parameters(
+        self, completions: list[ActiveCompletion]
+    ) -> tuple[SamplingParameters, npt.NDArray[np.uint64]]:
+        """Return sampling parameters and seeds, rebuilt only when the completions change."""
+        if self._columns is None or self._columns_of != completions:
+            samplings = [completion.parent.request.sampling for completion in completions]
+            seeds = np.array([completion.seed for completion in completions], dtype=np.uint64)
+            self._columns = SamplingParameters.of(samplings, self._vocab_size), seeds
+            self._columns_of = list(completions)
+        return self._columns

@@ -23,8 +23,7 @@ from mlx_lm.generate import StopSequences
 
 from actors.engine.active import ActiveCompletion, ActiveRequest
 from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
-from actors.engine.batch_sampler import BatchSampler
-from actors.engine.decoding import DecodingBatch, Float32Logits, new_batch
+from actors.engine.decoding import BatchSampler, DecodingBatch, Float32Logits
 from actors.engine.prefill import Prefiller, PromptCache, merge
 from protocol.errors import DataError, ModelError
 
@@ -33,7 +32,9 @@ PREFILL_TOKENS = 8192  # most prompt tokens, padding included, read in one pass
 
 
 class MlxEngine:
-    """An `Engine` over an mlx-lm model. Use it from the thread that owns MLX.
+    """An `Engine`, which describes its methods, over an mlx-lm model.
+
+    Use it from the thread that owns MLX.
 
     Completions of all groups share one batch of at most `max_concurrent_completions`. Where mlx-lm
     cannot batch a model's caches, each completion is a batch by itself, which starts from a copy
@@ -71,9 +72,8 @@ class MlxEngine:
         self._version = NO_POLICY
         self._digest = ""
         self._steps = 0
-        self._sampler = BatchSampler(
-            vocab_size
-        )  # one object, so that mlx-lm calls it once per step
+        # One object for all completions, so that mlx-lm calls it once per step.
+        self._sampler = BatchSampler(vocab_size)
 
         model.eval()
 
@@ -81,14 +81,12 @@ class MlxEngine:
 
     @property
     def free_completions(self) -> int:
-        """How many completions could be added now and start at once."""
         active = self._requests.values()
         held = sum(len(request.waiting) + len(request.running) for request in active)
         return max(0, self._max_concurrent_completions - held)
 
     @property
     def oldest_version(self) -> int:
-        """Oldest version that sampled a token of an unfinished group, or NO_POLICY."""
         versions = [
             spans[0].version
             for active in self._requests.values()
@@ -101,38 +99,28 @@ class MlxEngine:
         return min(versions, default=NO_POLICY)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request.
-
-        Raises DataError for token IDs that cannot be used, and ModelError for a prompt that does
-        not fit the context or a pinned version that has passed.
-        """
         self._check(request)
         positions = list(range(request.sampling.num_generations))
         self._requests[request.key] = ActiveRequest(request, waiting=positions)
 
     def cancel(self, key: Hashable) -> bool:
-        """Drop a request, whose result will never come; False if there is no such request."""
         active = self._requests.pop(key, None)
         if active is None:
             return False
 
-        self._batches = [
-            kept
-            for batch, completions in self._batches
-            if (kept := self._without(batch, completions, active))[1]
-        ]
+        for batch, completions in self._batches:
+            keep = [i for i, c in enumerate(completions) if c.parent is not active]
+            if len(keep) < len(completions):
+                batch.filter(keep)
+                completions[:] = [completions[i] for i in keep]
+        self._batches = [(batch, running) for batch, running in self._batches if running]
         return True
 
     def wants_policy(self, version: int) -> bool:
-        """Whether `set_policy` would take it now: it is newer and no pinned request needs ours."""
         pins = (active.request.pinned_version for active in self._requests.values())
         return version > self._version and all(p is None or p >= version for p in pins)
 
     def set_policy(self, apply: Callable[[], None], version: int, digest: str) -> None:
-        """Swap weights between two steps without draining: `apply` changes the model in place.
-
-        If `apply` raises, the engine keeps its policy and the exception propagates.
-        """
         if not self.wants_policy(version):
             raise ModelError(
                 f"the engine is at policy version {self._version} and cannot take {version}: "
@@ -148,14 +136,12 @@ class MlxEngine:
             active.prefix = None
 
     def reset(self) -> None:
-        """Drop every request and the policy's version: another learner counts from 0 again."""
         self._requests.clear()
         self._batches.clear()
         self._sampler = BatchSampler(self._vocab_size)
         self._version, self._digest = NO_POLICY, ""
 
     def step(self) -> EngineStep:
-        """Start what can be started and decode one token of every running completion."""
         prefilled = self._start_waiting()
 
         finished: list[GenerationResult] = []
@@ -197,14 +183,6 @@ class MlxEngine:
                 f"request {request.key} is pinned to policy version {pinned}, but the engine is "
                 f"already at {self._version}"
             )
-
-    def _without(
-        self, batch: DecodingBatch, completions: list[ActiveCompletion], removed: ActiveRequest
-    ) -> tuple[DecodingBatch, list[ActiveCompletion]]:
-        keep = [i for i, completion in enumerate(completions) if completion.parent is not removed]
-        if len(keep) < len(completions):
-            batch.filter(keep)
-        return batch, [completions[i] for i in keep]
 
     # ---- starting completions ------------------------------------------------------------
 
@@ -271,8 +249,22 @@ class MlxEngine:
             self._batches.append((batch, list(completions)))
 
     def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> DecodingBatch:
+        """Make a batch from prompts' caches, which already draws the first tokens."""
         self._sampler.expect(completions, self._version, self._digest)
-        return new_batch(self._decoder, completions, cache, self._sampler, self._stop)
+        count = len(completions)
+        requests = [completion.parent.request for completion in completions]
+        return DecodingBatch(
+            self._decoder,
+            uids=list(range(count)),
+            inputs=mx.array([request.prompt_ids[-1] for request in requests]),
+            prompt_cache=cache,
+            tokens=[[] for _ in requests],
+            samplers=[self._sampler] * count,
+            fallback_sampler=self._sampler,
+            logits_processors=[[] for _ in requests],
+            stop_sequences=[self._stop] * count,
+            max_tokens=[request.sampling.max_completion_length for request in requests],
+        )
 
     # ---- decoding ------------------------------------------------------------------------
 
@@ -294,7 +286,7 @@ class MlxEngine:
                 continue
             reason = "stop" if response.finish_reason == "stop" else "length"
             if completion.parent.finish(completion, reason):
-                del self._requests[completion.parent.key]
+                del self._requests[completion.parent.request.key]
                 finished.append(completion.parent.result(self._clock()))
 
         completions[:] = keep

@@ -1,7 +1,7 @@
 """Samples one token per completion of a batch: temperature, top-k, top-p, min-p, keyed draw.
 
 `draw` is the whole step; `_filter_threshold` applies top-k, top-p and min-p. They apply in the
-order of transformers' generate, which TRL uses: temperature, top-k, top-p of what top-k left,
+order of transformers' generate, which TRL uses: temperature, top-k, top-p over what top-k leaves,
 min-p. Tokens tied with the last one kept are kept too.
 
 The random numbers of a completion depend on its seed and the token's index only, so a completion
@@ -81,11 +81,6 @@ class SamplingParameters:
             log_min_p=log_min_p,
         )
 
-    @property
-    def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p is on for any completion."""
-        return not (self.top_k is None and self.top_p is None and self.log_min_p is None)
-
 
 def _column(values: list[float]) -> mx.array:
     return mx.array(values, dtype=mx.float32)[:, None]
@@ -118,7 +113,8 @@ def draw(logprobs: mx.array, keys: mx.array, parameters: SamplingParameters) -> 
 
     kept_logmass = None
     candidates = logprobs
-    if parameters.filtered and not parameters.all_greedy:
+    filters = (parameters.top_k, parameters.top_p, parameters.log_min_p)
+    if not parameters.all_greedy and any(column is not None for column in filters):
         kept = logprobs >= _filter_threshold(logprobs, parameters)
         candidates = mx.where(kept, logprobs, -mx.inf)
         kept_logmass = mx.logsumexp(candidates, axis=-1)

@@ -1,4 +1,4 @@
 """Rewards: a client asks a server, which runs user functions in a process that it can kill.
 
-Nothing here loads MLX or imports the rest of `actors`; programs in `launch` import it.
+It neither loads MLX nor imports the rest of `actors`; programs in `launch` import it.
 """

@@ -8,7 +8,6 @@ group gets an answer: a service that did not reply in time counts as None for al
 """
 
 import itertools
-import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,26 +21,23 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from actors.rewards.replies import empty_reply, merge_replies, reply_error
+from actors.rewards.replies import decode_reply, merge_replies, reply_error
 from protocol.messages.parts import RewardResult, RewardService
-from protocol.messages.rewards import ScoreProgress, ScoreRefusal, ScoreReply, ScoreRequest
+from protocol.messages.rewards import (
+    RewardFault,
+    ScoreProgress,
+    ScoreRefusal,
+    ScoreReply,
+    ScoreRequest,
+)
 from protocol.transport import endpoints
 from protocol.transport.curve_keys import ClientKeys, load_client_keys
-
-log = logging.getLogger("pippin.rewards")
 
 MAX_BYTES = 64 << 20
 RESERVED = ("prompt", "completion", "completions", "completion_ids")
 RESEND_S = 5.0  # a silent endpoint may have been restarted, and then has lost the request
 AVOID_S = 60.0  # how long other endpoints are preferred to a silent one
 SLACK_S = 30.0  # for a server that restarts its worker
-_REPLIES = ScoreReply | ScoreRefusal | ScoreProgress
-
-
-class _ReplyId(msgspec.Struct):
-    """The request that an unreadable reply belongs to."""
-
-    id: str
 
 
 @dataclass(eq=False)
@@ -74,8 +70,14 @@ class _Service:
     def no_rewards(
         self, count: int, kind: Literal["unreachable", "contract"], message: str
     ) -> ScoreReply:
-        """Return None for all functions, each with a fault."""
-        return empty_reply(self.names, self.where, count, kind, message)
+        """Return None for all functions, whose names may still be unknown, and the fault."""
+        faulty = self.names or [self.where]
+        return ScoreReply(
+            id="",
+            names=self.names,
+            rewards=[[None] * count for _ in self.names],
+            faults=[RewardFault(function=name, kind=kind, message=message) for name in faulty],
+        )
 
 
 @dataclass(eq=False)
@@ -91,7 +93,6 @@ class _PendingRequest:
     reply: ScoreReply | ScoreRefusal | None = None
 
     async def wait(self, seconds: float) -> None:
-        """Wait at most this long for a reply or refusal."""
         with anyio.move_on_after(seconds):
             await self.changed.wait()
         self.changed = anyio.Event()
@@ -135,7 +136,6 @@ class RewardClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Disconnect."""
         await self._resources.aclose()
 
     async def score(
@@ -221,7 +221,7 @@ class RewardClient:
     async def _send_until_answered(
         self, service: _Service, request_id: str, pending: _PendingRequest, data: bytes
     ) -> None:
-        """Send again and again: to the same endpoint while it reports progress, else to others."""
+        """Resend until answered: to the same endpoint while it reports progress, else to others."""
         while True:
             endpoint, pending.in_progress, pending.full = pending.endpoint, False, ""
             endpoint.outstanding.add(request_id)
@@ -248,7 +248,7 @@ class RewardClient:
             frames = await endpoint.socket.recv_multipart()
             endpoint.avoid_until = 0.0
 
-            reply = _decode_reply(endpoint.address, frames[-1])
+            reply = decode_reply(endpoint.address, frames[-1])
             pending = None if reply is None else self._pending.get(reply.id)
             if reply is None or pending is None:
                 continue
@@ -277,16 +277,3 @@ def _connect(address: str, keys: ClientKeys | None, stack: AsyncExitStack) -> _E
     endpoints.set_limits(socket, max_message_bytes=MAX_BYTES, outbox_bound=256)
     endpoints.connect(socket, address, keys if address.startswith("tcp://") else None)
     return _Endpoint(address, socket)
-
-
-def _decode_reply(address: str, data: bytes) -> ScoreReply | ScoreRefusal | ScoreProgress | None:
-    """Decode a message; an invalid one counts as a refusal of the request that it names."""
-    try:
-        return msgspec.json.decode(data, type=_REPLIES)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        log.warning("%s sent something that is not a reply: %s", address, error)
-        try:
-            named = msgspec.json.decode(data, type=_ReplyId)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None
-        return ScoreRefusal(id=named.id, reason=f"it sent an invalid reply: {error}")

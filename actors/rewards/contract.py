@@ -11,27 +11,27 @@ import itertools
 import reprlib
 import traceback
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 
 from actors.rewards.loader import RewardFunction
 from protocol.errors import RewardError
-from protocol.messages.rewards import ScoreRequest
+from protocol.messages.rewards import RewardFault, ScoreRequest
 
-FaultKind = Literal["timeout", "exception", "contract", "died"]
 MAX_MESSAGE_CHARS = 2_000
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-class RewardOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one function for a group: N rewards, or a fault and where it arose."""
+class RewardOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The result of one function for a group: N rewards, or a fault.
 
-    function: int
+    `where` the fault arose is for the log, which has each place only once.
+    """
+
     rewards: list[float | None] | None = None
-    kind: FaultKind | None = None
-    message: str = ""
+    fault: RewardFault | None = None
     where: str = ""
     traceback: str = ""
     log_extra: dict[str, list[Any]] = {}
@@ -68,25 +68,18 @@ class RewardCall:
         }
 
     def run(self) -> RewardOutcome:
-        """Call a synchronous function."""
         try:
             self._check_signature()
-            rewards = check_rewards(
-                self.function.name, self.function.call(**self.arguments), self.count
-            )
+            return self._outcome(self.function.call(**self.arguments))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - its author may raise anything
             return self._fault(error)
-        return self._success(rewards)
 
     async def run_async(self) -> RewardOutcome:
-        """Call an asynchronous function."""
         try:
             self._check_signature()
-            returned = await self.function.call(**self.arguments)
-            rewards = check_rewards(self.function.name, returned, self.count)
+            return self._outcome(await self.function.call(**self.arguments))
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
             return self._fault(error)
-        return self._success(rewards)
 
     def _check_signature(self) -> None:
         try:
@@ -110,32 +103,30 @@ class RewardCall:
         if abs(number) <= _MAX_FLOAT32:  # a mean over infinities or NaN is useless
             self._log_metric.setdefault(str(name), []).append(number)
 
-    def _success(self, rewards: list[float | None]) -> RewardOutcome:
+    def _outcome(self, returned: object) -> RewardOutcome:
+        rewards = check_rewards(self.function.name, returned, self.count)
         return RewardOutcome(
-            function=self.index,
-            rewards=rewards,
-            log_extra=self._log_extra,
-            log_metric=self._log_metric,
+            rewards=rewards, log_extra=self._log_extra, log_metric=self._log_metric
         )
 
     def _fault(self, error: BaseException) -> RewardOutcome:
+        name = self.function.name
         if isinstance(error, RewardError):
             message = str(error)[:MAX_MESSAGE_CHARS]
-            return RewardOutcome(
-                function=self.index, kind="contract", message=message, where=self.function.name
-            )
+            fault = RewardFault(function=name, kind="contract", message=message)
+            return RewardOutcome(fault=fault, where=name)
 
         # The first frame is our own call of the function.
         frames = error.__traceback__.tb_next if error.__traceback__ else None
         places = traceback.extract_tb(frames)
-        place = f"{places[-1].filename}:{places[-1].lineno}" if places else self.function.name
+        place = f"{places[-1].filename}:{places[-1].lineno}" if places else name
         shown = "".join(traceback.format_exception(type(error), error, frames))
 
+        kind = type(error).__name__
+        message = f"{kind}: {error} ({place})"[:MAX_MESSAGE_CHARS]
         return RewardOutcome(
-            function=self.index,
-            kind="exception",
-            message=f"{type(error).__name__}: {error} ({place})"[:MAX_MESSAGE_CHARS],
-            where=f"{type(error).__name__} at {place}",
+            fault=RewardFault(function=name, kind="exception", message=message),
+            where=f"{kind} at {place}",
             traceback=shown[-20_000:],
         )
 

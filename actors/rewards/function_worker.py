@@ -44,12 +44,7 @@ class WorkerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     names: list[str] = []
     index: int = 0
     message: str = ""
-    rewards: list[float | None] | None = None
-    fault: RewardFault | None = None
-    where: str = ""  # where a fault arose; faults are logged once per place
-    traceback: str = ""
-    log_extra: dict[str, list[object]] = {}
-    log_metric: dict[str, list[float]] = {}
+    outcome: RewardOutcome = RewardOutcome()
 
 
 def main() -> int:
@@ -95,7 +90,7 @@ def _score(
     for call in calls:
         if not call.function.is_async:
             _write(sink, WorkerMessage("started", index=call.index))
-            _write(sink, _outcome_message(call.function, call.run()))
+            _write_outcome(sink, call, call.run())
 
     asynchronous = [call for call in calls if call.function.is_async]
     if asynchronous:
@@ -107,34 +102,20 @@ def _score(
 
 async def _gather(calls: list[RewardCall], sink: BinaryIO) -> None:
     async def finish(call: RewardCall) -> None:
-        _write(sink, _outcome_message(call.function, await call.run_async()))
+        _write_outcome(sink, call, await call.run_async())
 
     await asyncio.gather(*(finish(call) for call in calls))
 
 
-def _outcome_message(function: RewardFunction, outcome: RewardOutcome) -> WorkerMessage:
-    """Build the message for one outcome; a function that logged too much is at fault."""
-    fault = None
-    if outcome.kind is not None:
-        fault = RewardFault(function=function.name, kind=outcome.kind, message=outcome.message)
-    message = WorkerMessage(
-        "outcome",
-        index=outcome.function,
-        rewards=outcome.rewards,
-        fault=fault,
-        where=outcome.where,
-        traceback=outcome.traceback,
-        log_extra=outcome.log_extra,
-        log_metric=outcome.log_metric,
-    )
-
-    logged = len(msgspec.json.encode((message.log_extra, message.log_metric), enc_hook=str))
-    if logged <= MAX_LOGGED:
-        return message
-
-    problem = f"logged {logged} bytes for one group, but at most {MAX_LOGGED} are kept; log less"
-    fault = RewardFault(function=function.name, kind="contract", message=problem)
-    return WorkerMessage("outcome", index=outcome.function, fault=fault, where="logged")
+def _write_outcome(sink: BinaryIO, call: RewardCall, outcome: RewardOutcome) -> None:
+    """Write one outcome; a function that logged too much is at fault."""
+    logged = len(msgspec.json.encode((outcome.log_extra, outcome.log_metric), enc_hook=str))
+    if logged > MAX_LOGGED:
+        rule = f"at most {MAX_LOGGED} are kept; log less"
+        problem = f"logged {logged} bytes for one group, but {rule}"
+        fault = RewardFault(function=call.function.name, kind="contract", message=problem)
+        outcome = RewardOutcome(fault=fault, where="logged")
+    _write(sink, WorkerMessage("outcome", index=call.index, outcome=outcome))
 
 
 def _write(sink: BinaryIO, message: WorkerMessage) -> None:

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,20 +49,24 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
     if not specs:
         raise RewardError("rewards: required at least one function, got none; name one")
 
-    functions: list[RewardFunction] = []
-    taken: set[str] = set()
-    for spec in specs:
-        function = _load(spec)
-        name, count = function.name, 1
-        while name in taken:
+    functions = [_load(spec) for spec in specs]
+    names = unique_names([function.name for function in functions])
+    return [replace(f, name=name) for f, name in zip(functions, names, strict=True)]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return the names in order; one that occurs again gets `_2`, then `_3`."""
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
             count += 1
-            name = f"{function.name}_{count}"
-        taken.add(name)
-        functions.append(RewardFunction(name, function.call, function.is_async))
-    return functions
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result
 
 
-def is_async_callable(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., Any]) -> bool:
     """Whether a call returns a coroutine; sees through partials and instances, as TRL does."""
     while isinstance(function, functools.partial):
         function = function.func
@@ -82,9 +86,11 @@ def _load(spec: str) -> RewardFunction:
     value: Any = module
     for part in match["attribute"].split("."):
         if not hasattr(value, part):
+            functions = [name for name, item in vars(module).items() if inspect.isfunction(item)]
+            public = sorted(name for name in functions if not name.startswith("_"))
             raise RewardError(
                 f"reward {spec!r}: {match['where']} has no {match['attribute']!r}; "
-                f"it defines {', '.join(_callables(module)) or 'no functions'}"
+                f"it defines {', '.join(public) or 'no functions'}"
             )
         value = getattr(value, part)
 
@@ -98,7 +104,7 @@ def _load(spec: str) -> RewardFunction:
 
     _check_signature(spec, value)
     name = _column_name(value, match["attribute"].rpartition(".")[2])
-    return RewardFunction(name, value, is_async_callable(value))
+    return RewardFunction(name, value, _is_async(value))
 
 
 def _module(spec: str, where: str) -> ModuleType:
@@ -135,11 +141,6 @@ def _file_module(spec: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     definition.loader.exec_module(module)
     return module
-
-
-def _callables(module: ModuleType) -> list[str]:
-    names = (name for name, value in vars(module).items() if inspect.isfunction(value))
-    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _construct(spec: str, factory: Callable[..., object], call: str) -> object:

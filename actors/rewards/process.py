@@ -1,4 +1,4 @@
-"""Starts a reward server's worker process, talks to it, and kills it with all that it started.
+"""Starts a reward server's worker process, talks to it, and kills it and all its children.
 
 The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that only
 this process holds open, so that nothing outlives a server that is killed. In `function_worker.py`,
@@ -40,7 +40,6 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process ID, which is also its group's."""
         return None if self._process is None else self._process.pid
 
     async def ensure_running(self) -> None:
@@ -50,11 +49,9 @@ class WorkerProcess:
 
         for _ in range(MAX_STARTS):
             await self.kill()
-            try:
+            with suppress(WorkerDied):
                 await self._start()
-            except WorkerDied:
-                continue
-            return
+                return
 
         await self.kill()
         raise RewardError(
@@ -64,9 +61,20 @@ class WorkerProcess:
 
     async def _start(self) -> None:
         guarded, self._lifeline = os.pipe()
+        worker = [sys.executable, "-m", "actors.rewards.function_worker"]
         try:
             with anyio.CancelScope(shield=True):  # a half-started process could not be killed
-                await self._open(guarded)
+                process = await anyio.open_process(
+                    [*worker, str(guarded), *self._functions],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=None,
+                    start_new_session=True,
+                    pass_fds=[guarded],
+                )
+                assert process.stdout is not None
+                self._process = process
+                self._output = BufferedByteReceiveStream(process.stdout)
         finally:
             os.close(guarded)
 
@@ -84,26 +92,6 @@ class WorkerProcess:
             await self.kill()
             raise RewardError(message.message)
         self.names = message.names
-
-    async def _open(self, guarded: int) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "actors.rewards.function_worker",
-            str(guarded),
-            *self._functions,
-        ]
-        process = await anyio.open_process(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None,
-            start_new_session=True,
-            pass_fds=[guarded],
-        )
-        assert process.stdout is not None
-        self._process = process
-        self._output = BufferedByteReceiveStream(process.stdout)
 
     async def send(self, job: ScoreJob) -> None:
         """Send a job; raise WorkerDied if the worker has ended."""

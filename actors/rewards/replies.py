@@ -1,21 +1,47 @@
-"""Checks the replies of reward services and merges them into a group's result."""
+"""Decodes and checks the replies of reward services, and merges them into a group's result."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
+from actors.rewards.loader import unique_names
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.parts import RewardResult
-from protocol.messages.rewards import RewardFault, ScoreReply
+from protocol.messages.rewards import ScoreProgress, ScoreRefusal, ScoreReply
 
+log = logging.getLogger("pippin.rewards")
+
+Reply = ScoreReply | ScoreRefusal | ScoreProgress
+T = TypeVar("T")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+class _ReplyId(msgspec.Struct):
+    """The request that an unreadable reply belongs to."""
+
+    id: str
+
+
+def decode_reply(address: str, data: bytes) -> Reply | None:
+    """Decode a message; an invalid one counts as a refusal of the request that it names."""
+    try:
+        return msgspec.json.decode(data, type=Reply)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        log.warning("%s sent something that is not a reply: %s", address, error)
+        try:
+            named = msgspec.json.decode(data, type=_ReplyId)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None
+        return ScoreRefusal(id=named.id, reason=f"it sent an invalid reply: {error}")
 
 
 def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
     """Return what is wrong with a reply that could be decoded, or ""."""
     if names and reply.names != names:
-        return f"answered for the functions {reply.names}, which were {names}; restart the run"
+        return f"answered for the functions {reply.names}, earlier for {names}; restart the run"
     if not reply.names or len(set(reply.names)) != len(reply.names):
         return f"answered with the names {reply.names}; required at least one, all different"
     if len(reply.rewards) != len(reply.names):
@@ -27,24 +53,6 @@ def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
             if value is not None and not abs(value) <= _MAX_FLOAT32:
                 return f"gave the reward {value} of {name!r}, which float32 cannot hold"
     return ""
-
-
-def empty_reply(
-    names: list[str],
-    where: str,
-    count: int,
-    kind: Literal["unreachable", "contract"],
-    message: str,
-) -> ScoreReply:
-    """Return None for every function of the service at `where`, whose names may be unknown."""
-    return ScoreReply(
-        id="",
-        names=names,
-        rewards=[[None] * count for _ in names],
-        faults=[
-            RewardFault(function=name, kind=kind, message=message) for name in names or [where]
-        ],
-    )
 
 
 def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
@@ -59,30 +67,21 @@ def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -
     for place, column in enumerate(columns):
         table[:, place] = [np.nan if value is None else value for value in column]
 
-    extra: dict[str, list[Any]] = {}
-    metrics: dict[str, list[float]] = {}
-    for reply in replies:
-        for column, values in reply.log_extra.items():
-            extra.setdefault(column, []).extend(values)
-        for name, value in reply.log_metric.items():
-            metrics.setdefault(name, []).append(value)
-
+    metrics = join_lists({name: [v] for name, v in r.log_metric.items()} for r in replies)
     return RewardResult(
-        names=_unique([n for r in replies for n in r.names]) if complete else [],
+        names=unique_names([n for r in replies for n in r.names]) if complete else [],
         rewards=floats_bytes(table.reshape(-1)),
-        log_extra=extra,
+        log_extra=join_lists(reply.log_extra for reply in replies),
         log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
         faults=[fault for reply in replies for fault in reply.faults],
         elapsed_s=elapsed_s,
     )
 
 
-def _unique(names: Sequence[str]) -> list[str]:
-    result: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in result:
-            count += 1
-            candidate = f"{name}_{count}"
-        result.append(candidate)
-    return result
+def join_lists(parts: Iterable[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:
+    """Return what the parts hold under each name, one after the other."""
+    joined: dict[str, list[T]] = {}
+    for part in parts:
+        for name, values in part.items():
+            joined.setdefault(name, []).extend(values)
+    return joined

@@ -1,9 +1,9 @@
 """Scores one request on the worker process: time limits, restarts, and who is at fault.
 
-request ──▶ worker ──"started f"──"outcome f"── … ──"done"──▶ Scores ──▶ ScoreReply
-│
-└─ silent for timeout_s, or dead ──▶ killed; the remaining functions run in a
-new worker
+    request ──▶ worker ──"started f"──"outcome f"── … ──"done"──▶ Scores ──▶ ScoreReply
+                  └─ silent for timeout_s, or dead ──▶ killed
+
+After a time-out or death, the functions that have not run yet run in a new worker.
 """
 
 import logging
@@ -15,23 +15,24 @@ from typing import Literal
 import anyio
 import msgspec
 
-from actors.rewards.function_worker import ScoreJob, WorkerMessage
+from actors.rewards.contract import RewardOutcome
+from actors.rewards.function_worker import ScoreJob
 from actors.rewards.process import WorkerDied, WorkerProcess
 from actors.rewards.queue import QueuedRequest
+from actors.rewards.replies import join_lists
 from protocol.messages.rewards import RewardFault, ScoreReply
 
 log = logging.getLogger("pippin.rewards")
 
 MAX_DEATHS = 2  # of the worker while a function runs, before the function is blamed
 MAX_FAULTS_LOGGED = 1000
-_NO_OUTCOME = WorkerMessage("outcome")
 
 
 @dataclass
 class Scores:
     """What the functions gave for one request so far, by function index."""
 
-    outcomes: dict[int, WorkerMessage] = field(default_factory=dict[int, WorkerMessage])
+    outcomes: dict[int, RewardOutcome] = field(default_factory=dict[int, RewardOutcome])
     faults: dict[int, RewardFault] = field(default_factory=dict[int, RewardFault])
 
     def missing(self, functions: Sequence[int]) -> list[int]:
@@ -40,24 +41,16 @@ class Scores:
 
     def reply(self, request_id: str, names: list[str], count: int, elapsed_s: float) -> ScoreReply:
         """Build the reply for `count` completions: None for every function without rewards."""
-        messages = [self.outcomes.get(index, _NO_OUTCOME) for index in range(len(names))]
-        faults = [self.faults.get(index) or message.fault for index, message in enumerate(messages)]
+        outcomes = [self.outcomes.get(index, RewardOutcome()) for index in range(len(names))]
+        faults = [self.faults.get(index) or outcome.fault for index, outcome in enumerate(outcomes)]
 
-        # Functions that log under the same name are put one after the other, or averaged.
-        extra: dict[str, list[object]] = {}
-        metrics: dict[str, list[float]] = {}
-        for message in messages:
-            for column, values in message.log_extra.items():
-                extra.setdefault(column, []).extend(values)
-            for name, numbers in message.log_metric.items():
-                metrics.setdefault(name, []).extend(numbers)
-
+        metrics = join_lists(outcome.log_metric for outcome in outcomes)
         no_rewards: list[float | None] = [None] * count
         return ScoreReply(
             id=request_id,
             names=names,
-            rewards=[no_rewards if m.rewards is None else m.rewards for m in messages],
-            log_extra=extra,
+            rewards=[no_rewards if o.rewards is None else o.rewards for o in outcomes],
+            log_extra=join_lists(outcome.log_extra for outcome in outcomes),
             log_metric={name: sum(numbers) / len(numbers) for name, numbers in metrics.items()},
             faults=[fault for fault in faults if fault is not None],
             elapsed_s=elapsed_s,
@@ -89,7 +82,8 @@ class WorkerScorer:
                 suspects = self._running or missing
                 deaths.update(suspects)
                 blamed = [i for i in suspects if deaths[i] >= MAX_DEATHS]
-                self._blame(scores, blamed, "died", f"the process that ran it ended {MAX_DEATHS} x")
+                message = f"the process that ran it ended {MAX_DEATHS} times"
+                self._blame(scores, blamed, "died", message)
             except TimeoutError:
                 message = f"no answer within {request.timeout_s:g} s; its process was killed"
                 self._blame(scores, self._running or missing[:1], "timeout", message)
@@ -118,10 +112,10 @@ class WorkerScorer:
                 self._running = scores.missing(asked) if asynchronous else [message.index]
                 return False
 
-            scores.outcomes[message.index] = message
+            outcome = scores.outcomes[message.index] = message.outcome
             self._running = [i for i in self._running if i != message.index]
-            if message.fault is not None:
-                self._log_once(message.fault, message.where, message.traceback)
+            if outcome.fault is not None:
+                self._log_once(outcome.fault, outcome.where, outcome.traceback)
 
     def _blame(
         self, scores: Scores, blamed: list[int], kind: Literal["died", "timeout"], message: str

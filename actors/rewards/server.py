@@ -8,7 +8,6 @@ worker. Every request is answered at once: with its rewards, a refusal, or a rep
 (protocol/REWARDS.md has the wire).
 """
 
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ from protocol.messages.rewards import (
 )
 from protocol.transport import endpoints
 from protocol.transport.curve_keys import load_server_keys
-
-log = logging.getLogger("pippin.rewards")
 
 MAX_REQUEST_BYTES = 32 << 20
 MAX_QUEUED = 256
@@ -77,7 +74,7 @@ class RewardServer:
         self.endpoint = endpoint
         self.refusals: Counter[str] = Counter()
         self._keys = keys
-        self._scorer = WorkerScorer(functions)
+        self.scorer = WorkerScorer(functions)
         self._queue = FairQueue(max_queued, MAX_QUEUED_BYTES)
         self._done = _ReplyCache()
         self._askers: dict[str, bytes] = {}  # by request ID, the peer that asked last
@@ -90,8 +87,8 @@ class RewardServer:
         keys = load_server_keys(self._keys) if self._keys is not None else None
 
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._scorer.worker.kill)
-            await self._scorer.worker.ensure_running()
+            stack.push_async_callback(self.scorer.worker.kill)
+            await self.scorer.worker.ensure_running()
 
             self._socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
             endpoints.set_limits(
@@ -103,18 +100,11 @@ class RewardServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the socket and end the worker."""
         await self._resources.aclose()
 
     @property
     def names(self) -> list[str]:
-        """The functions' names, in order."""
-        return self._scorer.worker.names
-
-    @property
-    def worker_pid(self) -> int | None:
-        """The worker's process ID, which changes when the worker is restarted."""
-        return self._scorer.worker.pid
+        return self.scorer.worker.names
 
     async def run(self) -> None:
         """Serve until cancelled; raise RewardError if the functions can no longer be loaded."""
@@ -161,11 +151,10 @@ class RewardServer:
         return request, line
 
     def _enqueue(self, peer: bytes, request: ScoreRequest, line: bytes) -> bool:
-        """Queue a request, or refuse it if the queue is full."""
         queued = QueuedRequest(request.id, len(request.completions), request.timeout_s, line)
         if self._queue.put(peer, queued):
             return True
-        reason = f"{len(self._queue)} requests wait already ({self._queue.bytes} bytes)"
+        reason = f"{len(self._queue)} requests are already waiting ({self._queue.bytes} bytes)"
         self._refuse(peer, "full", reason, request.id, retry=True)
         return False
 
@@ -184,7 +173,7 @@ class RewardServer:
             self._current = request.id
 
             started = time.perf_counter()
-            scores = await self._scorer.score(request)
+            scores = await self.scorer.score(request)
             elapsed_s = time.perf_counter() - started
 
             reply = msgspec.json.encode(
@@ -194,7 +183,7 @@ class RewardServer:
             self._current = ""
             endpoints.send_now(self._socket, [self._askers.pop(request.id), reply])
 
-            await self._scorer.worker.ensure_running()  # before the next request needs it
+            await self.scorer.worker.ensure_running()  # before the next request needs it
 
 
 def _request_error(request: ScoreRequest) -> str:

@@ -1,4 +1,4 @@
-"""Who owes what: tasks, their leases, the staleness bound and the order of batches.
+"""The state of every task: leases, the staleness bound and the order of batches.
 
 A pure state machine without clock, socket or MLX. Imported by `learner.online` and `learner.build`.
 """

@@ -54,7 +54,7 @@ class TaskLeased(LedgerEvent, frozen=True, kw_only=True, tag="Leased"):
 
     def apply_to(self, state: LedgerState) -> None:
         record = _find(state, self.number, "lease")
-        require(record.waiting, f"task {self.number} was leased while it is out or done")
+        require(record.waiting, f"task {self.number} was leased while it is leased or done")
         attempt = len(record.floors) + 1
         require(self.attempt == attempt, f"attempt {self.attempt} leased, next is {attempt}")
 
@@ -143,7 +143,7 @@ class TaskDropped(LedgerEvent, frozen=True, kw_only=True, tag="Dropped"):
 
     def apply_to(self, state: LedgerState) -> None:
         record = _find(state, self.number, "drop")
-        require(record.waiting, f"task {self.number} was dropped while it is out or done")
+        require(record.waiting, f"task {self.number} was dropped while it is leased or done")
         if record.kind == "train":
             del state.queue[self.number]
         else:
@@ -238,7 +238,7 @@ AnyEvent = (
 def _find(state: LedgerState, number: int, event: str) -> TaskRecord:
     record = state.queue.get(number) or state.evals.get(number)
     if record is None:
-        raise LedgerError(f"{event} of task {number}: it is in no queue")
+        raise LedgerError(f"{event} of task {number}: it is not queued")
     return record
 
 

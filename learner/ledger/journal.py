@@ -40,7 +40,6 @@ class RestartLosses(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_line(incarnation: str, event: AnyEvent) -> bytes:
-    """Return an event as a line of the journal."""
     return msgspec.json.encode(JournalLine(incarnation=incarnation, event=event)) + b"\n"
 
 

@@ -6,7 +6,7 @@
 
 Every operation decides by the rules (`rules.py`, which also proves the staleness bound), expresses
 its decision as events (`events.py`), and applies them to the state (`state.py`). The caller drains
-the events into its journal (`journal.py`). Times are passed in, in seconds of any one clock.
+the events into its journal (`journal.py`). Times are passed in, in seconds, all from one clock.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,11 +70,9 @@ class Ledger:
     # ---- tasks join ---------------------------------------------------------------------------
 
     def room(self) -> int:
-        """Return how many training tasks may join now."""
         return rules.room(self.settings, self.state)
 
     def is_finished(self) -> bool:
-        """Whether no training task is left and none will join."""
         return rules.is_finished(self.settings, self.state)
 
     def join(self, row_key: RowKey, now: float) -> TaskId:
@@ -124,8 +122,19 @@ class Ledger:
             if completions > free_completions and not (idle and not grants):
                 break
             free_completions -= completions
+
             pinned = record.pinned_version
-            grants.append(self._lease(record, actor, published if pinned is None else pinned, now))
+            self._emit(
+                TaskLeased(
+                    number=record.number,
+                    attempt=len(record.floors) + 1,
+                    actor=actor,
+                    min_policy_version=published if pinned is None else pinned,
+                    expires_at=now + self.settings.lease_s,
+                    at=now,
+                )
+            )
+            grants.append(_grant(self.state, record))
         return grants
 
     def leases_of(self, actor: str) -> list[Grant]:
@@ -138,7 +147,7 @@ class Ledger:
             self._emit(LeasesRenewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
 
     def expire(self, now: float) -> list[EndedLease]:
-        """End the leases whose time is over."""
+        """End the leases whose time is up."""
         detail = f"no progress for {self.settings.lease_s:g} s"
         due = [record for record, lease in self.state.open_leases() if lease.expires_at <= now]
         return [self._end_lease(record, "expired", detail, now) for record in due]
@@ -148,19 +157,6 @@ class Ledger:
         detail = f"actor {actor} {'was lost' if blamed else 'left'}"
         held = self.state.open_leases(actor)
         return [self._end_lease(record, "gone", detail, now, blamed=blamed) for record, _ in held]
-
-    def _lease(self, record: TaskRecord, actor: str, min_version: int, now: float) -> Grant:
-        self._emit(
-            TaskLeased(
-                number=record.number,
-                attempt=len(record.floors) + 1,
-                actor=actor,
-                min_policy_version=min_version,
-                expires_at=now + self.settings.lease_s,
-                at=now,
-            )
-        )
-        return _grant(self.state, record)
 
     def _end_lease(
         self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
@@ -191,7 +187,7 @@ class Ledger:
         self, task: TaskId, attempt: int, actor: str, now: float, versions: Iterable[int] = ()
     ) -> Receipt:
         """Accept or discard a group; `versions` are the policy versions that sampled it."""
-        record = rules.addressee(self.state, task, attempt)
+        record = rules.find_open(self.state, task, attempt)
         if isinstance(record, str):
             return self._discard(task, attempt, actor, record, now)
 
@@ -212,8 +208,8 @@ class Ledger:
         return Receipt(outcome="accepted", cancelled=cancelled)
 
     def failed(self, task: TaskId, attempt: int, reason: str, now: float) -> Receipt:
-        """End the lease of an attempt that failed; if it ended before, nothing changes."""
-        record = rules.addressee(self.state, task, attempt)
+        """End the lease of a failed attempt; nothing changes if it has already ended."""
+        record = rules.find_open(self.state, task, attempt)
         if isinstance(record, str):
             return Receipt(outcome=record)
         if not record.is_leased_as(attempt):

@@ -91,8 +91,8 @@ def tasks_to_lease(settings: LedgerSettings, state: LedgerState) -> list[TaskRec
     return retries + new
 
 
-def addressee(state: LedgerState, task: TaskId, attempt: int) -> TaskRecord | Rejection:
-    """Return the task that a message about an attempt counts for, or why it counts for none."""
+def find_open(state: LedgerState, task: TaskId, attempt: int) -> TaskRecord | Rejection:
+    """Return the open task that a message about an attempt is for, or why there is none."""
     if task != state.task_id(task.number) or not 0 <= task.number < state.next_number:
         return "unknown"
     record = state.find(task.number)

@@ -21,7 +21,7 @@ class TaskRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A task that is queued, in training or part of an evaluation.
 
     `floors[attempt - 1]` is the `min_policy_version` of that attempt; attempts count from 1.
-    `failures` counts the attempts that are held against the task. `taken` is the attempt whose
+    `failures` counts the attempts that count against the task. `taken` is the attempt whose
     group was accepted. `dropped` is the reason an evaluation task was dropped; the task stays until
     its round ends, whereas a dropped training task leaves at once.
     """
@@ -105,7 +105,6 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return [(record, lease) for record, lease in leased if actor in (None, lease.actor)]
 
     def copy(self) -> "LedgerState":
-        """Return a deep copy."""
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self), type=LedgerState)
 
     def resumed(self, incarnation: str) -> "LedgerState":

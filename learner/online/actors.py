@@ -1,4 +1,4 @@
-"""The connected actors, what must be sent to them, and whether one can work for the run."""
+"""The connected actors, the messages queued for them, and the reasons to refuse one."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +14,8 @@ from protocol.messages.messages import (
     Welcome,
 )
 
+Outgoing = tuple[bytes, LearnerMessage]  # a peer, which is the transport's name for a connection
+
 
 @dataclass
 class ConnectedActor:
@@ -25,7 +27,6 @@ class ConnectedActor:
 
     actor_id: str
     incarnation: str
-    host: str
     last_seen: float
     oldest_needed: int
     credit: int = 0
@@ -37,23 +38,19 @@ class ConnectedActor:
 
 @dataclass
 class ConnectedActors:
-    """The actors by peer, which is the transport's name for a connection, and an outbox.
+    """The actors by peer, and an outbox.
 
     `counters` become the `wire/…` metrics.
     """
 
     by_peer: dict[bytes, ConnectedActor] = field(default_factory=dict[bytes, ConnectedActor])
     counters: Counter[str] = field(default_factory=Counter[str])
-    _outbox: list[tuple[bytes, LearnerMessage]] = field(
-        default_factory=list[tuple[bytes, LearnerMessage]]
-    )
+    _outbox: list[Outgoing] = field(default_factory=list[Outgoing])
 
     def send(self, peer: bytes, message: LearnerMessage) -> None:
-        """Queue a message to one actor."""
         self._outbox.append((peer, message))
 
     def send_all(self, message: LearnerMessage) -> None:
-        """Queue a message to every actor."""
         for peer in self.by_peer:
             self.send(peer, message)
 
@@ -68,7 +65,7 @@ class ConnectedActors:
             if actor.actor_id == lease.actor:
                 self.send(peer, Cancel(task=lease.task, attempt=lease.attempt))
 
-    def take_outgoing(self) -> list[tuple[bytes, LearnerMessage]]:
+    def take_outgoing(self) -> list[Outgoing]:
         """Return and clear what must be sent, in order."""
         outgoing, self._outbox = self._outbox, []
         return outgoing
@@ -80,7 +77,7 @@ def is_enquiry(hello: Hello) -> bool:
 
 
 def refusal(hello: Hello, welcome: Welcome) -> Refuse | None:
-    """Return why an actor cannot work for this run, naming both sides; None if it can."""
+    """Return why an actor cannot work for this run, or None if it can."""
     if hello.protocol_version != PROTOCOL_VERSION:
         return Refuse(
             code="protocol_version",

@@ -47,7 +47,6 @@ from protocol.messages.messages import (
     Refuse,
     Release,
     Request,
-    Stop,
     Task,
     TaskKind,
     Welcome,
@@ -90,32 +89,26 @@ class Coordinator:
             self.connected.refuse(peer, Refuse(code="hello_required", reason="say Hello first"))
         else:
             actor.last_seen = now
-            self._from_actor(peer, actor, message, now)
+            # Only a main thread that makes progress sends these.
+            if isinstance(message, Request | Group | Failed):
+                actor.stalled = False
+
+            match message:
+                case Request():
+                    actor.credit = message.free_completions
+                case Group():
+                    self._group(peer, actor, message, now)
+                case Failed():
+                    self._failed(peer, actor, message, now)
+                case Heartbeat():
+                    self._heartbeat(actor, message, now)
+                case Applied():
+                    actor.oldest_needed = max(actor.oldest_needed, message.version)
+                case Release():
+                    log.info("actor %s leaves: %s", actor.actor_id, message.reason)
+                    self.actor_gone(peer, now, blamed=False)
+
         self.assign(now)
-
-    def _from_actor(
-        self, peer: bytes, actor: ConnectedActor, message: ActorMessage, now: float
-    ) -> None:
-        # Only a main thread that makes progress sends these.
-        if isinstance(message, Request | Group | Failed):
-            actor.stalled = False
-
-        match message:
-            case Request():
-                actor.credit = message.free_completions
-            case Group():
-                self._group(peer, actor, message, now)
-            case Failed():
-                self._failed(peer, actor, message, now)
-            case Heartbeat():
-                self._heartbeat(actor, message, now)
-            case Applied():
-                actor.oldest_needed = max(actor.oldest_needed, message.version)
-            case Release():
-                log.info("actor %s leaves: %s", actor.actor_id, message.reason)
-                self.actor_gone(peer, now, blamed=False)
-            case Hello():
-                self._hello(peer, message, now)
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
         refused = refusal(hello, self.welcome)
@@ -136,7 +129,7 @@ class Coordinator:
 
         oldest = -1 if self.policy is None else self.policy.version
         self.connected.by_peer[peer] = ConnectedActor(
-            hello.actor_id, hello.actor_incarnation, hello.host, now, oldest_needed=oldest
+            hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
         )
         self.connected.counters["hellos"] += 1
         self.connected.send(peer, self.welcome)
@@ -144,7 +137,7 @@ class Coordinator:
             self.connected.send(peer, self.policy)
 
         # Tasks on their way to the old connection may be lost, and their leases would never expire
-        # while the actor is well. An actor that has the task already ignores it.
+        # while the actor makes progress. An actor that has the task already ignores it.
         for lease in self.ledger.leases_of(hello.actor_id):
             self.connected.send(peer, self._task(lease))
 
@@ -161,7 +154,7 @@ class Coordinator:
         if task.incarnation != self.welcome.incarnation:
             self.connected.counters["groups_stale"] += 1
             ours = self.welcome.incarnation
-            reason = f"task {task} is of another learner; this one is {ours}"
+            reason = f"task {task} belongs to another learner; this one is {ours}"
             self.connected.send(peer, Refuse(code="stale", reason=reason))
 
         # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
@@ -193,7 +186,6 @@ class Coordinator:
         self.connected.send(peer, Ack(task=message.task, attempt=message.attempt))
 
     def _settle(self, task: TaskId, receipt: Receipt) -> None:
-        """Cancel the attempt that is no longer needed, and forget a task that was dropped."""
         if receipt.cancelled is not None:
             self.connected.cancel(receipt.cancelled)
         if receipt.dropped:
@@ -261,7 +253,7 @@ class Coordinator:
         prompt, sampling = self._open_tasks.prompt(lease.task), self.sampling[lease.kind]
         return task_message(lease, prompt, sampling, self.welcome.seed, self.ledger)
 
-    # ---- commands from the trainer, and what it is given ---------------------------------
+    # ---- commands from the trainer, and results for it -----------------------------------
 
     def publish(self, policy: Policy, now: float) -> None:
         """Announce a policy; a newer version also means that the batch in training is consumed.
@@ -290,12 +282,8 @@ class Coordinator:
             self._open_tasks.add(task, prompt, "eval")
         self.assign(now)
 
-    def stop(self, reason: str) -> None:
-        """Tell every actor that the run is over."""
-        self.connected.send_all(Stop(reason=reason))
-
     def next_batch(self, now: float) -> TrainBatch | None:
-        """Form the next batch if its B groups are there."""
+        """Form the next batch if all its groups have arrived."""
         if not self.ledger.batch_ready():
             return None
         batch = self.ledger.form_batch(now)
@@ -311,7 +299,6 @@ class Coordinator:
         return EvalResult(done.version, groups, len(done.dropped))
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the actors, the queue and the messages."""
         return queue_metrics(self.ledger.state, self.connected)
 
     # ---- checkpoints and the journal -----------------------------------------------------

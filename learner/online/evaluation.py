@@ -27,7 +27,7 @@ class OnlineEvaluator:
     pending: bool = False
 
     def start(self, version: int) -> None:
-        """Queue the held-out rows for this version."""
+        """Evaluate this version on the held-out rows."""
         self.pending = True
         self.source.evaluate(version)
 
@@ -39,7 +39,12 @@ class OnlineEvaluator:
         self.pending = False
 
         lines = [
-            {**self.describe(item, result.version), "kind": "eval", "columns": _columns(item)}
+            {
+                **self.describe(item, result.version),
+                "kind": "eval",
+                # Reward functions need the rest of the row to score the answers again.
+                "columns": {k: v for k, v in item.prompt.row.items() if k != "prompt"},
+            }
             for item in result.groups
         ]
         return result.version, eval_metrics(result, self.weights), lines
@@ -69,8 +74,3 @@ def eval_metrics(result: EvalResult, weights: Sequence[float] | None) -> dict[st
         np.mean([c.finish_reason == "length" for c in completions])
     )
     return metrics
-
-
-def _columns(item: PromptGroup) -> dict[str, Any]:
-    """Return the row without its prompt: reward functions need it to score the answers again."""
-    return {name: value for name, value in item.prompt.row.items() if name != "prompt"}

@@ -30,11 +30,9 @@ class OpenTasks:
         prompts[task] = prompt
 
     def kind(self, task: TaskId) -> TaskKind:
-        """Return what an open task is for."""
         return "train" if task in self._train else "eval"
 
     def prompt(self, task: TaskId) -> Prompt:
-        """Return the prompt of an open task."""
         return self._train[task] if task in self._train else self._eval[task]
 
     def add_group(self, group: Group) -> None:

@@ -12,9 +12,7 @@ from protocol.messages.arrays import floats_view, ids_view
 class Decoder(Protocol):
     """The part of a tokenizer that rollout lines need."""
 
-    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str:
-        """Return the text of token IDs."""
-        ...
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str: ...
 
 
 def rollout_line(

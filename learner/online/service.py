@@ -5,7 +5,6 @@ command and tick, `_flush` sends what the coordinator decided, writes its events
 hands finished batches and evaluations to the trainer.
 """
 
-import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +27,13 @@ from learner.online.commands import (
     StartEvaluation,
 )
 from learner.online.coordinator import Coordinator
-from protocol.messages.messages import Policy
+from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server
 from protocol.transport.snapshot_channel import SnapshotServer
 
-log = logging.getLogger("pippin.learner")
 TICK_S = 0.25
+SnapshotKey = tuple[int, str]  # version and digest
 
 
 @dataclass
@@ -49,9 +48,7 @@ class LearnerService:
     keys: str = ""
     max_message_bytes: int = 64 << 20
     batch_requested: bool = False
-    _snapshot_files: dict[tuple[int, str], Path] = field(
-        default_factory=dict[tuple[int, str], Path]
-    )
+    _snapshot_files: dict[SnapshotKey, Path] = field(default_factory=dict[SnapshotKey, Path])
 
     async def run(self) -> None:
         """Serve until `EndRun`; errors end the bridge and are raised at the trainer."""
@@ -100,7 +97,7 @@ class LearnerService:
                     data = msgspec.msgpack.encode(self.coordinator.state())
                     await self.bridge.aput(EncodedState(data))
                 case EndRun(reason):
-                    self.coordinator.stop(reason)
+                    self.coordinator.connected.send_all(Stop(reason=reason))
                     await self._flush()
                     return
 

@@ -48,7 +48,7 @@ class OnlineSource:
     _requested: bool = False
 
     def poll(self, timeout_s: float = 0.0) -> TrainBatch | None:
-        """Return the next batch if it is there; wait at most `timeout_s` for any reply."""
+        """Return the next batch if it has arrived; wait at most `timeout_s` for any reply."""
         if not self._requested and not self.exhausted:
             self.bridge.put(RequestBatch())
             self._requested = True
@@ -75,7 +75,7 @@ class OnlineSource:
         return dict(self._metrics)
 
     def evaluate(self, version: int) -> None:
-        """Queue the held-out rows, pinned to `version`."""
+        """Have the actors answer the held-out rows with `version`."""
         self.bridge.put(StartEvaluation(version))
 
     def next_eval(self) -> EvalResult | None:
@@ -96,11 +96,11 @@ class OnlineSource:
         return state.data
 
     def finish(self, reason: str) -> None:
-        """End the I/O thread; actors are told to stop."""
+        """End the I/O thread, which tells the actors to stop."""
         self.bridge.put(EndRun(reason))
 
     def _receive(self, timeout_s: float) -> None:
-        """Store every reply that is there, waiting at most `timeout_s` for the first."""
+        """Store every reply that has arrived, waiting at most `timeout_s` for the first."""
         reply = self.bridge.get(timeout_s)
         while reply is not None:
             match reply:

@@ -75,7 +75,7 @@ def owe_group(session: Session, lease: Task, now: float) -> Group:
 
 
 def test_hello_is_repeated_until_the_learner_welcomes():
-    session = Session(identity(), resend_s=5.0)
+    session = Session(identity())
     session.hello(0.0)
     (hello,) = said(session)
     assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 2)

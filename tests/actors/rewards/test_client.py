@@ -216,7 +216,7 @@ async def test_a_refusal_for_lack_of_room_is_tried_again(folder):
     [
         ({"rewards": [[1.0]]}, "gave 1 rewards of 'f' for 2 completions"),
         ({"rewards": [[1.0, 1.0], [1.0, 1.0]]}, "2 lists of rewards for 1 names"),
-        ({"names": ["g"], "rewards": [[1.0, 1.0]]}, r"functions \['g'\], which were \['f'\]"),
+        ({"names": ["g"], "rewards": [[1.0, 1.0]]}, r"functions \['g'\], earlier for \['f'\]"),
         ({"rewards": [[1.0, 1e39]]}, "1e\\+39 of 'f', which float32 cannot hold"),
         ({"rewards": [["1.0", 1.0]]}, "invalid reply"),
         ({"type": "refused", "reason": "not today"}, "refused: not today"),

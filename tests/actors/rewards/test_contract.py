@@ -107,10 +107,11 @@ def test_what_cannot_be_loaded_is_named(spec, words):
 
 
 def test_a_missing_column_is_a_fault_of_the_contract():
-    fault = outcome(f"{TRL}:accuracy_reward", completions=chat("a"))
-    assert fault.kind == "contract"
-    assert "solution" in fault.message
-    assert fault.rewards is None
+    refused = outcome(f"{TRL}:accuracy_reward", completions=chat("a"))
+    assert refused.fault is not None
+    assert refused.fault.kind == "contract"
+    assert "solution" in refused.fault.message
+    assert refused.rewards is None
 
 
 def test_metrics_that_are_not_finite_are_left_out():

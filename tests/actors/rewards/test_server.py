@@ -95,11 +95,11 @@ async def test_rewards_by_hand():
 @pytest.mark.parametrize("name", ["sleeps", "loops", "async_sleeps", "blocks_in_c"])
 async def test_a_function_that_hangs_is_cut_off_and_the_rest_runs(name):
     async with serving(name, "length") as (server, socket):
-        before = server.worker_pid
+        before = server.scorer.worker.pid
         reply = await score(socket, timeout_s=0.5)
         assert reply["rewards"] == [[None, None], [1.0, 2.0]]
         assert [(f["function"], f["kind"]) for f in reply["faults"]] == [(name, "timeout")]
-        assert server.worker_pid != before
+        assert server.scorer.worker.pid != before
 
 
 async def test_what_a_hanging_function_started_dies_with_it(tmp_path):
@@ -152,8 +152,8 @@ async def test_a_worker_killed_from_outside_is_retried(tmp_path):
         columns = {"folder": [str(tmp_path)] * 2}
         reply = await score(socket, columns=columns)
         assert reply["rewards"] == [[4.0, 4.0], [1.0, 2.0]]
-        assert server.worker_pid is not None
-        os.kill(server.worker_pid, signal.SIGKILL)
+        assert server.scorer.worker.pid is not None
+        os.kill(server.scorer.worker.pid, signal.SIGKILL)
         reply = await score(socket, columns=columns)
         assert reply["rewards"] == [[4.0, 4.0], [1.0, 2.0]]
         assert reply["faults"] == []

@@ -90,7 +90,7 @@ def test_columns_come_along_and_conversations_are_messages(rewards):
     [
         ("broken", "broken: contract: .* more than 1 rewards, but 1 were required"),
         ("fails", "fails: exception: .*no such luck"),
-        ("dies", "dies: died: the process that ran it ended 2 x"),
+        ("dies", "dies: died: the process that ran it ended 2 times"),
         ("missing", "has no 'missing'; it defines .*words"),
     ],
 )
