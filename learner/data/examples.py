@@ -12,9 +12,9 @@ import numpy.typing as npt
 from learner.data.filter import Builder, Report
 from learner.data.row_tokens import (
     SideTokens,
-    tokenize_answer,
-    tokenize_pair,
-    tokenize_sequence,
+    tokenise_answer,
+    tokenise_pair,
+    tokenise_sequence,
     with_explicit_prompt,
 )
 from learner.data.rows import Json, Row, RowError, json_row
@@ -106,7 +106,7 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
     """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
 
     def build(number: int, row: Row, report: Report) -> tuple[PreferenceExample]:
-        chosen, rejected = tokenize_pair(
+        chosen, rejected = tokenise_pair(
             tokenizer,
             row,
             max_length=settings.max_length,
@@ -132,7 +132,7 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
 def answers(settings: ExampleData, tokenizer: Tokenizer) -> Builder[UnpairedExample]:
     """Build judged answers from rows with prompt, completion and label, or from pairs.
 
-    As in TRL, a pair is a good answer and a bad one, each tokenized on its own. One of them may be
+    As in TRL, a pair is a good answer and a bad one, each tokenised on its own. One of them may be
     dropped alone, where its prompt leaves it no room.
     """
 
@@ -174,7 +174,7 @@ def _judged_side(
     settings: ExampleData, tokenizer: Tokenizer, row: Row, column: str, label: Json
 ) -> SideTokens:
     """Return the tokens of the answer in `column`, which must have a label."""
-    side = tokenize_answer(
+    side = tokenise_answer(
         tokenizer,
         row,
         max_length=settings.max_length,
@@ -194,7 +194,7 @@ def sequences(
     """Build sequences from rows with messages, text, or prompt and completion."""
 
     def build(number: int, row: Row, report: Report) -> tuple[SftExample]:
-        tokens = tokenize_sequence(
+        tokens = tokenise_sequence(
             tokenizer,
             row,
             max_length=settings.max_length,

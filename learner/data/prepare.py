@@ -1,4 +1,4 @@
-"""What is done to a row before it is tokenized: renaming, the user's function, system prompt."""
+"""What is done to a row before it is tokenised: renaming, the user's function, system prompt."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -138,7 +138,7 @@ def _with_first(system: dict[str, str], prompt: Json) -> Json:
     if isinstance(prompt, str):
         return [system, {"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        return prompt  # refused, with its reason, when it is tokenized
+        return prompt  # refused, with its reason, when it is tokenised
 
     messages = cast("list[Json]", prompt)
     first = messages[0] if messages else None

@@ -1,4 +1,4 @@
-"""Prompts for actors: dataset rows, rendered and tokenized before any is leased."""
+"""Prompts for actors: dataset rows, rendered and tokenised before any is leased."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,6 +1,6 @@
 """Preference and fine-tuning rows to token IDs, equal to TRL 1.16.0's DPO, KTO and SFT trainers.
 
-Every method uses DPO's tokenization: prompt and answer are encoded together, and the completion
+Every method uses DPO's tokenisation: prompt and answer are encoded together, and the completion
 begins where that encoding differs from the prompt's own, so a token that straddles the boundary
 belongs to the completion. TRL's experimental ORPO and CPO differ: they step one token back there,
 append another EOS after a chat template's end of turn, and truncate the answer before the prompt.
@@ -66,7 +66,7 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def tokenize_pair(
+def tokenise_pair(
     tokenizer: Tokenizer, row: Row, *, max_length: int | None, truncation_mode: TruncationMode
 ) -> tuple[SideTokens, SideTokens]:
     """Return the tokens of chosen and rejected of a preference row; the prompt may be implicit.
@@ -85,7 +85,7 @@ def tokenize_pair(
     return sides[0], sides[1]
 
 
-def tokenize_answer(
+def tokenise_answer(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -122,7 +122,7 @@ def with_explicit_prompt(row: Row) -> Row:
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenize_sequence(
+def tokenise_sequence(
     tokenizer: Tokenizer,
     row: Row,
     *,
@@ -140,7 +140,7 @@ def tokenize_sequence(
         row = _with_last_answer(row)
 
     if row.get("prompt") is not None:
-        side = tokenize_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
+        side = tokenise_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
         prompt_counts = 1 if completion_only is False else 0
         ids = side.prompt_ids + side.completion_ids
         mask = [prompt_counts] * len(side.prompt_ids) + [1] * len(side.completion_ids)

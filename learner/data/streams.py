@@ -14,13 +14,13 @@ from protocol.errors import CheckpointError, DataError
 
 
 class StreamEpochs(Generic[T]):
-    """Epochs over a stream: rows are read, shuffled in a finite buffer and tokenized as needed.
+    """Epochs over a stream: rows are read, shuffled in a finite buffer and tokenised as needed.
 
     `skip` rows at the start are held out. Examples come by blocks of rows (see `in_blocks`). Under
     data.order = "shuffled" the examples of a block are shuffled too, so that KTO's good and bad
     answers are mixed. Rows that are dropped are logged as they come, in the first pass.
 
-    Resuming reads the rows before its block again without tokenizing them. The report's counts
+    Resuming reads the rows before its block again without tokenising them. The report's counts
     start from zero then.
     """
 

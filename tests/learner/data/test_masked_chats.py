@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset
 
-from learner.data.row_tokens import SequenceTokens, tokenize_sequence
+from learner.data.row_tokens import SequenceTokens, tokenise_sequence
 from learner.data.rows import RowError
 from tests.parity import tiny_tokenizer
 
@@ -17,7 +17,7 @@ TOOLS = [{"type": "function", "function": {"name": "sky"}}]
 
 def tokens(row: dict[str, Any], only: bool | None = True, **options: Any) -> SequenceTokens:
     settings = {"max_length": None, "truncation_mode": "keep_start", **options}
-    return tokenize_sequence(tiny_tokenizer.build(), row, completion_only=only, **settings)
+    return tokenise_sequence(tiny_tokenizer.build(), row, completion_only=only, **settings)
 
 
 @pytest.mark.parametrize(
