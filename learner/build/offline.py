@@ -27,7 +27,7 @@ from learner.objectives.methods import method_of
 from learner.offline.generated import DEFAULT_LENGTH, Answers
 from learner.offline.held_out import HeldOutEvaluator
 from learner.offline.reference_logprobs import Scorer, cache_folder, precompute
-from learner.offline.source import OfflineSets, open_offline
+from learner.offline.source import OfflineSource, open_offline
 from learner.records import Records
 from learner.trainer import Trainer
 from protocol.config.idle import idle
@@ -57,43 +57,43 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     reference = None
     if isinstance(settings, PreferenceRun) and method.needs_reference(settings):
         reference = make_reference(policy, settings.model)
-    sets = open_examples(settings, policy)
-    total = sets.train.total
+    source = open_examples(settings, policy)
+    total = source.total
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
 
-    _advise(settings, sets)
-    answering = _answers(settings, policy, sets.evaluation)
+    _advise(settings, source)
+    answering = _answers(settings, policy, source.evaluation)
     head = choose_head(policy.model, settings.train.head)
-    _estimate_memory(settings, policy, reference, head, sets)
+    _estimate_memory(settings, policy, reference, head, source)
     digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    if reference is not None and _precompute(settings, reference, head, sets, stopped):
+    if reference is not None and _precompute(settings, reference, head, source, stopped):
         reference = None  # and with it the weights that only it holds
 
     reference_model = None if reference is None else reference.model
     objective = method.objective(settings, policy.model, head, reference_model)
     size = settings.eval.batch_size
-    evaluator = HeldOutEvaluator(policy.model, objective, sets.evaluation, size, answering)
+    evaluator = HeldOutEvaluator(policy.model, objective, source.evaluation, size, answering)
     trainer: Trainer[Any] = Trainer(
         policy.model,
-        sets.train,
+        source,
         objective,
         new_step(settings, policy, reference, total),
         Records(folder, started_at(folder)),
         schedule_of(settings, total),
-        evaluator if sets.evaluation else None,
+        evaluator if source.evaluation else None,
         resume_state=digests,
     )
 
     trainer.stopping = stopped()
     if checkpoint is not None:
-        sets.train.restore(checkpoint.source)
+        source.restore(checkpoint.source)
         trainer.restore(checkpoint)
     return Run(trainer, policy, folder, settings.model.path)
 
 
-def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
+def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSource[Any]:
     """Open the examples that the run trains on and holds out."""
     return open_offline(
         settings.data,
@@ -105,11 +105,11 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
     )
 
 
-def _advise(settings: OfflineRun, sets: OfflineSets[Any]) -> None:
+def _advise(settings: OfflineRun, source: OfflineSource[Any]) -> None:
     """Warn where the settings do not suit the examples that the run will see."""
     if settings.data.streaming:
         return
-    examples = list(chain.from_iterable(sets.train.first_batches()))
+    examples = list(chain.from_iterable(source.first_batches()))
     if advice := method_of(settings).advice(settings, examples):
         log.warning(advice)
 
@@ -129,12 +129,12 @@ def _estimate_memory(
     policy: LoadedPolicy,
     reference: Reference | None,
     head: Head,
-    sets: OfflineSets[Any],
+    source: OfflineSource[Any],
 ) -> None:
     """Log what a step over the longest examples takes; a stream's are as long as they may be."""
     longest = settings.data.max_length or DEFAULT_LIMIT
     if not settings.data.streaming:
-        longest = max(example.length for batch in sets.train.first_batches() for example in batch)
+        longest = max(example.length for batch in source.first_batches() for example in batch)
 
     method, train = method_of(settings), settings.train
     examples = train.batch_size if method.needs_whole_batch(settings) else train.micro_batch_size
@@ -153,7 +153,7 @@ def _precompute(
     settings: OfflineRun,
     reference: Reference,
     head: Head,
-    sets: OfflineSets[Any],
+    source: OfflineSource[Any],
     stopped: Callable[[], bool],
 ) -> bool:
     """Compute the examples' reference log-probs, if the settings ask for it; return whether all
@@ -163,12 +163,12 @@ def _precompute(
         return False
     scorer = Scorer(reference, head, layout)
 
-    found = precompute(sets.train.first_batches(), scorer, cache_folder(), stopped)
+    found = precompute(source.first_batches(), scorer, cache_folder(), stopped)
     if found is None:
         return False
-    sets.train.replace_first(found)
+    source.replace_first(found)
 
-    held_out, size = sets.evaluation, settings.eval.batch_size
+    held_out, size = source.evaluation, settings.eval.batch_size
     if not held_out:
         return True
     batches = [held_out[start : start + size] for start in range(0, len(held_out), size)]

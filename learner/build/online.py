@@ -29,7 +29,7 @@ from learner.build.common import (
     started_at,
 )
 from learner.checkpoint import Checkpoint
-from learner.data.prompts import PromptSets, open_prompts
+from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings, ResumeReport
@@ -94,7 +94,7 @@ class OnlinePlan:
     settings: OnlineRun
     model: ModelSettings
     policy: LoadedPolicy
-    prompts: PromptSets
+    prompts: PromptSource
     total_batches: int
 
 
@@ -139,7 +139,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
         source.finish("the run is over")
 
 
-def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
+def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
     """Return the run's batches: `train.max_steps`, or fewer if the prompts end before.
 
     Raises ConfigError if only the end of a stream would tell.
@@ -147,8 +147,8 @@ def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
     limits: list[int] = []
     if settings.train.max_steps >= 0:
         limits.append(settings.train.max_steps)
-    if prompts.train.total is not None:
-        limits.append(math.ceil(prompts.train.total / settings.train.batch_size))
+    if prompts.total is not None:
+        limits.append(math.ceil(prompts.total / settings.train.batch_size))
     if not limits:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     return min(limits)
@@ -193,7 +193,7 @@ def new_coordinator(
     )
     coordinator = Coordinator(
         ledger,
-        plan.prompts.train,
+        plan.prompts,
         plan.prompts.evaluation,
         _welcome(plan, incarnation),
         {"train": train, "eval": evaluation},
@@ -285,7 +285,7 @@ def _new_objective(
     share_prompt = _shares_prompt(train, policy, reference, head)
 
     longest_completion = settings.sampling.max_completion_length
-    longest_prompt = plan.prompts.train.longest
+    longest_prompt = plan.prompts.longest
     if longest_prompt is None:
         longest_prompt = settings.data.max_prompt_length or DEFAULT_PROMPT_LIMIT
     report_memory(

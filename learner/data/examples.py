@@ -106,12 +106,7 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
     """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
 
     def build(number: int, row: Row, report: Report) -> tuple[PreferenceExample]:
-        chosen, rejected = tokenise_pair(
-            tokenizer,
-            row,
-            max_length=settings.max_length,
-            truncation_mode=settings.truncation_mode,
-        )
+        chosen, rejected = tokenise_pair(tokenizer, row, settings)
         score = _score(row.get("preference_score"))
         if chosen.truncated or rejected.truncated:
             report.note_truncated(number)
@@ -120,11 +115,8 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
         rejected_prompt, rejected_ids = _with_context(rejected)
         if (chosen_prompt, chosen_ids) == (rejected_prompt, rejected_ids):
             report.note_identical(number)
-        return (
-            PreferenceExample(
-                number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
-            ),
-        )
+        sides = chosen_prompt, chosen_ids, rejected_prompt, rejected_ids
+        return (PreferenceExample(number, *sides, score),)
 
     return Builder(build, PAIR_COLUMNS)
 
@@ -174,13 +166,7 @@ def _judged_side(
     settings: ExampleData, tokenizer: Tokenizer, row: Row, column: str, label: Json
 ) -> SideTokens:
     """Return the tokens of the answer in `column`, which must have a label."""
-    side = tokenise_answer(
-        tokenizer,
-        row,
-        max_length=settings.max_length,
-        truncation_mode=settings.truncation_mode,
-        column=column,
-    )
+    side = tokenise_answer(tokenizer, row, settings, column)
     if label is None:
         raise RowError("missing_column", f"no label; the row has {sorted(row)}")
     if label not in (0, 1, False, True):
@@ -194,13 +180,7 @@ def sequences(
     """Build sequences from rows with messages, text, or prompt and completion."""
 
     def build(number: int, row: Row, report: Report) -> tuple[SftExample]:
-        tokens = tokenise_sequence(
-            tokenizer,
-            row,
-            max_length=settings.max_length,
-            truncation_mode=settings.truncation_mode,
-            completion_only=completion_only_loss,
-        )
+        tokens = tokenise_sequence(tokenizer, row, settings, completion_only=completion_only_loss)
         if tokens.truncated:
             report.note_truncated(number)
         return (SftExample(number, tokens.input_ids, tokens.completion_mask),)

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from learner.data.batches import Batches
-from learner.data.epochs import EpochIterator
 from learner.data.filter import Builder, Report
 from learner.data.rows import Row, RowError, json_row
-from learner.data.sets import open_sets
+from learner.data.sets import Batches, Sets, open_sets
 from learner.data.tokens import Tokenizer, render_prompt
 from protocol.config.settings import PromptData
 
@@ -29,10 +27,8 @@ class Prompt:
 class PromptSource(Batches[Prompt]):
     """Prompts one at a time; `num_epochs` None gives them without end."""
 
-    def __init__(
-        self, epochs: EpochIterator[Prompt], report: Report, num_epochs: float | None
-    ) -> None:
-        super().__init__(epochs, report, batch_size=1, num_epochs=num_epochs)
+    def __init__(self, sets: Sets[Prompt], num_epochs: float | None) -> None:
+        super().__init__(sets, batch_size=1, num_epochs=num_epochs)
 
     @property
     def longest(self) -> int | None:
@@ -45,14 +41,6 @@ class PromptSource(Batches[Prompt]):
         return batch[0] if batch else None
 
 
-@dataclass(frozen=True)
-class PromptSets:
-    """Prompts to train on, and held-out ones, which are never trained on."""
-
-    train: PromptSource
-    evaluation: list[Prompt]
-
-
 def open_prompts(
     settings: PromptData,
     tokenizer: Tokenizer,
@@ -61,7 +49,7 @@ def open_prompts(
     epochs: float | None = 1.0,
     batch_size: int = 1,
     repeat_sampler: bool = False,
-) -> PromptSets:
+) -> PromptSource:
     """Open the prompts that `settings` name; see `open_sets`."""
     sets = open_sets(
         settings,
@@ -70,7 +58,7 @@ def open_prompts(
         batch_size=batch_size,
         repeat_sampler=repeat_sampler,
     )
-    return PromptSets(PromptSource(sets.train, sets.report, epochs), sets.held_out)
+    return PromptSource(sets, epochs)
 
 
 def prompts(settings: PromptData, tokenizer: Tokenizer) -> Builder[Prompt]:

@@ -1,16 +1,19 @@
-"""Opens a dataset: reads and filters its rows, holds some out, puts the rest in order.
+"""Opens a dataset: reads and filters its rows, holds some out, and puts the rest in batches.
 
-Prompts and every kind of offline example are opened by this one function; a `Builder` says what is
-built from a row.
+Prompts and every kind of offline example are opened by `open_sets`; a `Builder` says what is built
+from a row.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Generic
 
+import msgspec
+
 from learner.data.dataset import open_rows
-from learner.data.epochs import EpochIterator, ListEpochs, T
+from learner.data.epochs import EpochIterator, EpochState, ListEpochs, T
 from learner.data.filter import Builder, Report, RowFilter, log, require_some
 from learner.data.order import Places, epoch_order, in_blocks
 from learner.data.prepare import column_notes, preparation
@@ -32,6 +35,79 @@ class Sets(Generic[T]):
     train: EpochIterator[T]
     held_out: list[T]
     report: Report
+
+
+class BatchesState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the next batch comes from: the place in the epochs, and the batches given so far."""
+
+    place: EpochState
+    given: int
+
+
+class Batches(Generic[T]):
+    """Batches of `batch_size` examples in a deterministic order, with exact resume.
+
+    The last batch of an epoch holds what is left. Ends after `max_batches`, else after `num_epochs`
+    (a fraction of an epoch: that part of its batches, rounded up; of a stream, a whole one), else
+    never. `evaluation`: the held-out examples. `report` says which rows were left out; that of a
+    stream grows as it is read.
+    """
+
+    def __init__(
+        self,
+        sets: Sets[T],
+        *,
+        batch_size: int,
+        num_epochs: float | None,
+        max_batches: int | None = None,
+    ) -> None:
+        self.report = sets.report
+        self.epochs = sets.train
+        self.evaluation = sets.held_out
+        self.batch_size = batch_size
+        self._num_epochs = num_epochs
+        self._max_batches = max_batches
+        self._given = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read as they are needed, so that their number is not known."""
+        return self.epochs.size is None
+
+    @property
+    def total(self) -> int | None:
+        """Batches in all; None without an end, or where only the stream's end would tell."""
+        if self._max_batches is not None:
+            return self._max_batches
+        if self._num_epochs is None or self.epochs.size is None:
+            return None
+        return math.ceil(self._num_epochs * math.ceil(self.epochs.size / self.batch_size))
+
+    def next_batch(self) -> list[T] | None:
+        """Return the next batch, or None after the last."""
+        while not self._over():
+            # At the end of an epoch `next` returns None, so that a batch is of one epoch.
+            batch = list(islice(iter(self.epochs.next, None), self.batch_size))
+            if batch:
+                self._given += 1
+                return batch
+        return None
+
+    def _over(self) -> bool:
+        total = self.total
+        if total is not None:
+            return self._given >= total
+        return self._num_epochs is not None and self.epochs.state().epoch >= self._num_epochs
+
+    def state(self) -> bytes:
+        """Return what a resume needs."""
+        return msgspec.msgpack.encode(BatchesState(place=self.epochs.state(), given=self._given))
+
+    def restore(self, data: bytes) -> None:
+        """Continue from `state`; raises CheckpointError if it belongs to other data."""
+        state = msgspec.msgpack.decode(data, type=BatchesState)
+        self.epochs.restore(state.place)
+        self._given = state.given
 
 
 def open_sets(

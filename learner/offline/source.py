@@ -1,14 +1,11 @@
 """Offline experience: batches of dataset examples, as the trainer's source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic
 
-from learner.data.batches import Batches
 from learner.data.epochs import ListEpochs
 from learner.data.examples import E, with_rows
 from learner.data.filter import Builder
-from learner.data.sets import open_sets
+from learner.data.sets import Batches, open_sets
 from protocol.config.settings import DataSettings
 from protocol.errors import ConfigError
 
@@ -61,14 +58,6 @@ class OfflineSource(Batches[E]):
         return self.epochs, self.epochs.order(0)[:count].tolist()
 
 
-@dataclass(frozen=True)
-class OfflineSets(Generic[E]):
-    """Batches to train on, and held-out examples, which are never trained on."""
-
-    train: OfflineSource[E]
-    evaluation: list[E]
-
-
 def open_offline(
     settings: DataSettings,
     builder: Builder[E],
@@ -77,7 +66,7 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
-) -> OfflineSets[E]:
+) -> OfflineSource[E]:
     """Open the examples that `settings` name; `builder` is one of `learner/data/examples.py`.
 
     Batches end after `max_steps` if positive, else after `epochs`. Held-out examples hold their
@@ -92,11 +81,9 @@ def open_offline(
             "give a whole number, or train.max_steps"
         )
 
-    source = OfflineSource(
-        sets.train,
-        sets.report,
+    return OfflineSource(
+        sets,
         batch_size=batch_size,
         num_epochs=epochs,
         max_batches=max_steps if max_steps > 0 else None,
     )
-    return OfflineSets(source, sets.held_out)
