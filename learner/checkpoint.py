@@ -106,7 +106,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _commit(temporary: Path, final: Path) -> None:
-    """Give a complete folder its final name, in the place of one that has it already."""
+    """Give a complete folder its final name, replacing an earlier one of that name."""
     # A folder cannot be replaced in one step, and one that is half deleted would look finished.
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():

@@ -70,7 +70,6 @@ class UnpairedExample:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
@@ -88,7 +87,6 @@ class SftExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence."""
         return len(self.input_ids)
 
 
@@ -189,7 +187,7 @@ def sequences(
 
 
 def with_rows(builder: Builder[E]) -> Builder[E]:
-    """Make `builder` put each row into its examples: the columns that reward functions get.
+    """Return a builder whose examples also hold their row as JSON, for reward functions.
 
     For held-out rows only: the rows of a large training set would fill the memory. A pair's
     implicit prompt is made explicit; columns that JSON cannot hold are left out.
@@ -217,10 +215,8 @@ def _json_columns(row: Row) -> Row:
 
 
 def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
-    """Return prompt and completion; an empty prompt gets the first token, which nothing predicts.
-
-    TRL leaves that token out of the loss by its shift.
-    """
+    """Return prompt and completion; an empty prompt gets the first token: nothing predicts it."""
+    # TRL's shift leaves that token out of the loss.
     prompt, completion = side.prompt_ids, side.completion_ids
     if not prompt:
         prompt, completion = completion[:1], completion[1:]

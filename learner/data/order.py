@@ -75,7 +75,7 @@ def torch_randperm(count: int, seed: int, *, earlier: int = 0) -> npt.NDArray[np
 
 
 def permuted(items: Sequence[T], *entropy: int) -> list[T]:
-    """Return the items in an order that `entropy` decides."""
+    """Return the items shuffled by a generator that `entropy` seeds."""
     return [items[place] for place in _generator(*entropy).permutation(len(items))]
 
 
@@ -105,8 +105,8 @@ def by_place(rows: Iterable[Places[T]]) -> list[T]:
 def in_blocks(rows: Iterable[tuple[int, Places[T]]], size: int) -> list[T]:
     """Return the examples of numbered rows, ordered `by_place` within blocks of `size` numbers.
 
-    TRL splits KTO's pairs so, with `Dataset.map` in batches of 1,000 rows. Blocks of one row keep
-    the order of the rows.
+    TRL splits KTO's pairs like this, with `Dataset.map` in batches of 1,000 rows. Blocks of one row
+    keep the order of the rows.
     """
     blocks = groupby(rows, lambda numbered: numbered[0] // size)
     return [

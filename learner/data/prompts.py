@@ -1,4 +1,4 @@
-"""Prompts for actors: dataset rows, rendered and tokenised before any is leased."""
+"""Prompts for actors: dataset rows, rendered and tokenised before they are leased."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from protocol.config.settings import PromptData
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token IDs, and the row as JSON values, with `prompt` as it was given."""
+    """A prompt's token IDs, and its row as JSON values, with `prompt` as in the dataset."""
 
     row_key: int
     prompt_ids: list[int]
@@ -20,12 +20,11 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt."""
         return len(self.prompt_ids)
 
 
 class PromptSource(Batches[Prompt]):
-    """Prompts one at a time; `num_epochs` None gives them without end."""
+    """Prompts one at a time, endlessly if `num_epochs` is None."""
 
     def __init__(self, sets: Sets[Prompt], num_epochs: float | None) -> None:
         super().__init__(sets, batch_size=1, num_epochs=num_epochs)
@@ -62,7 +61,7 @@ def open_prompts(
 
 
 def prompts(settings: PromptData, tokenizer: Tokenizer) -> Builder[Prompt]:
-    """Build prompts from rows with a prompt; reward functions may read any other column."""
+    """Build prompts; rows keep their other columns, which reward functions may read."""
     limit = settings.max_prompt_length
 
     def build(number: int, row: Row, _: Report) -> tuple[Prompt]:

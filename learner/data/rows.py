@@ -59,6 +59,17 @@ def columns_of(rows: Iterable[ReadRow]) -> list[str]:
     return list(dict.fromkeys(key for row in sampled for key in row))
 
 
+def in_memory(name: str, items: Sequence[ReadRow]) -> Rows:
+    """Return rows that are all loaded."""
+    return Rows(
+        name,
+        columns_of(items),
+        lambda start: islice(items, start, None),
+        items.__getitem__,
+        len(items),
+    )
+
+
 def joined(name: str, parts: Sequence[Rows]) -> Rows:
     """Return the rows of several files as one set; a stream if any part is one."""
     columns = list(dict.fromkeys(column for part in parts for column in part.columns))

@@ -47,8 +47,8 @@ class BatchesState(msgspec.Struct, frozen=True, kw_only=True):
 class Batches(Generic[T]):
     """Batches of `batch_size` examples in a deterministic order, with exact resume.
 
-    The last batch of an epoch holds what is left. Ends after `max_batches`, else after `num_epochs`
-    (a fraction of an epoch: that part of its batches, rounded up; of a stream, a whole one), else
+    The last batch of an epoch may be smaller. Ends after `max_batches`, else after `num_epochs`
+    (part of an epoch means that part of its batches, rounded up; of a stream, all of them), else
     never. `evaluation`: the held-out examples. `report` says which rows were left out; that of a
     stream grows as it is read.
     """
@@ -71,12 +71,12 @@ class Batches(Generic[T]):
 
     @property
     def streamed(self) -> bool:
-        """Whether rows are read as they are needed, so that their number is not known."""
+        """Whether rows are read as needed, so that their number is unknown."""
         return self.epochs.size is None
 
     @property
     def total(self) -> int | None:
-        """Batches in all; None without an end, or where only the stream's end would tell."""
+        """Number of batches; None if endless, or unknown before a stream ends."""
         if self._max_batches is not None:
             return self._max_batches
         if self._num_epochs is None or self.epochs.size is None:
@@ -132,7 +132,7 @@ def open_sets(
     row_filter = _filter(settings, rows, builder)
     keep = replace(row_filter, builder=held_out_builder or builder)  # with the same report
 
-    # Held-out examples come from rows of their own, or from the first training rows.
+    # Held-out examples come from another dataset or split, or from the training rows.
     held_out = _from_other_rows(settings, held_out_builder or builder)
     count = settings.eval_rows if held_out is None else 0
     if rows.length is None:
@@ -160,11 +160,11 @@ def _filter(settings: DataSettings, rows: Rows, builder: Builder[T]) -> RowFilte
 
 
 def _from_other_rows(settings: DataSettings, builder: Builder[T]) -> list[Places[T]] | None:
-    """Return what the rows of `eval_path` or `eval_split` make; None without either.
+    """Return the examples of `eval_path` or `eval_split`, of `eval_rows` rows at most if set.
 
-    At most `eval_rows` rows are used, if it is set.
+    None if neither is set.
     """
-    # launch/pairs.py has neither: it evaluates nothing.
+    # launch/pairs.py evaluates nothing, so its settings have neither.
     if not isinstance(settings, GrpoData | ExampleData):
         return None
     if not settings.eval_path and not settings.eval_split:

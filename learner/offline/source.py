@@ -1,4 +1,4 @@
-"""Offline experience: batches of dataset examples, as the trainer's source."""
+"""Batches of dataset examples, as the trainer's source."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from protocol.errors import ConfigError
 
 
 class OfflineSource(Batches[E]):
-    """Batches for the trainer (its `Source`): nothing is waited for, nothing is published."""
+    """The trainer's `Source` of offline batches; it never waits, and publishes nothing."""
 
     exhausted = False
 
@@ -67,10 +67,10 @@ def open_offline(
     epochs: float = 1.0,
     max_steps: int = -1,
 ) -> OfflineSource[E]:
-    """Open the examples that `settings` name; `builder` is one of `learner/data/examples.py`.
+    """Open the examples that `settings` name; `learner/data/examples.py` has the builders.
 
     Batches end after `max_steps` if positive, else after `epochs`. Held-out examples hold their
-    rows. Raises DataError, as `open_sets`, and ConfigError for a part of a stream's epoch.
+    rows. Raises DataError like `open_sets`, and ConfigError for a fraction of a stream's epoch.
     """
     sets = open_sets(
         settings, builder, seed=seed, batch_size=batch_size, held_out_builder=with_rows(builder)
