@@ -198,20 +198,15 @@ def with_rows(builder: Builder[E]) -> Builder[E]:
         examples = builder.build(number, row, report)
         if of_pairs and row.get("prompt") is None:
             row = with_explicit_prompt(row)
-        row_json = msgspec.json.encode(_json_columns(row))
+
+        columns: Row = {}
+        for column, value in row.items():
+            with suppress(RowError):  # an image, say; GRPO would not send it to rewards either
+                columns |= json_row({column: value})
+        row_json = msgspec.json.encode(columns)
         return tuple(example and replace(example, row_json=row_json) for example in examples)
 
     return replace(builder, build=build)
-
-
-def _json_columns(row: Row) -> Row:
-    found: Row = {}
-    for column, value in row.items():
-        try:
-            found |= json_row({column: value})
-        except RowError:  # an image, say; GRPO would not send it to a reward function either
-            continue
-    return found
 
 
 def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:

@@ -80,19 +80,7 @@ def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
     if streaming:
         return Rows(str(path), columns, scan)
 
-    offsets, numbers = _line_index(path)
-
-    def get(index: int) -> ReadRow:
-        with path.open("rb") as file:
-            file.seek(offsets[index])
-            return parsed(numbers[index], file.readline())
-
-    return Rows(str(path), columns, scan, get, len(offsets))
-
-
-def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
-    """Return byte offsets and line numbers (from 1) of the lines that are not empty."""
-    offsets, numbers = array("Q"), array("Q")
+    offsets, numbers = array("Q"), array("Q")  # bytes, lines from 1
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -100,7 +88,13 @@ def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
                 offsets.append(offset)
                 numbers.append(number)
             offset += len(line)
-    return offsets, numbers
+
+    def get(index: int) -> ReadRow:
+        with path.open("rb") as file:
+            file.seek(offsets[index])
+            return parsed(numbers[index], file.readline())
+
+    return Rows(str(path), columns, scan, get, len(offsets))
 
 
 def _filled(line: bytes) -> bool:

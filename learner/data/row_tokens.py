@@ -127,6 +127,8 @@ def tokenise_sequence(
     makes the last of `messages`, which must be the assistant's, the completion, as mlx-lm's
     `mask_prompt` does. Raises RowError.
     """
+    if row.get("prompt") is None and row.get("messages") is None and row.get("text") is None:
+        raise _missing(row, "text", "no text, messages, or prompt and completion")
     if completion_only and row.get("prompt") is None:
         row = _with_last_answer(row)
 
@@ -153,14 +155,12 @@ def tokenise_sequence(
 
 def _with_last_answer(row: Row) -> Row:
     """Return a row of messages with the last one as `completion`, the others as `prompt`."""
-    if row.get("messages") is None and row.get("text") is not None:
+    if row.get("messages") is None:
         raise RowError(
             "missing_column",
             "text has no prompt, which objective.completion_only_loss = true leaves out of the "
             "loss; leave that key out, or make prompt and completion of the text in data.prepare",
         )
-    if row.get("messages") is None:
-        raise _missing(row, "text", "no text, messages, or prompt and completion")
 
     messages = check_messages(row["messages"], "messages")
     role = messages[-1]["role"]
@@ -183,8 +183,6 @@ def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:
             _require_answer(messages, "the last answer of messages")
         return render_chat(tokenizer, messages, template_options(row))
 
-    if row.get("text") is None:
-        raise _missing(row, "text", "no text, messages, or prompt and completion")
     text = _content(row, "text")
     if not isinstance(text, str):
         raise RowError(

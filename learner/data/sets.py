@@ -70,11 +70,6 @@ class Batches(Generic[T]):
         self._given = 0
 
     @property
-    def streamed(self) -> bool:
-        """Whether rows are read as needed, so that their number is unknown."""
-        return self.epochs.size is None
-
-    @property
     def total(self) -> int | None:
         """Number of batches; None if endless, or unknown before a stream ends."""
         if self._max_batches is not None:
@@ -130,17 +125,17 @@ def open_sets(
     for note in column_notes(settings, rows, builder.columns):
         log.info(note)
     row_filter = _filter(settings, rows, builder)
-    keep = replace(row_filter, builder=held_out_builder or builder)  # with the same report
+    held_out_filter = replace(row_filter, builder=held_out_builder or builder)  # the same report
 
     # Held-out examples come from another dataset or split, or from the training rows.
     held_out = _from_other_rows(settings, held_out_builder or builder)
     count = settings.eval_rows if held_out is None else 0
     if rows.length is None:
-        taken, skip = _first(keep, enumerate(rows.scan(0)), count)
+        taken, skip = _first(held_out_filter, enumerate(rows.scan(0)), count)
         train = StreamEpochs(rows, row_filter, settings, seed=seed, skip=skip)
         row_filter.report.kept = 0  # count training rows only
     else:
-        taken, numbers = _hold_out(keep, rows, count)
+        taken, numbers = _hold_out(held_out_filter, rows, count)
         row_filter.report.kept = 0
         numbered = rows.pick(_capped(numbers, settings, seed))
         examples = in_blocks(row_filter.keep(numbered), builder.rows_per_block)

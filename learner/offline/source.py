@@ -23,7 +23,7 @@ class OfflineSource(Batches[E]):
 
     def stepped(self, version: int) -> None:
         """Log what became of a stream's rows after its last batch."""
-        if version == self.total and self.streamed:
+        if version == self.total and self.epochs.size is None:
             self.report.log(listed=0)  # each was logged when it was read
 
     def figures(self) -> dict[str, float]:
