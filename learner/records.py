@@ -50,7 +50,7 @@ class Records:
         """Move aside the lines that came after a checkpoint, which the resumed run writes again.
 
         `step` is the checkpoint's; `evaluated` the step of the newest evaluation begun by then.
-        Raises OSError where the disk is full; then nothing is moved.
+        Raises OSError if the disk is full; then nothing is moved.
         """
 
         def measured(line: dict[str, Any]) -> bool:

@@ -292,7 +292,7 @@ def _new_objective(
     )
 
     longest_completion = settings.sampling.max_completion_length
-    longest_prompt = plan.prompts.longest
+    longest_prompt = plan.prompts.epochs.longest
     if longest_prompt is None:
         longest_prompt = settings.data.max_prompt_length or DEFAULT_PROMPT_LIMIT
     report_memory(

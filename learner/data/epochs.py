@@ -110,7 +110,7 @@ class ListEpochs(Generic[T]):
 
         self._epoch = 0
         self._taken = 0
-        self._orders: dict[int, IndexArray] = {}  # only the latest epoch asked for
+        self._orders: dict[int, IndexArray] = {}  # of the latest epoch only
 
     @property
     def longest(self) -> int:

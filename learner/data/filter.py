@@ -18,7 +18,7 @@ T = TypeVar("T")
 Policy = Literal["drop", "error"]  # for rows that cannot be used
 
 _LISTED = 1000  # rows named in a report; beyond that they are only counted
-_LISTED_IN_ERROR = 5  # per reason, where no row is left
+_LISTED_IN_ERROR = 5  # per reason, if no row is left
 
 
 @dataclass(frozen=True)

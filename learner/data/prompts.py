@@ -29,11 +29,6 @@ class PromptSource(Batches[Prompt]):
     def __init__(self, sets: Sets[Prompt], num_epochs: float | None) -> None:
         super().__init__(sets, batch_size=1, num_epochs=num_epochs)
 
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest prompt; None for a stream."""
-        return self.epochs.longest
-
     def next(self) -> Prompt | None:
         """Return the next prompt, or None after the last epoch."""
         batch = self.next_batch()

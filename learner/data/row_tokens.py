@@ -57,7 +57,7 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     """Split off the implicit prompt, the longest common prefix, as TRL's `extract_prompt`.
 
     Where one answer is the beginning of the other, its last character or message stays an answer. A
-    space before the boundary goes to the answers. TRL looks for that space even where nothing is
+    space before the boundary goes to the answers. TRL looks for that space even if nothing is
     shared, and then sees the last character; we move nothing there.
     """
     index = min(common_prefix_length(chosen, rejected), min(len(chosen), len(rejected)) - 1)
@@ -99,7 +99,7 @@ def tokenise_answer(
 
 
 def with_explicit_prompt(row: Row) -> Row:
-    """Return a pair's row with a prompt, split off chosen and rejected where it is implicit.
+    """Return a pair's row with a prompt, split off chosen and rejected if it is implicit.
 
     Raises RowError where an answer is missing, empty, or of another kind than the other.
     """

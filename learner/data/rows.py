@@ -1,4 +1,4 @@
-"""The rows of a dataset: how they are read, and what is wrong with one that cannot be used."""
+"""The rows of a dataset: how they are read, and the error of a row that cannot be used."""
 
 import datetime
 import decimal

@@ -38,7 +38,7 @@ class Sets(Generic[T]):
 
 
 class BatchesState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the next batch comes from: the place in the epochs, and the batches given so far."""
+    """Where the next batch comes from: the place in the epochs, and the batches before it."""
 
     place: EpochState
     given: int
@@ -67,7 +67,7 @@ class Batches(Generic[T]):
         self.batch_size = batch_size
         self._num_epochs = num_epochs
         self._max_batches = max_batches
-        self._given = 0
+        self._returned = 0
 
     @property
     def total(self) -> int | None:
@@ -84,25 +84,25 @@ class Batches(Generic[T]):
             # At the end of an epoch `next` returns None, so that a batch is of one epoch.
             batch = list(islice(iter(self.epochs.next, None), self.batch_size))
             if batch:
-                self._given += 1
+                self._returned += 1
                 return batch
         return None
 
     def _over(self) -> bool:
         total = self.total
         if total is not None:
-            return self._given >= total
+            return self._returned >= total
         return self._num_epochs is not None and self.epochs.state().epoch >= self._num_epochs
 
     def state(self) -> bytes:
         """Return what a resume needs."""
-        return msgspec.msgpack.encode(BatchesState(place=self.epochs.state(), given=self._given))
+        return msgspec.msgpack.encode(BatchesState(place=self.epochs.state(), given=self._returned))
 
     def restore(self, data: bytes) -> None:
         """Continue from `state`; raises CheckpointError if it belongs to other data."""
         state = msgspec.msgpack.decode(data, type=BatchesState)
         self.epochs.restore(state.place)
-        self._given = state.given
+        self._returned = state.given
 
 
 def open_sets(
@@ -118,8 +118,7 @@ def open_sets(
 
     `held_out_builder`, if given, makes the held-out examples instead. For `batch_size` and
     `repeat_sampler` see `ListEpochs`. Streams are built as they are read. Raises DataError: see
-    `open_rows`, and for rows that cannot be used where the settings refuse them, or where none is
-    left.
+    `open_rows`, for bad rows if the settings refuse them, and if no usable row is left.
     """
     rows = open_rows(settings)
     for note in column_notes(settings, rows, builder.columns):

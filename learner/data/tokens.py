@@ -144,7 +144,7 @@ def render_chat(
 ) -> list[int]:
     """Return the token IDs of a conversation under the tokenizer's chat template.
 
-    Raises DataError without a template, and RowError where the template refuses the messages.
+    Raises DataError without a template, and RowError if the template refuses the messages.
     """
     from jinja2.exceptions import TemplateError
 

@@ -43,7 +43,7 @@ class Answers:
     max_tokens: int = DEFAULT_LENGTH
 
     def check(self, examples: Sequence[E]) -> None:
-        """Log how many examples have no prompt; raise ConfigError where none has one."""
+        """Log how many examples have no prompt; raise ConfigError if none has one."""
         without = sum(not prompt_of(example, self.tokenizer) for example in examples)
         if examples and without == len(examples):
             raise ConfigError(

@@ -98,7 +98,7 @@ def precompute(
     began = time.monotonic()
     digests, sizes = _digests_and_sizes(scorer.inputs(batches))
 
-    # The file holds the token batches in the order of their digests, whatever this run's order is.
+    # The file holds the token batches in the order of their digests, not in this run's order.
     order = sorted(range(len(digests)), key=digests.__getitem__)
     starts = np.zeros(len(sizes), np.int64)
     starts[order] = np.cumsum([0, *(sizes[index].sum() for index in order)])[:-1]
@@ -152,7 +152,7 @@ def _compute(
     for index, tokens in enumerate(scorer.inputs(batches)):
         if stopped():
             log.info(
-                "reference log-probs: stopped after %d of %d micro-batches, as asked; they are not "
+                "reference log-probs: stopped after %d of %d micro-batches; they are not "
                 "stored, so a resumed run computes them again",
                 index,
                 len(starts),
