@@ -59,8 +59,12 @@ def save_checkpoint(
             "Free space, then continue with --run.resume."
         ) from error
 
-    if keep > 0:
-        _delete_old(checkpoints(folder)[:-keep], also)
+    kept = {f"step-{step:06d}" for step in also}
+    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
+        if old.name not in kept:
+            # Without this file, a folder that is half deleted does not count as a checkpoint.
+            (old / "state.json").unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -106,7 +110,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _commit(temporary: Path, final: Path) -> None:
-    """Give a complete folder its final name, in the place of one that has it already."""
+    """Give a complete folder its final name, replacing an earlier one of that name."""
     # A folder cannot be replaced in one step, and one that is half deleted would look finished.
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
@@ -118,15 +122,6 @@ def _commit(temporary: Path, final: Path) -> None:
     # Before older checkpoints are deleted: a power cut must leave at least one.
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _delete_old(old: list[Path], kept_steps: Collection[int]) -> None:
-    kept = {f"step-{step:06d}" for step in kept_steps}
-    for path in old:
-        if path.name not in kept:
-            # Without this file, a folder that is half deleted does not count as a checkpoint.
-            (path / "state.json").unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_tensors(path: Path) -> dict[str, mx.array]:

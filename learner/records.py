@@ -1,4 +1,4 @@
-"""What a learner writes as it goes: `metrics.jsonl`, `rollouts.jsonl` and its events."""
+"""What a learner writes as it runs: `metrics.jsonl`, `rollouts.jsonl` and its events."""
 
 import logging
 import math
@@ -32,11 +32,14 @@ class Records:
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """Append one line of metrics; numbers that are not finite become null."""
-        line = {"step": step, "time_s": round(time.time() - self.started_at, 3)}
-        self._append("metrics.jsonl", [line | {k: _finite(v) for k, v in values.items()}])
+        line: dict[str, object] = {"step": step, "time_s": round(time.time() - self.started_at, 3)}
+        for name, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            line[name] = value if finite else None
+        self._append("metrics.jsonl", [line])
 
     def rollouts(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append groups: what was sampled, by which policy, and how it was rewarded."""
+        """Append groups: what was sampled, by which policy version, and its rewards."""
         self._append("rollouts.jsonl", lines)
 
     def event(self, event: AnyEvent) -> None:
@@ -47,7 +50,7 @@ class Records:
         """Move aside the lines that came after a checkpoint, which the resumed run writes again.
 
         `step` is the checkpoint's; `evaluated` the step of the newest evaluation begun by then.
-        Raises OSError where the disk is full; then nothing is moved.
+        Raises OSError if the disk is full; then nothing is moved.
         """
 
         def measured(line: dict[str, Any]) -> bool:
@@ -74,8 +77,8 @@ def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
     """Move the lines for which `away` holds to `<name>.undone.jsonl`, in order; return their count.
 
     A line that lacks the fields that `away` reads stays. A writer that is killed in between leaves
-    the lines in the file, perhaps in `<name>.undone.jsonl` too; the next call does not add them
-    there twice.
+    the lines in the file, and perhaps in `<name>.undone.jsonl` too; the next call does not add them
+    twice.
     """
     if not path.is_file():
         return 0
@@ -123,9 +126,3 @@ def _add_once(path: Path, data: bytes) -> None:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

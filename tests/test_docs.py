@@ -81,10 +81,10 @@ def test_the_recipe_of_the_readme_gives_rewards(recipe: Path, monkeypatch: pytes
     assert (ROOT / run.model.path / "config.json").is_file()
     monkeypatch.chdir(recipe.parent)
     prompts = open_prompts(run.data, tiny_tokenizer.build(), seed=0)
-    assert (prompts.train.total, len(prompts.evaluation)) == (4, 2)
+    assert (prompts.total, len(prompts.evaluation)) == (4, 2)
 
     functions = runpy.run_path(str(recipe.parent / "my.py"))
-    prompt = prompts.train.next()
+    prompt = prompts.next()
     assert prompt is not None
     a, b = re.findall(r"\d+", prompt.row["prompt"][0]["content"])
     texts = [f" {int(a) + int(b)}\n", "0", f"{int(a) + int(b)}."]

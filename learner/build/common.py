@@ -1,4 +1,4 @@
-"""The parts that every learner is built from: its checkpoint, optimiser step and schedule."""
+"""What all learners are built from: checkpoint, optimiser step, schedule."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
@@ -111,26 +111,25 @@ def report_memory(
     reference: Reference | None,
     head: Head,
     *,
-    rows: int,
+    sequences: int,
     length: int,
     completion_length: int,
     shared_prompt: bool = False,
 ) -> None:
-    """Log the memory that a step will need; the arguments are those of `estimate_memory`."""
-    warn_if_too_large(
-        estimate_memory(
-            policy.model,
-            policy.config,
-            sequences=rows,
-            length=length,
-            completion_length=completion_length,
-            head=head,
-            gradient_checkpointing=settings.train.gradient_checkpointing,
-            reference=reference.model if reference is not None else None,
-            shared_prompt=shared_prompt,
-            length_bucket=settings.train.length_bucket,
-        )
+    """Log the memory that a step will need; for the arguments see `estimate_memory`."""
+    estimate = estimate_memory(
+        policy.model,
+        policy.config,
+        sequences=sequences,
+        length=length,
+        completion_length=completion_length,
+        head=head,
+        gradient_checkpointing=settings.train.gradient_checkpointing,
+        reference=reference.model if reference is not None else None,
+        shared_prompt=shared_prompt,
+        length_bucket=settings.train.length_bucket,
     )
+    warn_if_too_large(estimate)
 
 
 def schedule_of(settings: TrainingRun, total: int) -> Schedule:
@@ -145,7 +144,7 @@ def schedule_of(settings: TrainingRun, total: int) -> Schedule:
 
 
 def started_at(folder: Path) -> float:
-    """Return when the run began, in Unix s: the first time that it was assembled in this folder."""
+    """Return the Unix time at which the run was first assembled in this folder."""
     record = read_run(folder)
     if record.started_at is not None:
         return record.started_at

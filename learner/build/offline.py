@@ -1,4 +1,4 @@
-"""Puts an offline learner together: SFT or preference losses over a dataset.
+"""Puts an offline learner together, for SFT or preference training on a dataset.
 
 What distinguishes the methods is in `learner/objectives/methods.py`.
 """
@@ -27,7 +27,7 @@ from learner.objectives.methods import method_of
 from learner.offline.generated import DEFAULT_LENGTH, Answers
 from learner.offline.held_out import HeldOutEvaluator
 from learner.offline.reference_logprobs import Scorer, cache_folder, precompute
-from learner.offline.source import OfflineSets, open_offline
+from learner.offline.source import OfflineSource, open_offline
 from learner.records import Records
 from learner.trainer import Trainer
 from protocol.config.idle import idle
@@ -44,56 +44,58 @@ DEFAULT_LIMIT = 1024  # tokens per row of a stream without data.max_length, to e
 def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lambda: False) -> Run:
     """Build the offline run of `folder`: "sft" or "preference".
 
-    If `stopped` ends what comes before the first step, the run only saves.
+    If `stopped` interrupts what comes before the first step, the run only saves.
     """
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
     for line in idle(settings):
         log.warning(line)
-    mx.random.seed(settings.run.seed)  # what dropout draws
+    mx.random.seed(settings.run.seed)  # for dropout
 
     policy = load_policy(settings.model, seed=settings.run.seed)
     method = method_of(settings)
     reference = None
     if isinstance(settings, PreferenceRun) and method.needs_reference(settings):
         reference = make_reference(policy, settings.model)
-    sets = open_examples(settings, policy)
-    total = sets.train.total
+    source = open_examples(settings, policy)
+    total = source.total
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
 
-    _advise(settings, sets)
-    answering = _answers(settings, policy, sets.evaluation)
+    first = [] if settings.data.streaming else list(chain.from_iterable(source.first_batches()))
+    if advice := method.advice(settings, first):
+        log.warning(advice)
+    answering = _answers(settings, policy, source.evaluation)
     head = choose_head(policy.model, settings.train.head)
-    _estimate_memory(settings, policy, reference, head, sets)
+    _report_memory(settings, policy, reference, head, first)
     digests = run_digests(policy, reference)
     checkpoint = resume_point(settings.run.resume, policy, reference)
-    if reference is not None and _precompute(settings, reference, head, sets, stopped):
-        reference = None  # and with it the weights that only it holds
+    if reference is not None and _precompute(settings, reference, head, source, stopped):
+        reference = None  # frees the weights that only it holds
 
     reference_model = None if reference is None else reference.model
     objective = method.objective(settings, policy.model, head, reference_model)
     size = settings.eval.batch_size
-    evaluator = HeldOutEvaluator(policy.model, objective, sets.evaluation, size, answering)
+    evaluator = HeldOutEvaluator(policy.model, objective, source.evaluation, size, answering)
     trainer: Trainer[Any] = Trainer(
         policy.model,
-        sets.train,
+        source,
         objective,
         new_step(settings, policy, reference, total),
         Records(folder, started_at(folder)),
         schedule_of(settings, total),
-        evaluator if sets.evaluation else None,
+        evaluator if source.evaluation else None,
         resume_state=digests,
     )
 
     trainer.stopping = stopped()
     if checkpoint is not None:
-        sets.train.restore(checkpoint.source)
+        source.restore(checkpoint.source)
         trainer.restore(checkpoint)
     return Run(trainer, policy, folder, settings.model.path)
 
 
-def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any]:
+def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSource[Any]:
     """Open the examples that the run trains on and holds out."""
     return open_offline(
         settings.data,
@@ -105,17 +107,8 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSets[Any
     )
 
 
-def _advise(settings: OfflineRun, sets: OfflineSets[Any]) -> None:
-    """Warn where the settings do not suit the examples that the run will see."""
-    if settings.data.streaming:
-        return
-    examples = list(chain.from_iterable(sets.train.first_batches()))
-    if advice := method_of(settings).advice(settings, examples):
-        log.warning(advice)
-
-
 def _answers(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]) -> Answers | None:
-    """Return what answers held-out prompts, if the settings ask for it; checked."""
+    """Return what answers held-out prompts; None if the settings do not ask for it."""
     if not settings.eval.generate:
         return None
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
@@ -124,26 +117,25 @@ def _answers(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]
     return found
 
 
-def _estimate_memory(
+def _report_memory(
     settings: OfflineRun,
     policy: LoadedPolicy,
     reference: Reference | None,
     head: Head,
-    sets: OfflineSets[Any],
+    examples: list[Any],
 ) -> None:
-    """Log what a step over the longest examples takes; a stream's are as long as they may be."""
-    longest = settings.data.max_length or DEFAULT_LIMIT
-    if not settings.data.streaming:
-        longest = max(example.length for batch in sets.train.first_batches() for example in batch)
+    """Log the memory of a step over the longest of `examples`; without any, the longest allowed."""
+    limit = settings.data.max_length or DEFAULT_LIMIT
+    longest = max((example.length for example in examples), default=limit)
 
     method, train = method_of(settings), settings.train
-    examples = train.batch_size if method.needs_whole_batch(settings) else train.micro_batch_size
+    count = train.batch_size if method.needs_whole_batch(settings) else train.micro_batch_size
     report_memory(
         settings,
         policy,
         reference,
         head,
-        rows=examples * method.sequences,
+        sequences=count * method.sequences,
         length=longest,
         completion_length=longest,
     )
@@ -153,26 +145,23 @@ def _precompute(
     settings: OfflineRun,
     reference: Reference,
     head: Head,
-    sets: OfflineSets[Any],
+    source: OfflineSource[Any],
     stopped: Callable[[], bool],
 ) -> bool:
-    """Compute the examples' reference log-probs, if the settings ask for it; return whether all
-    have theirs now, which is not so if `stopped` ended it."""
+    """Precompute reference log-probs if the settings ask for it; return whether all are there."""
     layout = method_of(settings).reference_layout(settings)
     if layout is None:
         return False
     scorer = Scorer(reference, head, layout)
 
-    found = precompute(sets.train.first_batches(), scorer, cache_folder(), stopped)
+    found = precompute(source.first_batches(), scorer, cache_folder(), stopped)
     if found is None:
         return False
-    sets.train.replace_first(found)
+    source.replace_first(found)
 
-    held_out, size = sets.evaluation, settings.eval.batch_size
-    if not held_out:
-        return True
+    held_out, size = source.evaluation, settings.eval.batch_size
     batches = [held_out[start : start + size] for start in range(0, len(held_out), size)]
-    found = precompute(batches, scorer, cache_folder(), stopped)
+    found = precompute(batches, scorer, cache_folder(), stopped) if batches else []
     if found is None:
         return False
     held_out[:] = chain.from_iterable(found)

@@ -1,4 +1,4 @@
-"""Puts the learner of GRPO together: policy, reference, prompts, ledger, service, trainer.
+"""Puts the GRPO learner together: policy, reference, prompts, ledger, service, trainer.
 
 launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `new_coordinator` and
 `new_service`.
@@ -29,11 +29,10 @@ from learner.build.common import (
     started_at,
 )
 from learner.checkpoint import Checkpoint
-from learner.data.prompts import PromptSets, open_prompts
+from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings, ResumeReport
-from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
 from learner.model.trials import choose_head, choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
@@ -51,7 +50,6 @@ from protocol.config.idle import idle
 from protocol.config.load import load
 from protocol.config.settings import (
     GrpoRun,
-    GrpoTrain,
     ModelSettings,
     OnlineRun,
     builtins,
@@ -65,7 +63,6 @@ from protocol.transport.bridge import Bridge
 
 log = logging.getLogger("pippin.learner")
 
-DescribeGroup = Callable[[PromptGroup, int], dict[str, Any]]
 DEFAULT_PROMPT_LIMIT = 512  # tokens of a streamed prompt without data.max_prompt_length
 
 
@@ -94,7 +91,7 @@ class OnlinePlan:
     settings: OnlineRun
     model: ModelSettings
     policy: LoadedPolicy
-    prompts: PromptSets
+    prompts: PromptSource
     total_batches: int
 
 
@@ -105,7 +102,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     for line in idle(settings):
         log.warning(line)
 
-    mx.random.seed(settings.run.seed)  # dropout draws from it
+    mx.random.seed(settings.run.seed)  # for dropout
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
     prompts = open_prompts(
@@ -139,16 +136,16 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
         source.finish("the run is over")
 
 
-def total_batches(settings: OnlineRun, prompts: PromptSets) -> int:
-    """Return the run's batches: `train.max_steps`, or fewer if the prompts end before.
+def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
+    """Return the number of batches: `train.max_steps`, or fewer if the prompts end earlier.
 
-    Raises ConfigError if only the end of a stream would tell.
+    Raises ConfigError if it is unknown before a stream ends.
     """
     limits: list[int] = []
     if settings.train.max_steps >= 0:
         limits.append(settings.train.max_steps)
-    if prompts.train.total is not None:
-        limits.append(math.ceil(prompts.train.total / settings.train.batch_size))
+    if prompts.total is not None:
+        limits.append(math.ceil(prompts.total / settings.train.batch_size))
     if not limits:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
     return min(limits)
@@ -193,7 +190,7 @@ def new_coordinator(
     )
     coordinator = Coordinator(
         ledger,
-        plan.prompts.train,
+        plan.prompts,
         plan.prompts.evaluation,
         _welcome(plan, incarnation),
         {"train": train, "eval": evaluation},
@@ -237,7 +234,7 @@ def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
 
 
 def _report_losses(folder: Path, checkpointed: CoordinatorState, report: ResumeReport) -> None:
-    """Write lost.json: what was under way at the checkpoint, and what happened after it."""
+    """Write lost.json: what was in progress at the checkpoint, and what happened after it."""
     events = read_journal(folder / "ledger.jsonl", checkpointed.ledger.incarnation)
     after = events[checkpointed.events :]
     losses = losses_since_checkpoint(report, checkpointed.ledger, after)
@@ -277,15 +274,25 @@ def _new_trainer(
 
 
 def _new_objective(
-    settings: GrpoRun, plan: OnlinePlan, reference: Reference | None, describe: DescribeGroup
+    settings: GrpoRun,
+    plan: OnlinePlan,
+    reference: Reference | None,
+    describe: Callable[[PromptGroup, int], dict[str, Any]],
 ) -> GrpoObjective:
-    """Return the objective; its memory is estimated from the longest prompts there may be."""
+    """Return the objective, and log the memory that the longest possible prompts need."""
     policy, train = plan.policy, settings.train
     head = choose_head(policy.model, train.head)
-    share_prompt = _shares_prompt(train, policy, reference, head)
+    # A micro-batch that is one group computes its prompt only once.
+    share_prompt = train.micro_batch_size == 1 and choose_shared_prompt(
+        [policy.model] if reference is None else [policy.model, reference.model],
+        train.shared_prompt,
+        head=head,
+        gradient_checkpointing=train.gradient_checkpointing,
+        compiled=should_compile(train.compile),
+    )
 
     longest_completion = settings.sampling.max_completion_length
-    longest_prompt = plan.prompts.train.longest
+    longest_prompt = plan.prompts.epochs.longest
     if longest_prompt is None:
         longest_prompt = settings.data.max_prompt_length or DEFAULT_PROMPT_LIMIT
     report_memory(
@@ -293,7 +300,7 @@ def _new_objective(
         policy,
         reference,
         head,
-        rows=train.micro_batch_size * settings.sampling.num_generations,
+        sequences=train.micro_batch_size * settings.sampling.num_generations,
         length=longest_completion + longest_prompt,
         completion_length=longest_completion,
         shared_prompt=share_prompt,
@@ -309,18 +316,4 @@ def _new_objective(
         describe,
         reference=reference.model if reference is not None else None,
         share_prompt=share_prompt,
-    )
-
-
-def _shares_prompt(
-    train: GrpoTrain, policy: LoadedPolicy, reference: Reference | None, head: Head
-) -> bool:
-    """Return whether a micro-batch, which must be one group, computes its prompt only once."""
-    models = [policy.model] if reference is None else [policy.model, reference.model]
-    return train.micro_batch_size == 1 and choose_shared_prompt(
-        models,
-        train.shared_prompt,
-        head=head,
-        gradient_checkpointing=train.gradient_checkpointing,
-        compiled=should_compile(train.compile),
     )

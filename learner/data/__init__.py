@@ -1,4 +1,4 @@
-"""Dataset rows to prompts and examples: opened, prepared, tokenized, filtered, ordered, resumed.
+"""Dataset rows to prompts and examples: opened, prepared, tokenised, filtered, ordered, resumed.
 
-Nothing here loads MLX. Imported by every room that works on prompts or examples.
+Nothing here loads MLX. Any room that works on prompts or examples may import it.
 """

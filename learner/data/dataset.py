@@ -1,4 +1,4 @@
-"""Opens a dataset's rows: a function's, local JSON (`json_rows`), or anything `datasets` can read.
+"""Opens a dataset's rows: from a function, local JSON, or anything that `datasets` can read.
 
 `datasets` takes seconds to import, so it is loaded on use.
 """
@@ -6,21 +6,21 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from learner.data.functions import load_function
 from learner.data.json_rows import SUFFIXES as _JSON
 from learner.data.json_rows import open_json
-from learner.data.rows import Row, Rows, columns_of, joined
+from learner.data.rows import Row, Rows, columns_of, in_memory, joined
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 
 Loaded: TypeAlias = Any  # a Dataset or a dict of them, streamed or not
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_NOT_DATA = ("", ".md", ".txt", ".py")  # files that often lie beside data
+_NOT_DATA = ("", ".md", ".txt", ".py")  # often found beside data
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Always read as text: CSV readers turn 15 into a number, and NA into null.
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text")
@@ -69,10 +69,7 @@ def _require_train(path: str, split: str) -> None:
 
 
 def _from_function(path: str, *, streaming: bool) -> Rows:
-    """Return the rows that a function makes: it takes no argument and returns or yields dicts.
-
-    For a stream, each pass calls it again and takes rows as they are needed.
-    """
+    """Return the rows of a function without arguments; each pass over a stream calls it again."""
     make = load_function(path, "data.path")
 
     def scan(start: int) -> Iterator[Row]:
@@ -85,10 +82,7 @@ def _from_function(path: str, *, streaming: bool) -> Rows:
     if streaming:
         return Rows(path, columns_of(scan(0)), scan)
 
-    rows = list(scan(0))
-    return Rows(
-        path, columns_of(rows), lambda start: iter(rows[start:]), rows.__getitem__, len(rows)
-    )
+    return in_memory(path, list(scan(0)))
 
 
 # ---- the files of a folder or pattern -------------------------------------------------------
@@ -109,7 +103,9 @@ def _split_files(path: str) -> dict[str, list[Path]]:
 
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if _has_card(folder):
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        if text.startswith("---") and "data_files" in text:
             return {}
         base = str(folder.absolute())
         found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
@@ -120,20 +116,6 @@ def _split_files(path: str) -> dict[str, list[Path]]:
         str(split): [Path(name) for name in names if Path(name).suffix.lower() not in _NOT_DATA]
         for split, names in found.items()
     }
-
-
-def _suffixes(files: Sequence[Path]) -> set[str]:
-    """Return the suffixes of files; all JSON ones count as ".json"."""
-    found = {file.suffix.lower() for file in files}
-    return {".json" if suffix in _JSON else suffix for suffix in found}
-
-
-def _has_card(folder: Path) -> bool:
-    card = folder / "README.md"
-    if not card.is_file():
-        return False
-    text = card.read_text(encoding="utf-8", errors="replace")
-    return text.startswith("---") and "data_files" in text
 
 
 # ---- through `datasets` ----------------------------------------------------------------------
@@ -179,7 +161,8 @@ def _load(settings: DataSettings, path: str, split: str) -> Loaded:
     if (local.is_dir() or _is_pattern(path)) and settings.name is None:
         found = _split_files(path)
         files = found.get(split, [])
-        endings = _suffixes(files)
+        suffixes = {file.suffix.lower() for file in files}
+        endings = {".json" if suffix in _JSON else suffix for suffix in suffixes}
         if endings == {".json"}:
             parts = [open_json(file, streaming=settings.streaming) for file in files]
             return joined(f"{path} ({split})", parts)
@@ -213,7 +196,7 @@ def _load_files(settings: DataSettings, files: list[str], suffix: str, split: st
 
 
 def _one_split(loaded: Loaded, path: str, split: str) -> Loaded:
-    """Return the split that was asked for; a set saved alone is "train" or its own split's name."""
+    """Return the requested split; a set saved alone is "train", or the split that it came from."""
     if not isinstance(loaded, dict):
         loaded = dict.fromkeys(("train", str(loaded.split or "train")), loaded)
 

@@ -1,10 +1,9 @@
-"""Examples in order, epoch after epoch, with exact resume: the interface, and lists in memory.
+"""Examples epoch after epoch, with exact resume: the interface, and its version for lists.
 
 For streams see `streams.py`.
 """
 
 import hashlib
-from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -15,7 +14,7 @@ from protocol.errors import CheckpointError, DataError
 
 
 class HasLength(Protocol):
-    """A prompt, or an example of some kind; `length` in tokens, of its longest side."""
+    """A prompt, or an example of any kind; `length`: tokens of its longest side."""
 
     @property
     def length(self) -> int: ...
@@ -26,12 +25,12 @@ T_co = TypeVar("T_co", bound=HasLength, covariant=True)
 
 
 class EpochState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an iteration stands, and what guards against resuming it over other data.
+    """The position of an iteration, and checks against resuming it over other data.
 
-    The next example is in `epoch`; of a list, `taken` examples before it were given. Of a stream,
-    `taken` rows were read up to its block, and `given` examples of the block were given.
-    `size`: examples per epoch, None for a stream. `digest`: of all examples in file order, "" for a
-    stream. `order`: in words, everything that decides the order.
+    The next example is in `epoch`. For a list, `taken` examples of that epoch came before it. For a
+    stream, `taken` rows were read before its block, and `given` examples of the block came before
+    it. `size`: examples per epoch, None for a stream. `digest`: of all examples in file order, ""
+    for a stream. `order`: everything that decides the order, in words.
     """
 
     epoch: int
@@ -69,7 +68,7 @@ class EpochIterator(Protocol[T_co]):
 
 
 class ListEpochs(Generic[T]):
-    """Epochs over examples in memory.
+    """Epochs over examples in memory; see `EpochIterator`.
 
     `batch_size` matters for the order "length_grouped", and for "torch_randperm" with
     `repeat_sampler`: as in TRL's RepeatSampler (GRPO), one generator serves all epochs, and
@@ -101,18 +100,20 @@ class ListEpochs(Generic[T]):
         self._seed = seed
         self._batch_size = batch_size
         self._lengths = [example.length for example in examples]
-        self._digest = _digest(examples)
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(msgspec.msgpack.encode(example))
+        self._digest = digest.hexdigest()
         self._order_words = f"{settings.order}, run.seed {seed}"
         if settings.order == "length_grouped" or self._repeat_sampler:
             self._order_words += f", train.batch_size {batch_size}"
 
         self._epoch = 0
         self._taken = 0
-        self._orders: dict[int, IndexArray] = {}  # only the latest epoch asked for
+        self._orders: dict[int, IndexArray] = {}  # of the latest epoch only
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
         return max(self._lengths, default=0)
 
     def order(self, epoch: int) -> IndexArray:
@@ -131,7 +132,6 @@ class ListEpochs(Generic[T]):
         return self._orders[epoch]
 
     def next(self) -> T | None:
-        """Return the next example, or None once at the end of each epoch."""
         if self._taken == self.size:
             self._epoch, self._taken = self._epoch + 1, 0
             return None
@@ -139,7 +139,6 @@ class ListEpochs(Generic[T]):
         return self.examples[int(self.order(self._epoch)[self._taken - 1])]
 
     def state(self) -> EpochState:
-        """Return where the next example comes from."""
         return EpochState(
             epoch=self._epoch,
             taken=self._taken,
@@ -149,7 +148,6 @@ class ListEpochs(Generic[T]):
         )
 
     def restore(self, state: EpochState) -> None:
-        """Continue from `state`; raises CheckpointError if it belongs to other data."""
         if state.size != self.size:
             had = "a stream" if state.size is None else f"{state.size} usable rows"
             raise CheckpointError(
@@ -163,10 +161,3 @@ class ListEpochs(Generic[T]):
             )
         state.require_order(self._order_words)
         self._epoch, self._taken = state.epoch, state.taken
-
-
-def _digest(examples: Sequence[object]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(msgspec.msgpack.encode(example))
-    return digest.hexdigest()

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from learner.data.filter import Builder, Report
 from learner.data.row_tokens import (
     SideTokens,
-    tokenize_answer,
-    tokenize_pair,
-    tokenize_sequence,
+    tokenise_answer,
+    tokenise_pair,
+    tokenise_sequence,
     with_explicit_prompt,
 )
 from learner.data.rows import Json, Row, RowError, json_row
@@ -70,7 +70,6 @@ class UnpairedExample:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
@@ -88,7 +87,6 @@ class SftExample:
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence."""
         return len(self.input_ids)
 
 
@@ -106,12 +104,7 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
     """Build pairs from rows with chosen, rejected and, unless it is implicit, prompt."""
 
     def build(number: int, row: Row, report: Report) -> tuple[PreferenceExample]:
-        chosen, rejected = tokenize_pair(
-            tokenizer,
-            row,
-            max_length=settings.max_length,
-            truncation_mode=settings.truncation_mode,
-        )
+        chosen, rejected = tokenise_pair(tokenizer, row, settings)
         score = _score(row.get("preference_score"))
         if chosen.truncated or rejected.truncated:
             report.note_truncated(number)
@@ -120,11 +113,8 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
         rejected_prompt, rejected_ids = _with_context(rejected)
         if (chosen_prompt, chosen_ids) == (rejected_prompt, rejected_ids):
             report.note_identical(number)
-        return (
-            PreferenceExample(
-                number, chosen_prompt, chosen_ids, rejected_prompt, rejected_ids, score
-            ),
-        )
+        sides = chosen_prompt, chosen_ids, rejected_prompt, rejected_ids
+        return (PreferenceExample(number, *sides, score),)
 
     return Builder(build, PAIR_COLUMNS)
 
@@ -132,7 +122,7 @@ def pairs(settings: ExampleData, tokenizer: Tokenizer) -> Builder[PreferenceExam
 def answers(settings: ExampleData, tokenizer: Tokenizer) -> Builder[UnpairedExample]:
     """Build judged answers from rows with prompt, completion and label, or from pairs.
 
-    As in TRL, a pair is a good answer and a bad one, each tokenized on its own. One of them may be
+    As in TRL, a pair is a good answer and a bad one, each tokenised on its own. One of them may be
     dropped alone, where its prompt leaves it no room.
     """
 
@@ -174,13 +164,7 @@ def _judged_side(
     settings: ExampleData, tokenizer: Tokenizer, row: Row, column: str, label: Json
 ) -> SideTokens:
     """Return the tokens of the answer in `column`, which must have a label."""
-    side = tokenize_answer(
-        tokenizer,
-        row,
-        max_length=settings.max_length,
-        truncation_mode=settings.truncation_mode,
-        column=column,
-    )
+    side = tokenise_answer(tokenizer, row, settings, column)
     if label is None:
         raise RowError("missing_column", f"no label; the row has {sorted(row)}")
     if label not in (0, 1, False, True):
@@ -194,13 +178,7 @@ def sequences(
     """Build sequences from rows with messages, text, or prompt and completion."""
 
     def build(number: int, row: Row, report: Report) -> tuple[SftExample]:
-        tokens = tokenize_sequence(
-            tokenizer,
-            row,
-            max_length=settings.max_length,
-            truncation_mode=settings.truncation_mode,
-            completion_only=completion_only_loss,
-        )
+        tokens = tokenise_sequence(tokenizer, row, settings, completion_only=completion_only_loss)
         if tokens.truncated:
             report.note_truncated(number)
         return (SftExample(number, tokens.input_ids, tokens.completion_mask),)
@@ -209,7 +187,7 @@ def sequences(
 
 
 def with_rows(builder: Builder[E]) -> Builder[E]:
-    """Make `builder` put each row into its examples: the columns that reward functions get.
+    """Return a builder whose examples also hold their row as JSON, for reward functions.
 
     For held-out rows only: the rows of a large training set would fill the memory. A pair's
     implicit prompt is made explicit; columns that JSON cannot hold are left out.
@@ -220,27 +198,20 @@ def with_rows(builder: Builder[E]) -> Builder[E]:
         examples = builder.build(number, row, report)
         if of_pairs and row.get("prompt") is None:
             row = with_explicit_prompt(row)
-        row_json = msgspec.json.encode(_json_columns(row))
+
+        columns: Row = {}
+        for column, value in row.items():
+            with suppress(RowError):  # an image, say; GRPO would not send it to rewards either
+                columns |= json_row({column: value})
+        row_json = msgspec.json.encode(columns)
         return tuple(example and replace(example, row_json=row_json) for example in examples)
 
     return replace(builder, build=build)
 
 
-def _json_columns(row: Row) -> Row:
-    found: Row = {}
-    for column, value in row.items():
-        try:
-            found |= json_row({column: value})
-        except RowError:  # an image, say; GRPO would not send it to a reward function either
-            continue
-    return found
-
-
 def _with_context(side: SideTokens) -> tuple[list[int], list[int]]:
-    """Return prompt and completion; an empty prompt gets the first token, which nothing predicts.
-
-    TRL leaves that token out of the loss by its shift.
-    """
+    """Return prompt and completion; an empty prompt gets the first token: nothing predicts it."""
+    # TRL's shift leaves that token out of the loss.
     prompt, completion = side.prompt_ids, side.completion_ids
     if not prompt:
         prompt, completion = completion[:1], completion[1:]

@@ -1,4 +1,4 @@
-"""Rows to examples: rows that cannot be used are left out, and reported by number and reason."""
+"""Turns rows into examples; unusable rows are left out, and reported by number and reason."""
 
 import logging
 from collections import Counter
@@ -12,13 +12,13 @@ from learner.data.rows import ReadRow, Row, RowError
 from protocol.errors import DataError
 
 log = logging.getLogger("pippin.data")
-row_log = logging.getLogger("pippin.data.rows")  # single rows: a display may show only a few
+row_log = logging.getLogger("pippin.data.rows")  # one line per row: a display may show only a few
 
 T = TypeVar("T")
-Policy = Literal["drop", "error"]  # about a row that cannot be used
+Policy = Literal["drop", "error"]  # for rows that cannot be used
 
 _LISTED = 1000  # rows named in a report; beyond that they are only counted
-_LISTED_IN_ERROR = 5  # per reason, where no row is left
+_LISTED_IN_ERROR = 5  # per reason, if no row is left
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Builder(Generic[T]):
-    """How the examples of one row are built, and what sets one kind of example apart.
+    """How the examples of one row are built, for one kind of example.
 
-    `build(number, row, report)` returns the row's examples, with None in the place of one that
-    cannot be used, and raises RowError where none can. `columns` are those that it reads; None:
-    any. `rows_per_block`: see `in_blocks`. `policies` maps a kind of RowError to the key of
-    `[data]` that decides about it, where that is not `on_bad_row`, and to what it says.
+    `build(number, row, report)` returns the row's examples, with None in place of one that cannot
+    be used, and raises RowError if none can. `columns`: those that it reads; None: any.
+    `rows_per_block`: see `in_blocks`. `policies`: for kinds of RowError that `on_bad_row` does not
+    govern, the key of `[data]` that does, and its value.
     """
 
     build: Callable[[int, Row, Report], Places[T]]
@@ -119,9 +119,9 @@ class RowFilter(Generic[T]):
     on_bad_row: Policy
 
     def __call__(self, number: int, read: ReadRow) -> Places[T] | None:
-        """Return a row's examples, or None for a row that is left out or dropped.
+        """Return a row's examples; None if it is left out or dropped.
 
-        Raises DataError for a bad row where the settings say "error".
+        Raises DataError for a bad row if the settings say "error".
         """
         try:
             if isinstance(read, RowError):
@@ -154,7 +154,7 @@ class RowFilter(Generic[T]):
 
 
 def require_some(report: Report) -> None:
-    """Refuse a dataset of which no row is left."""
+    """Raise DataError if no row can be used."""
     if report.kept:
         return
 

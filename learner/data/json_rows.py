@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-from learner.data.rows import Json, ReadRow, Row, RowError, Rows, columns_of
+from learner.data.rows import Json, ReadRow, Row, RowError, Rows, columns_of, in_memory
 from protocol.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -41,14 +41,7 @@ def open_json(path: Path, *, streaming: bool) -> Rows:
     if rows is None:
         return _lines(path, streaming=streaming, strict=document)
 
-    items = [_row(row, f"row {number}") for number, row in enumerate(rows)]
-    return Rows(
-        str(path),
-        columns_of(items),
-        lambda start: (_copied(item) for item in islice(items, start, None)),
-        lambda index: _copied(items[index]),
-        len(items),
-    )
+    return in_memory(str(path), [_row(row, f"row {number}") for number, row in enumerate(rows)])
 
 
 def _document(path: Path, *, required: bool) -> list[Json] | None:
@@ -64,10 +57,6 @@ def _document(path: Path, *, required: bool) -> list[Json] | None:
     if not required and not all(isinstance(item, dict) for item in found):
         return None
     return found
-
-
-def _copied(row: ReadRow) -> ReadRow:
-    return dict(row) if isinstance(row, dict) else row
 
 
 def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
@@ -91,19 +80,7 @@ def _lines(path: Path, *, streaming: bool, strict: bool) -> Rows:
     if streaming:
         return Rows(str(path), columns, scan)
 
-    offsets, numbers = _line_index(path)
-
-    def get(index: int) -> ReadRow:
-        with path.open("rb") as file:
-            file.seek(offsets[index])
-            return parsed(numbers[index], file.readline())
-
-    return Rows(str(path), columns, scan, get, len(offsets))
-
-
-def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
-    """Return byte offsets and line numbers (from 1) of the lines that are not empty."""
-    offsets, numbers = array("Q"), array("Q")
+    offsets, numbers = array("Q"), array("Q")  # bytes, lines from 1
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -111,7 +88,13 @@ def _line_index(path: Path) -> tuple["array[int]", "array[int]"]:
                 offsets.append(offset)
                 numbers.append(number)
             offset += len(line)
-    return offsets, numbers
+
+    def get(index: int) -> ReadRow:
+        with path.open("rb") as file:
+            file.seek(offsets[index])
+            return parsed(numbers[index], file.readline())
+
+    return Rows(str(path), columns, scan, get, len(offsets))
 
 
 def _filled(line: bytes) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from learner.data.torch_order import torch_randperm
+from protocol.errors import ConfigError
 
 T = TypeVar("T")
 Order = Literal["shuffled", "sequential", "length_grouped", "torch_randperm"]
@@ -15,6 +15,8 @@ IndexArray: TypeAlias = npt.NDArray[np.int64]
 Places: TypeAlias = tuple[T | None, ...]  # a row's examples; None where one cannot be used
 
 MEGA_BATCHES = 50  # batches sorted together, as transformers' length-grouped sampler does
+# From this many rows on torch draws 64 bits per element (aten/src/ATen/native/TensorFactories.cpp).
+_TORCH_LIMIT = (2**32 - 1) // 20
 
 
 def epoch_order(
@@ -48,8 +50,32 @@ def epoch_order(
     return _length_grouped(shuffled, np.asarray(lengths), batch_size, _generator(seed, epoch, 1))
 
 
+def torch_randperm(count: int, seed: int, *, earlier: int = 0) -> npt.NDArray[np.int64]:
+    """Return torch.randperm(count) on CPU, from a generator seeded with `seed`, bit for bit.
+
+    `earlier`: how many permutations of the same length the generator made before this one.
+    """
+    if count >= _TORCH_LIMIT:
+        raise ConfigError(
+            f'data.order = "torch_randperm" serves up to {_TORCH_LIMIT} rows, got {count}; use '
+            '"shuffled"'
+        )
+
+    bits = np.random.RandomState(seed % 2**32)  # MT19937, seeded by the same recurrence as torch
+    draws = np.zeros(0, np.int64)
+    for _ in range(earlier + 1):
+        draws = bits.randint(0, 2**32, size=max(count - 1, 0), dtype=np.uint32).astype(np.int64)
+
+    # Fisher-Yates from the front, with torch's modulo (and so with its bias).
+    targets = np.arange(max(count - 1, 0)) + draws % np.arange(count, 1, -1)
+    order = list(range(count))
+    for index, target in enumerate(targets.tolist()):
+        order[index], order[target] = order[target], order[index]
+    return np.asarray(order, dtype=np.int64)
+
+
 def permuted(items: Sequence[T], *entropy: int) -> list[T]:
-    """Return the items in an order that `entropy` decides."""
+    """Return the items shuffled by a generator that `entropy` seeds."""
     return [items[place] for place in _generator(*entropy).permutation(len(items))]
 
 
@@ -79,8 +105,8 @@ def by_place(rows: Iterable[Places[T]]) -> list[T]:
 def in_blocks(rows: Iterable[tuple[int, Places[T]]], size: int) -> list[T]:
     """Return the examples of numbered rows, ordered `by_place` within blocks of `size` numbers.
 
-    TRL splits KTO's pairs so, with `Dataset.map` in batches of 1,000 rows. Blocks of one row keep
-    the order of the rows.
+    TRL splits KTO's pairs like this, with `Dataset.map` in batches of 1,000 rows. Blocks of one row
+    keep the order of the rows.
     """
     blocks = groupby(rows, lambda numbered: numbered[0] // size)
     return [

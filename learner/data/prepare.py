@@ -1,4 +1,4 @@
-"""What is done to a row before it is tokenized: renaming, the user's function, system prompt."""
+"""Prepares rows: renames columns, calls the user's function, adds the system prompt."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ _PROMPT_NAMES = ("instruction", "question", "query", "input")  # what datasets c
 
 @dataclass(frozen=True)
 class Preparation:
-    """Turns a row as the dataset has it into one with the columns that training reads.
+    """Turns a dataset's row into one with the columns that training reads.
 
-    `columns` maps our names to the dataset's. Calling it returns None for a row to leave out, and
-    raises RowError for one that cannot be used.
+    `columns` maps our names to the dataset's. Returns None for a row to leave out, and raises
+    RowError for one that cannot be used.
     """
 
     columns: dict[str, str]
@@ -60,11 +60,11 @@ def preparation(settings: DataSettings, rows: Rows) -> Preparation:
 
 
 def column_notes(settings: DataSettings, rows: Rows, reads: Sequence[str] | None) -> list[str]:
-    """Return notes for the user: columns that nothing reads, and a prompt that is implicit.
+    """Return notes for the user: columns that nothing reads, and an implicit prompt.
 
-    `reads` are the columns that training reads; None: any, as where data.prepare may read them
-    all, so there is nothing to note. Raises DataError where data.columns gives a name that is
-    nearly one of `reads`.
+    `reads`: the columns that training reads; None: any. There are no notes then, nor with
+    data.prepare, which may read every column. Raises DataError if data.columns misspells one of
+    `reads`.
     """
     if settings.prepare or reads is None:
         return []
@@ -138,7 +138,7 @@ def _with_first(system: dict[str, str], prompt: Json) -> Json:
     if isinstance(prompt, str):
         return [system, {"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        return prompt  # refused, with its reason, when it is tokenized
+        return prompt  # refused, with its reason, when it is tokenised
 
     messages = cast("list[Json]", prompt)
     first = messages[0] if messages else None

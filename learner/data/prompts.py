@@ -1,20 +1,18 @@
-"""Prompts for actors: dataset rows, rendered and tokenized before any is leased."""
+"""Prompts for actors: dataset rows, rendered and tokenised before they are leased."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from learner.data.batches import Batches
-from learner.data.epochs import EpochIterator
 from learner.data.filter import Builder, Report
 from learner.data.rows import Row, RowError, json_row
-from learner.data.sets import open_sets
+from learner.data.sets import Batches, Sets, open_sets
 from learner.data.tokens import Tokenizer, render_prompt
 from protocol.config.settings import PromptData
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its token IDs, and the row as JSON values, with `prompt` as it was given."""
+    """A prompt's token IDs, and its row as JSON values, with `prompt` as in the dataset."""
 
     row_key: int
     prompt_ids: list[int]
@@ -22,35 +20,19 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt."""
         return len(self.prompt_ids)
 
 
 class PromptSource(Batches[Prompt]):
-    """Prompts one at a time; `num_epochs` None gives them without end."""
+    """Prompts one at a time, endlessly if `num_epochs` is None."""
 
-    def __init__(
-        self, epochs: EpochIterator[Prompt], report: Report, num_epochs: float | None
-    ) -> None:
-        super().__init__(epochs, report, batch_size=1, num_epochs=num_epochs)
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest prompt; None for a stream."""
-        return self.epochs.longest
+    def __init__(self, sets: Sets[Prompt], num_epochs: float | None) -> None:
+        super().__init__(sets, batch_size=1, num_epochs=num_epochs)
 
     def next(self) -> Prompt | None:
         """Return the next prompt, or None after the last epoch."""
         batch = self.next_batch()
         return batch[0] if batch else None
-
-
-@dataclass(frozen=True)
-class PromptSets:
-    """Prompts to train on, and held-out ones, which are never trained on."""
-
-    train: PromptSource
-    evaluation: list[Prompt]
 
 
 def open_prompts(
@@ -61,7 +43,7 @@ def open_prompts(
     epochs: float | None = 1.0,
     batch_size: int = 1,
     repeat_sampler: bool = False,
-) -> PromptSets:
+) -> PromptSource:
     """Open the prompts that `settings` name; see `open_sets`."""
     sets = open_sets(
         settings,
@@ -70,11 +52,11 @@ def open_prompts(
         batch_size=batch_size,
         repeat_sampler=repeat_sampler,
     )
-    return PromptSets(PromptSource(sets.train, sets.report, epochs), sets.held_out)
+    return PromptSource(sets, epochs)
 
 
 def prompts(settings: PromptData, tokenizer: Tokenizer) -> Builder[Prompt]:
-    """Build prompts from rows with a prompt; reward functions may read any other column."""
+    """Build prompts; rows keep their other columns, which reward functions may read."""
     limit = settings.max_prompt_length
 
     def build(number: int, row: Row, _: Report) -> tuple[Prompt]:

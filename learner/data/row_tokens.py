@@ -1,6 +1,6 @@
 """Preference and fine-tuning rows to token IDs, equal to TRL 1.16.0's DPO, KTO and SFT trainers.
 
-Every method uses DPO's tokenization: prompt and answer are encoded together, and the completion
+Every method uses DPO's tokenisation: prompt and answer are encoded together, and the completion
 begins where that encoding differs from the prompt's own, so a token that straddles the boundary
 belongs to the completion. TRL's experimental ORPO and CPO differ: they step one token back there,
 append another EOS after a chat template's end of turn, and truncate the answer before the prompt.
@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from learner.data.rows import Json, Row, RowError, check_text
 from learner.data.tokens import (
@@ -22,9 +22,10 @@ from learner.data.tokens import (
     render_chat,
     template_options,
 )
+from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 
-TruncationMode = Literal["keep_start", "keep_end"]
+_UNCUT = ExampleData(max_length=None)
 Content = str | Messages
 
 
@@ -56,7 +57,7 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     """Split off the implicit prompt, the longest common prefix, as TRL's `extract_prompt`.
 
     Where one answer is the beginning of the other, its last character or message stays an answer. A
-    space before the boundary goes to the answers. TRL looks for that space even where nothing is
+    space before the boundary goes to the answers. TRL looks for that space even if nothing is
     shared, and then sees the last character; we move nothing there.
     """
     index = min(common_prefix_length(chosen, rejected), min(len(chosen), len(rejected)) - 1)
@@ -66,8 +67,8 @@ def extract_prompt(chosen: Content, rejected: Content) -> tuple[Content, Content
     return chosen[:index], chosen[index:], rejected[index:]
 
 
-def tokenize_pair(
-    tokenizer: Tokenizer, row: Row, *, max_length: int | None, truncation_mode: TruncationMode
+def tokenise_pair(
+    tokenizer: Tokenizer, row: Row, settings: ExampleData
 ) -> tuple[SideTokens, SideTokens]:
     """Return the tokens of chosen and rejected of a preference row; the prompt may be implicit.
 
@@ -81,17 +82,12 @@ def tokenize_pair(
     prompt_ids, sequences = _encoded(tokenizer, row, prompt, [chosen, rejected])
     # One boundary for both, so that they have the same context.
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
-    sides = [_truncated(ids, start, max_length, truncation_mode) for ids in sequences]
+    sides = [_truncated(ids, start, settings) for ids in sequences]
     return sides[0], sides[1]
 
 
-def tokenize_answer(
-    tokenizer: Tokenizer,
-    row: Row,
-    *,
-    max_length: int | None,
-    truncation_mode: TruncationMode,
-    column: str = "completion",
+def tokenise_answer(
+    tokenizer: Tokenizer, row: Row, settings: ExampleData, column: str = "completion"
 ) -> SideTokens:
     """Return the tokens of a row with prompt and an answer in `column`. Raises RowError."""
     prompt, completion = _content(row, "prompt"), _content(row, column)
@@ -99,11 +95,11 @@ def tokenize_answer(
     _require_same_kind(**{"prompt": prompt, column: completion})
     prompt_ids, (sequence,) = _encoded(tokenizer, row, prompt, [completion])
     start = common_prefix_length(prompt_ids, sequence)
-    return _truncated(sequence, start, max_length, truncation_mode)
+    return _truncated(sequence, start, settings)
 
 
 def with_explicit_prompt(row: Row) -> Row:
-    """Return a pair's row with a prompt, split off chosen and rejected where it is implicit.
+    """Return a pair's row with a prompt, split off chosen and rejected if it is implicit.
 
     Raises RowError where an answer is missing, empty, or of another kind than the other.
     """
@@ -122,13 +118,8 @@ def with_explicit_prompt(row: Row) -> Row:
     return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def tokenize_sequence(
-    tokenizer: Tokenizer,
-    row: Row,
-    *,
-    max_length: int | None,
-    truncation_mode: TruncationMode,
-    completion_only: bool | None = None,
+def tokenise_sequence(
+    tokenizer: Tokenizer, row: Row, settings: ExampleData, *, completion_only: bool | None = None
 ) -> SequenceTokens:
     """Return the tokens of a row for SFT: `messages`, `text`, or `prompt` and `completion`.
 
@@ -136,11 +127,13 @@ def tokenize_sequence(
     makes the last of `messages`, which must be the assistant's, the completion, as mlx-lm's
     `mask_prompt` does. Raises RowError.
     """
+    if row.get("prompt") is None and row.get("messages") is None and row.get("text") is None:
+        raise _missing(row, "text", "no text, messages, or prompt and completion")
     if completion_only and row.get("prompt") is None:
         row = _with_last_answer(row)
 
     if row.get("prompt") is not None:
-        side = tokenize_answer(tokenizer, row, max_length=None, truncation_mode="keep_start")
+        side = tokenise_answer(tokenizer, row, _UNCUT)
         prompt_counts = 1 if completion_only is False else 0
         ids = side.prompt_ids + side.completion_ids
         mask = [prompt_counts] * len(side.prompt_ids) + [1] * len(side.completion_ids)
@@ -148,12 +141,13 @@ def tokenize_sequence(
         ids = _whole(tokenizer, row)
         mask = [1] * len(ids)
 
-    truncated = max_length is not None and len(ids) > max_length
-    kept = _kept(max_length, truncation_mode)
+    limit = settings.max_length
+    truncated = limit is not None and len(ids) > limit
+    kept = _kept(settings)
     ids, mask = ids[kept], mask[kept]
     if not any(mask[1:]):
         if truncated:
-            raise RowError("prompt_too_long", f"no completion token is left of {max_length} tokens")
+            raise RowError("prompt_too_long", f"no completion token is left of {limit} tokens")
         raise RowError("empty_answer", "no token is predicted: the first one has no context")
 
     return SequenceTokens(ids, mask, truncated)
@@ -161,14 +155,12 @@ def tokenize_sequence(
 
 def _with_last_answer(row: Row) -> Row:
     """Return a row of messages with the last one as `completion`, the others as `prompt`."""
-    if row.get("messages") is None and row.get("text") is not None:
+    if row.get("messages") is None:
         raise RowError(
             "missing_column",
             "text has no prompt, which objective.completion_only_loss = true leaves out of the "
             "loss; leave that key out, or make prompt and completion of the text in data.prepare",
         )
-    if row.get("messages") is None:
-        raise _missing(row, "text", "no text, messages, or prompt and completion")
 
     messages = check_messages(row["messages"], "messages")
     role = messages[-1]["role"]
@@ -191,8 +183,6 @@ def _whole(tokenizer: Tokenizer, row: Row) -> list[int]:
             _require_answer(messages, "the last answer of messages")
         return render_chat(tokenizer, messages, template_options(row))
 
-    if row.get("text") is None:
-        raise _missing(row, "text", "no text, messages, or prompt and completion")
     text = _content(row, "text")
     if not isinstance(text, str):
         raise RowError(
@@ -226,29 +216,29 @@ def _with_eos(tokenizer: Tokenizer, text: str) -> str:
     return text if text.endswith(eos) else text + eos
 
 
-def _truncated(
-    ids: list[int], start: int, max_length: int | None, mode: TruncationMode
-) -> SideTokens:
+def _truncated(ids: list[int], start: int, settings: ExampleData) -> SideTokens:
     """Return at most `max_length` of the tokens, whose completion begins at `start`."""
-    if max_length is not None and mode == "keep_start" and start >= max_length:
+    limit, keeps_start = settings.max_length, settings.truncation_mode == "keep_start"
+    if limit is not None and keeps_start and start >= limit:
         raise RowError(
             "prompt_too_long",
-            f"the prompt's {start} tokens fill data.max_length = {max_length}; no completion token "
-            "is left",
+            f"the prompt's {start} tokens fill data.max_length = {limit}; no completion token is "
+            "left",
         )
     if len(ids) == start:
         raise RowError("empty_answer", "the answer adds no token to the prompt")
 
-    removed = max(len(ids) - max_length, 0) if max_length is not None else 0
-    kept = ids[_kept(max_length, mode)]
-    boundary = start if mode == "keep_start" else max(start - removed, 0)
+    kept = ids[_kept(settings)]
+    removed = len(ids) - len(kept)
+    boundary = start if keeps_start else max(start - removed, 0)
     return SideTokens(kept[:boundary], kept[boundary:], truncated=removed > 0)
 
 
-def _kept(max_length: int | None, mode: TruncationMode) -> slice:
-    if max_length is None:
+def _kept(settings: ExampleData) -> slice:
+    limit = settings.max_length
+    if limit is None:
         return slice(None)
-    return slice(None, max_length) if mode == "keep_start" else slice(-max_length, None)
+    return slice(None, limit) if settings.truncation_mode == "keep_start" else slice(-limit, None)
 
 
 def _content(row: Row, column: str) -> Content:

@@ -1,4 +1,4 @@
-"""The rows of a dataset: how they are read, and what is wrong with one that cannot be used."""
+"""The rows of a dataset: how they are read, and the error of a row that cannot be used."""
 
 import datetime
 import decimal
@@ -57,6 +57,17 @@ def columns_of(rows: Iterable[ReadRow]) -> list[str]:
     """Return the columns of the first rows, in the order in which they appear."""
     sampled = (row for row in islice(rows, _SAMPLED_ROWS) if not isinstance(row, RowError))
     return list(dict.fromkeys(key for row in sampled for key in row))
+
+
+def in_memory(name: str, items: Sequence[ReadRow]) -> Rows:
+    """Return rows that are all loaded."""
+    return Rows(
+        name,
+        columns_of(items),
+        lambda start: islice(items, start, None),
+        items.__getitem__,
+        len(items),
+    )
 
 
 def joined(name: str, parts: Sequence[Rows]) -> Rows:

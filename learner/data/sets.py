@@ -1,16 +1,19 @@
-"""Opens a dataset: reads and filters its rows, holds some out, puts the rest in order.
+"""Opens a dataset: reads and filters its rows, holds some out, and puts the rest in batches.
 
-Prompts and every kind of offline example are opened by this one function; a `Builder` says what is
-built from a row.
+Prompts and every kind of offline example are opened by `open_sets`; a `Builder` says what is built
+from a row.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Generic
 
+import msgspec
+
 from learner.data.dataset import open_rows
-from learner.data.epochs import EpochIterator, ListEpochs, T
+from learner.data.epochs import EpochIterator, EpochState, ListEpochs, T
 from learner.data.filter import Builder, Report, RowFilter, log, require_some
 from learner.data.order import Places, epoch_order, in_blocks
 from learner.data.prepare import column_notes, preparation
@@ -34,6 +37,74 @@ class Sets(Generic[T]):
     report: Report
 
 
+class BatchesState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the next batch comes from: the place in the epochs, and the batches before it."""
+
+    place: EpochState
+    given: int
+
+
+class Batches(Generic[T]):
+    """Batches of `batch_size` examples in a deterministic order, with exact resume.
+
+    The last batch of an epoch may be smaller. Ends after `max_batches`, else after `num_epochs`
+    (part of an epoch means that part of its batches, rounded up; of a stream, all of them), else
+    never. `evaluation`: the held-out examples. `report` says which rows were left out; that of a
+    stream grows as it is read.
+    """
+
+    def __init__(
+        self,
+        sets: Sets[T],
+        *,
+        batch_size: int,
+        num_epochs: float | None,
+        max_batches: int | None = None,
+    ) -> None:
+        self.report = sets.report
+        self.epochs = sets.train
+        self.evaluation = sets.held_out
+        self.batch_size = batch_size
+        self._num_epochs = num_epochs
+        self._max_batches = max_batches
+        self._returned = 0
+
+    @property
+    def total(self) -> int | None:
+        """Number of batches; None if endless, or unknown before a stream ends."""
+        if self._max_batches is not None:
+            return self._max_batches
+        if self._num_epochs is None or self.epochs.size is None:
+            return None
+        return math.ceil(self._num_epochs * math.ceil(self.epochs.size / self.batch_size))
+
+    def next_batch(self) -> list[T] | None:
+        """Return the next batch, or None after the last."""
+        while not self._over():
+            # At the end of an epoch `next` returns None, so that a batch is of one epoch.
+            batch = list(islice(iter(self.epochs.next, None), self.batch_size))
+            if batch:
+                self._returned += 1
+                return batch
+        return None
+
+    def _over(self) -> bool:
+        total = self.total
+        if total is not None:
+            return self._returned >= total
+        return self._num_epochs is not None and self.epochs.state().epoch >= self._num_epochs
+
+    def state(self) -> bytes:
+        """Return what a resume needs."""
+        return msgspec.msgpack.encode(BatchesState(place=self.epochs.state(), given=self._returned))
+
+    def restore(self, data: bytes) -> None:
+        """Continue from `state`; raises CheckpointError if it belongs to other data."""
+        state = msgspec.msgpack.decode(data, type=BatchesState)
+        self.epochs.restore(state.place)
+        self._returned = state.given
+
+
 def open_sets(
     settings: DataSettings,
     builder: Builder[T],
@@ -47,24 +118,23 @@ def open_sets(
 
     `held_out_builder`, if given, makes the held-out examples instead. For `batch_size` and
     `repeat_sampler` see `ListEpochs`. Streams are built as they are read. Raises DataError: see
-    `open_rows`, and for rows that cannot be used where the settings refuse them, or where none is
-    left.
+    `open_rows`, for bad rows if the settings refuse them, and if no usable row is left.
     """
     rows = open_rows(settings)
     for note in column_notes(settings, rows, builder.columns):
         log.info(note)
     row_filter = _filter(settings, rows, builder)
-    keep = replace(row_filter, builder=held_out_builder or builder)  # with the same report
+    held_out_filter = replace(row_filter, builder=held_out_builder or builder)  # the same report
 
-    # Held-out examples come from rows of their own, or from the first training rows.
+    # Held-out examples come from another dataset or split, or from the training rows.
     held_out = _from_other_rows(settings, held_out_builder or builder)
     count = settings.eval_rows if held_out is None else 0
     if rows.length is None:
-        taken, skip = _first(keep, enumerate(rows.scan(0)), count)
+        taken, skip = _first(held_out_filter, enumerate(rows.scan(0)), count)
         train = StreamEpochs(rows, row_filter, settings, seed=seed, skip=skip)
         row_filter.report.kept = 0  # count training rows only
     else:
-        taken, numbers = _hold_out(keep, rows, count)
+        taken, numbers = _hold_out(held_out_filter, rows, count)
         row_filter.report.kept = 0
         numbered = rows.pick(_capped(numbers, settings, seed))
         examples = in_blocks(row_filter.keep(numbered), builder.rows_per_block)
@@ -84,11 +154,11 @@ def _filter(settings: DataSettings, rows: Rows, builder: Builder[T]) -> RowFilte
 
 
 def _from_other_rows(settings: DataSettings, builder: Builder[T]) -> list[Places[T]] | None:
-    """Return what the rows of `eval_path` or `eval_split` make; None without either.
+    """Return the examples of `eval_path` or `eval_split`, of `eval_rows` rows at most if set.
 
-    At most `eval_rows` rows are used, if it is set.
+    None if neither is set.
     """
-    # launch/pairs.py has neither: it evaluates nothing.
+    # launch/pairs.py evaluates nothing, so its settings have neither.
     if not isinstance(settings, GrpoData | ExampleData):
         return None
     if not settings.eval_path and not settings.eval_split:

@@ -1,4 +1,4 @@
-"""Examples of a stream, epoch after epoch: read, shuffled in a buffer and built as needed."""
+"""Examples of a stream, epoch after epoch."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from protocol.errors import CheckpointError, DataError
 
 
 class StreamEpochs(Generic[T]):
-    """Epochs over a stream: rows are read, shuffled in a finite buffer and tokenized as needed.
+    """Epochs over a stream: rows are read, shuffled in a finite buffer and tokenised as needed.
 
-    `skip` rows at the start are held out. Examples come by blocks of rows (see `in_blocks`). Under
-    data.order = "shuffled" the examples of a block are shuffled too, so that KTO's good and bad
-    answers are mixed. Rows that are dropped are logged as they come, in the first pass.
+    `skip` rows at the start are held out. Examples are built per block of rows (see `in_blocks`).
+    With data.order = "shuffled" the examples of a block are shuffled too, so that KTO's good and
+    bad answers are mixed. The first pass logs each row that it drops.
 
-    Resuming reads the rows before its block again without tokenizing them. The report's counts
-    start from zero then.
+    Resuming rereads the rows before its block without tokenising them, and the report's counts
+    start from zero. `next` raises DataError if a whole pass yields no example.
     """
 
     size = None
@@ -55,10 +55,6 @@ class StreamEpochs(Generic[T]):
         self._numbered: Iterator[tuple[int, ReadRow]] | None = None
 
     def next(self) -> T | None:
-        """Return the next example, or None once at the end of each epoch.
-
-        Raises DataError where a whole pass gave no example.
-        """
         while not self._block:
             if not self._read_block():
                 self._end_epoch()
@@ -89,7 +85,6 @@ class StreamEpochs(Generic[T]):
         return self._read > self._block_start
 
     def _examples(self, number: int, read: ReadRow) -> Places[T] | None:
-        """Return a row's examples; log what is dropped from the first pass."""
         report = self._filter.report
         before = len(report.dropped_rows)
         examples = self._filter(number, read)
@@ -110,7 +105,7 @@ class StreamEpochs(Generic[T]):
         self._epoch, self._read, self._numbered = self._epoch + 1, 0, None
 
     def _pass(self) -> Iterator[tuple[int, ReadRow]]:
-        """Return one pass over the rows after the held-out ones, with their numbers."""
+        """Return one pass over the rows after the held-out ones, numbered."""
         rows = enumerate(self._rows.scan(self._skip), self._skip)
         capped = islice(rows, self._settings.max_rows)
         if self._settings.order == "sequential":
@@ -119,12 +114,10 @@ class StreamEpochs(Generic[T]):
         return buffered_shuffle(capped, size, seed=self._seed, epoch=self._epoch)
 
     def state(self) -> EpochState:
-        """Return where the next example comes from."""
         taken, given = (self._block_start, self._given) if self._block else (self._read, 0)
         return EpochState(epoch=self._epoch, taken=taken, given=given, order=self._order_words)
 
     def restore(self, state: EpochState) -> None:
-        """Continue from `state`; raises CheckpointError if it belongs to other data."""
         if state.size is not None:
             raise CheckpointError(
                 f"the checkpoint was made with {state.size} rows in memory, but data.streaming "

@@ -19,7 +19,6 @@ Tokenizer: TypeAlias = Any  # transformers' or mlx-lm's; neither is typed
 Messages = list[dict[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXT_PARTS = ("text",)
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
@@ -61,26 +60,25 @@ def check_messages(messages: Json, where: str) -> Messages:
 
         fields = cast("Mapping[str, Any]", message)
         content, calls = fields.get("content"), fields.get("tool_calls")
-        _check_role(fields.get("role"), at)
-        _check_calls(calls, at)
+        role = fields.get("role")
+        if role not in ROLES:
+            raise RowError(
+                "invalid_role", f"{at}.role is {role!r}; it must be one of {list(ROLES)}"
+            )
+        if not (calls is None or _all_mappings(calls)):
+            raise RowError(
+                "mixed_types", f"{at}.tool_calls must be a list of calls, each a mapping"
+            )
         _check_content(content, at, required=not calls)
 
-        checked.append({k: without_nulls(v) for k, v in fields.items() if v is not None})
+        checked.append({k: _without_nulls(v) for k, v in fields.items() if v is not None})
         checked[-1].setdefault("content", content)  # templates read it, even beside tool calls
     return checked
 
 
-def _check_role(role: Json, at: str) -> None:
-    if role not in ROLES:
-        raise RowError("invalid_role", f"{at}.role is {role!r}; it must be one of {list(ROLES)}")
-
-
-def _check_calls(calls: Json, at: str) -> None:
-    if calls is None:
-        return
-    listed = cast("list[Any]", calls) if isinstance(calls, list) else [None]
-    if not all(isinstance(call, Mapping) for call in listed):
-        raise RowError("mixed_types", f"{at}.tool_calls must be a list of calls, each a mapping")
+def _all_mappings(value: Json) -> bool:
+    items = cast("list[Any]", value)
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in items)
 
 
 def _check_content(content: Json, at: str, *, required: bool) -> None:
@@ -94,20 +92,20 @@ def _check_content(content: Json, at: str, *, required: bool) -> None:
 
     for part in cast("list[Any]", content):
         kind = cast("Any", part).get("type") if isinstance(part, Mapping) else _type(part)
-        if kind not in _TEXT_PARTS:
+        if kind != "text":
             raise RowError(
                 "unsupported", f"{at}.content has a {kind!r} part; only text can be trained"
             )
         check_text(str(cast("Any", part).get("text") or ""), f"{at}.content")
 
 
-def without_nulls(value: Json) -> Json:
+def _without_nulls(value: Json) -> Json:
     """Return a copy of nested mappings and lists, without the nulls of mappings."""
     if isinstance(value, Mapping):
         items = cast("Mapping[str, Any]", value).items()
-        return {key: without_nulls(item) for key, item in items if item is not None}
+        return {key: _without_nulls(item) for key, item in items if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in cast("list[Any]", value)]
+        return [_without_nulls(item) for item in cast("list[Any]", value)]
     return value
 
 
@@ -118,7 +116,7 @@ def template_options(row: Row) -> dict[str, Any]:
     """
     kwargs = _loaded(row, "chat_template_kwargs", Mapping) or {}
     tools = _loaded(row, "tools", list) or None  # some templates announce even an empty list
-    return {**without_nulls(kwargs), "tools": without_nulls(tools)}
+    return {**_without_nulls(kwargs), "tools": _without_nulls(tools)}
 
 
 def _loaded(row: Row, column: str, kind: type) -> Json:
@@ -146,7 +144,7 @@ def render_chat(
 ) -> list[int]:
     """Return the token IDs of a conversation under the tokenizer's chat template.
 
-    Raises DataError without a template, and RowError where the template refuses the messages.
+    Raises DataError without a template, and RowError if the template refuses the messages.
     """
     from jinja2.exceptions import TemplateError
 

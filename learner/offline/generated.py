@@ -1,4 +1,4 @@
-"""Sampled answers in an offline evaluation: greedy completions of held-out prompts."""
+"""Greedy answers to held-out prompts, in an offline evaluation."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 
@@ -43,7 +43,7 @@ class Answers:
     max_tokens: int = DEFAULT_LENGTH
 
     def check(self, examples: Sequence[E]) -> None:
-        """Log how many examples have no prompt; raise ConfigError where none has one."""
+        """Log how many examples have no prompt; raise ConfigError if none has one."""
         without = sum(not prompt_of(example, self.tokenizer) for example in examples)
         if examples and without == len(examples):
             raise ConfigError(
@@ -68,9 +68,9 @@ class Answers:
         lines: list[dict[str, Any]] = []
         for start in range(0, len(items), self.batch_size):
             part = items[start : start + self.batch_size]
-            texts, lengths = self._generate([list(prompt) for prompt, _ in part])
-            for (_, example), text, length in zip(part, texts, lengths, strict=True):
-                lines.append(self._line(example, text, length, version))
+            answers = self._generate([list(prompt) for prompt, _ in part])
+            for (_, example), ids in zip(part, answers, strict=True):
+                lines.append(self._line(example, ids, version))
         self.model.train(training)
 
         if not lines:
@@ -82,8 +82,7 @@ class Answers:
             "eval/completions/clipped_ratio": sum(clipped) / len(lines),
         }, lines
 
-    def _generate(self, prompts: list[list[int]]) -> tuple[list[str], list[int]]:
-        """Return the texts of the answers, and their lengths in tokens."""
+    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
         from mlx_lm.generate import batch_generate
 
         response: Any = batch_generate(
@@ -94,10 +93,9 @@ class Answers:
             return_token_ids=True,
             completion_batch_size=self.batch_size,
         )
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response.token_ids]
-        return texts, [len(ids) for ids in response.token_ids]
+        return response.token_ids
 
-    def _line(self, example: Example, text: str, length: int, version: int) -> dict[str, Any]:
+    def _line(self, example: Example, ids: list[int], version: int) -> dict[str, Any]:
         row = _row(example)
         prompt = _prompt(row)
         row.pop("prompt", None)
@@ -106,17 +104,17 @@ class Answers:
             "trained_at": version,
             "row": example.row,
             "prompt": prompt,
-            "completions": [text],
-            "lengths": [length],
-            "finish_reasons": ["length" if length >= self.max_tokens else "stop"],
+            "completions": [self.tokenizer.decode(ids, skip_special_tokens=True)],
+            "lengths": [len(ids)],
+            "finish_reasons": ["length" if len(ids) >= self.max_tokens else "stop"],
             "columns": row,
         }
 
 
 def prompt_of(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """Return the token IDs of the prompt of an example; none where it has no prompt.
+    """Return the token IDs of an example's prompt; empty if it has none.
 
-    In a sequence they come before the first token that counts. Where every token counts, they are
+    In a sequence they come before the first token that counts. If every token counts, they are
     those of the row's prompt or of the messages before the last assistant's, unless truncation left
     less of the row than that.
     """
@@ -127,20 +125,18 @@ def prompt_of(example: Example, tokenizer: Tokenizer) -> list[int]:
         return example.input_ids[:before]
 
     row = _row(example)
+    prompt = _prompt(row)
+    if not prompt:
+        return []
     try:
-        ids = _prompt_ids(tokenizer, row, _prompt(row))
+        if isinstance(prompt, str):
+            ids = encode(tokenizer, prompt)
+        else:
+            messages, options = check_messages(prompt, "the prompt"), template_options(row)
+            ids = render_chat(tokenizer, messages, options, add_generation_prompt=True)
     except RowError:  # a template that accepts the conversation, but not its beginning
         return []
     return ids if len(ids) <= example.length else []
-
-
-def _prompt_ids(tokenizer: Tokenizer, row: Row, prompt: Json) -> list[int]:
-    if not prompt:
-        return []
-    if isinstance(prompt, str):
-        return encode(tokenizer, prompt)
-    messages = check_messages(prompt, "the prompt")
-    return render_chat(tokenizer, messages, template_options(row), add_generation_prompt=True)
 
 
 def _prompt(row: Row) -> Json:

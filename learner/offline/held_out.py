@@ -1,11 +1,11 @@
-"""The evaluation of held-out examples during offline training."""
+"""Evaluates held-out examples during offline training."""
 
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,26 +15,23 @@ from learner.interfaces import Objective
 from learner.losses.metrics import Metrics, finish_batches, merge_metrics, number
 
 Evaluated = tuple[int, dict[str, float], list[dict[str, Any]]]  # version, metrics, rollouts
+Answer: TypeAlias = Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
 @dataclass
 class HeldOutEvaluator(Generic[E]):
     """Runs the objective over held-out examples, without a gradient, as training would.
 
-    Metrics are means over all that was counted, as one batch of all examples would have them; the
-    loss is the mean of the batches' losses, weighted by examples, as TRL's.
-
-    `answers`, if given, also answers their prompts: it returns metrics and lines for
-    rollouts.jsonl.
+    Metrics are those of one batch that holds all examples. The loss is, as in TRL, the mean of the
+    batches' losses weighted by their examples. `answers`, if given, answers the prompts, and
+    returns metrics and lines for rollouts.jsonl.
     """
 
     model: nn.Module
     objective: Objective[list[E], Any]
     examples: Sequence[E]
     batch_size: int
-    answers: Callable[[Sequence[E], int], tuple[dict[str, float], list[dict[str, Any]]]] | None = (
-        None
-    )
+    answers: Answer[E] | None = None
     pending: bool = False
     _result: Evaluated | None = field(default=None)
 
@@ -44,31 +41,27 @@ class HeldOutEvaluator(Generic[E]):
         total = 0.0
         for start in range(0, len(self.examples), self.batch_size):
             batch = list(self.examples[start : start + self.batch_size])
-            loss, merged = self._batch(batch)
+            loss = 0.0
+            merged = Metrics()
+            for arrays in self.objective.prepare(batch).micro:
+                value, metrics = self.objective.loss(self.model, arrays)
+                loss += number(value)
+                merged = merge_metrics(merged, metrics)
+
+            mx.eval(merged)
             total += loss * len(batch)
             found.append((merged, len(batch)))
 
         figures = finish_batches(found)
-        metrics = {f"eval/{name}": value for name, value in figures.items()}
-        metrics["eval/loss"] = total / max(len(self.examples), 1)
-        metrics["eval/rows"] = float(len(self.examples))
+        result = {f"eval/{name}": value for name, value in figures.items()}
+        result["eval/loss"] = total / max(len(self.examples), 1)
+        result["eval/rows"] = float(len(self.examples))
 
         lines: list[dict[str, Any]] = []
         if self.answers is not None:
             lengths, lines = self.answers(self.examples, version)
-            metrics |= lengths
-        self._result = (version, metrics, lines)
-
-    def _batch(self, batch: list[E]) -> tuple[float, Metrics]:
-        """Return a batch's loss and its metrics, evaluated."""
-        loss = 0.0
-        merged = Metrics()
-        for arrays in self.objective.prepare(batch).micro:
-            value, metrics = self.objective.loss(self.model, arrays)
-            loss += number(value)
-            merged = merge_metrics(merged, metrics)
-        mx.eval(merged)
-        return loss, merged
+            result |= lengths
+        self._result = (version, result, lines)
 
     def poll(self) -> Evaluated | None:
         """Return what `start` found, once."""

@@ -1,10 +1,10 @@
 """Reference log-probs for preference training, computed before the first step and stored.
 
-TRL's `precompute_ref_log_probs`: one pass of the reference over all examples, after which steps
+As with TRL's `precompute_ref_log_probs`, the reference passes over all examples once, and the steps
 need no reference. Results are stored beside the caches of `datasets` ($HF_DATASETS_CACHE, by
-default ~/.cache/huggingface/datasets), in the folder `pippin`. Their name is a digest of the token
-batches that the reference saw and of everything else that decides the numbers: runs with another
-order or seed find them where the micro-batches are the same, and stale ones are never found.
+default ~/.cache/huggingface/datasets), in the folder `pippin`. A file's name is a digest of the
+token batches that the reference saw and of everything else that decides the numbers: runs with
+another order or seed find it if their micro-batches are the same, and stale files are never found.
 
 An example is computed in its micro-batch of the first epoch. With micro-batches of one example, or
 in sequential order, every epoch has the same ones, and the numbers are bit for bit those that the
@@ -89,16 +89,16 @@ def precompute(
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[Any]] | None:
-    """Return the batches with reference log-probs in their examples; None if it was `stopped`.
+    """Return the batches with reference log-probs in their examples; None if `stopped`.
 
-    They are read from `folder` if it has them. Otherwise they are computed and, if there is room on
-    the disk, stored there. A damaged file counts as absent. `stopped` is asked before every
-    micro-batch; if it says so, nothing is stored.
+    They are read from `folder` if it has them, else computed and, if the disk has room, stored
+    there. A damaged file counts as absent. `stopped` is called before every micro-batch; once it
+    returns True, nothing is stored.
     """
     began = time.monotonic()
     digests, sizes = _digests_and_sizes(scorer.inputs(batches))
 
-    # The file holds the token batches in the order of their digests, whatever this run's order is.
+    # The file holds the token batches in the order of their digests, not in this run's order.
     order = sorted(range(len(digests)), key=digests.__getitem__)
     starts = np.zeros(len(sizes), np.int64)
     starts[order] = np.cumsum([0, *(sizes[index].sum() for index in order)])[:-1]
@@ -152,7 +152,7 @@ def _compute(
     for index, tokens in enumerate(scorer.inputs(batches)):
         if stopped():
             log.info(
-                "reference log-probs: stopped after %d of %d micro-batches, as asked; they are not "
+                "reference log-probs: stopped after %d of %d micro-batches; they are not "
                 "stored, so a resumed run computes them again",
                 index,
                 len(starts),

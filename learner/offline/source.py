@@ -1,20 +1,17 @@
-"""Offline experience: batches of dataset examples, as the trainer's source."""
+"""Batches of dataset examples, as the trainer's source."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic
 
-from learner.data.batches import Batches
 from learner.data.epochs import ListEpochs
 from learner.data.examples import E, with_rows
 from learner.data.filter import Builder
-from learner.data.sets import open_sets
+from learner.data.sets import Batches, open_sets
 from protocol.config.settings import DataSettings
 from protocol.errors import ConfigError
 
 
 class OfflineSource(Batches[E]):
-    """Batches for the trainer (its `Source`): nothing is waited for, nothing is published."""
+    """The trainer's `Source` of offline batches; it never waits, and publishes nothing."""
 
     exhausted = False
 
@@ -26,7 +23,7 @@ class OfflineSource(Batches[E]):
 
     def stepped(self, version: int) -> None:
         """Log what became of a stream's rows after its last batch."""
-        if version == self.total and self.streamed:
+        if version == self.total and self.epochs.size is None:
             self.report.log(listed=0)  # each was logged when it was read
 
     def figures(self) -> dict[str, float]:
@@ -61,14 +58,6 @@ class OfflineSource(Batches[E]):
         return self.epochs, self.epochs.order(0)[:count].tolist()
 
 
-@dataclass(frozen=True)
-class OfflineSets(Generic[E]):
-    """Batches to train on, and held-out examples, which are never trained on."""
-
-    train: OfflineSource[E]
-    evaluation: list[E]
-
-
 def open_offline(
     settings: DataSettings,
     builder: Builder[E],
@@ -77,11 +66,11 @@ def open_offline(
     batch_size: int,
     epochs: float = 1.0,
     max_steps: int = -1,
-) -> OfflineSets[E]:
-    """Open the examples that `settings` name; `builder` is one of `learner/data/examples.py`.
+) -> OfflineSource[E]:
+    """Open the examples that `settings` name; `learner/data/examples.py` has the builders.
 
     Batches end after `max_steps` if positive, else after `epochs`. Held-out examples hold their
-    rows. Raises DataError, as `open_sets`, and ConfigError for a part of a stream's epoch.
+    rows. Raises DataError like `open_sets`, and ConfigError for a fraction of a stream's epoch.
     """
     sets = open_sets(
         settings, builder, seed=seed, batch_size=batch_size, held_out_builder=with_rows(builder)
@@ -92,11 +81,9 @@ def open_offline(
             "give a whole number, or train.max_steps"
         )
 
-    source = OfflineSource(
-        sets.train,
-        sets.report,
+    return OfflineSource(
+        sets,
         batch_size=batch_size,
         num_epochs=epochs,
         max_batches=max_steps if max_steps > 0 else None,
     )
-    return OfflineSets(source, sets.held_out)

@@ -194,7 +194,7 @@ def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
     def full() -> Iterator[list[SftExample]]:
         done = 0
         while done < plan.steps:
-            batch = source.train.next_batch() or []
+            batch = source.next_batch() or []
             if len(batch) == plan.rows:  # another shape would be compiled anew
                 done += 1
                 yield batch

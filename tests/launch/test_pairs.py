@@ -105,7 +105,7 @@ def test_best_and_worst_from_actors_and_rewards(tmp_path, capfd):
     policy = load_policy(ModelSettings(path=str(base), dtype="float32"), seed=0)
     data = ExampleData(path=str(tmp_path / "runs/p/pairs.jsonl"), order="sequential")
     sets = open_offline(data, pairs(data, policy.tokenizer), seed=0, batch_size=8)
-    examples = sets.train.next_batch()
+    examples = sets.next_batch()
     assert examples is not None
     assert len(examples) == len(lines)
     for example, line in zip(examples, lines, strict=True):

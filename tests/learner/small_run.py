@@ -6,6 +6,7 @@ from typing import Any
 from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
+from learner.data.sets import Sets
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.online.coordinator import Coordinator
@@ -28,7 +29,7 @@ def prompts(count: int = 8) -> PromptSource:
     settings = DataSettings(order="sequential")
     rows = [prompt(number) for number in range(count)]
     epochs = ListEpochs(rows, settings, seed=0, batch_size=1)
-    return PromptSource(epochs, Report("rows"), None)
+    return PromptSource(Sets(epochs, [], Report("rows")), None)
 
 
 LIMITS = LedgerSettings(

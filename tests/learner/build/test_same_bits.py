@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from learner.build.offline import assemble_offline
+from protocol.run_record import Program, RunRecord, write_run
 from tests.tiny import write_model_folder
 
 STEPS, ROWS, BATCH = 6, 10, 4
@@ -34,7 +35,7 @@ class Bench:
     """A model and a dataset on disk, and runs over them."""
 
     folder: Path
-    kind: str
+    kind: Program
 
     def run(
         self,
@@ -60,6 +61,8 @@ class Bench:
             f"[train]\nbatch_size = {BATCH}\nmicro_batch_size = 2\nlength_bucket = 8\n"
             "num_train_epochs = 2\n"
         )
+        if not resume:
+            write_run(folder, RunRecord(program=self.kind))
         run = assemble_offline(folder, self.kind)
         rows: list[list[int]] = []
         prepare = run.trainer.objective.prepare

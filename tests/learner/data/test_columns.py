@@ -141,7 +141,7 @@ def test_columns_of_other_methods_are_read_by_nothing(
     if method != "sft":
         run = PreferenceRun(data=data, objective=PreferenceSettings(method=method))
     policy: Any = Policy(tiny_tokenizer.build())
-    assert len(open_examples(run, policy).train.first_batches()) == 1
+    assert len(open_examples(run, policy).first_batches()) == 1
     assert caplog.messages[0] == f"{path}: nothing reads the columns {unread}; {SET}"
     assert "no column prompt" not in caplog.text
 

@@ -83,7 +83,7 @@ def test_the_files_of_a_folder_are_read_row_by_row(tmp_path, name, streaming):
 def opened(path, *, batch_size=1, **settings):
     settings = ExampleData(path=path, **settings)
     build = pairs(settings, ByteTokenizer())
-    return open_offline(settings, build, seed=1, batch_size=batch_size, max_steps=8).train
+    return open_offline(settings, build, seed=1, batch_size=batch_size, max_steps=8)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

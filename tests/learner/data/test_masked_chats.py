@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from mlx_lm.tuner.datasets import ChatDataset
 
-from learner.data.row_tokens import SequenceTokens, tokenize_sequence
+from learner.data.row_tokens import SequenceTokens, tokenise_sequence
 from learner.data.rows import RowError
+from protocol.config.settings import ExampleData
 from tests.parity import tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "the"}
@@ -16,8 +17,8 @@ TOOLS = [{"type": "function", "function": {"name": "sky"}}]
 
 
 def tokens(row: dict[str, Any], only: bool | None = True, **options: Any) -> SequenceTokens:
-    settings = {"max_length": None, "truncation_mode": "keep_start", **options}
-    return tokenize_sequence(tiny_tokenizer.build(), row, completion_only=only, **settings)
+    settings = ExampleData(**{"max_length": None, **options})
+    return tokenise_sequence(tiny_tokenizer.build(), row, settings, completion_only=only)
 
 
 @pytest.mark.parametrize(

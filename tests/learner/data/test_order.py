@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from learner.data.epochs import ListEpochs
-from learner.data.order import buffered_shuffle, epoch_order
+from learner.data.order import buffered_shuffle, epoch_order, torch_randperm
 from learner.data.prompts import Prompt
-from learner.data.torch_order import torch_randperm
 from protocol.config.settings import DataSettings
 from protocol.errors import DataError
 

@@ -18,8 +18,7 @@ def _source(tmp_path, text, *, max_steps):
     path = f"{tmp_path}/made.py:rows"
     settings = ExampleData(path=path, streaming=True, shuffle_buffer=8)
     build = sequences(settings, ByteTokenizer())
-    sets = open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps)
-    return sets.train
+    return open_offline(settings, build, seed=0, batch_size=4, max_steps=max_steps)
 
 
 def test_a_streamed_function_is_asked_only_for_the_rows_that_are_trained_on(tmp_path):

@@ -9,17 +9,19 @@ import pytest
 from learner.data.row_tokens import (
     SideTokens,
     extract_prompt,
-    tokenize_answer,
-    tokenize_pair,
-    tokenize_sequence,
+    tokenise_answer,
+    tokenise_pair,
+    tokenise_sequence,
 )
 from learner.data.rows import RowError
 from learner.data.tokens import render_prompt
+from protocol.config.settings import ExampleData
 from protocol.errors import DataError
 
 PARITY = Path(__file__).parents[2] / "parity"
 MODELS = Path(__file__).parents[3].parent / "shared" / "models"
 USER = {"role": "user", "content": "Is the sky blue?"}
+UNCUT = ExampleData(max_length=None)
 ASSISTANT = {"role": "assistant", "content": "It is"}
 
 
@@ -54,13 +56,13 @@ def _side(side: SideTokens):
 
 
 def _ours(tokenizer, case):
-    options = {key: case[key] for key in ("max_length", "truncation_mode")}
+    settings = ExampleData(**{key: case[key] for key in ("max_length", "truncation_mode")})
     if case["trainer"] == "dpo":
-        return [_side(side) for side in tokenize_pair(tokenizer, case["row"], **options)]
+        return [_side(side) for side in tokenise_pair(tokenizer, case["row"], settings)]
     if case["trainer"] == "kto":
-        return [_side(tokenize_answer(tokenizer, case["row"], **options))]
+        return [_side(tokenise_answer(tokenizer, case["row"], settings))]
     only = case["completion_only"]
-    tokens = tokenize_sequence(tokenizer, case["row"], **options, completion_only=only)
+    tokens = tokenise_sequence(tokenizer, case["row"], settings, completion_only=only)
     return [{"input_ids": tokens.input_ids, "mask": tokens.completion_mask}]
 
 
@@ -96,7 +98,7 @@ def test_rows_have_trls_tokens_with_real_tokenizers(name):
 
 def test_a_straddling_token_belongs_to_the_completion(chat):
     row = {"prompt": "The sky is ", "chosen": "blue", "rejected": "the 42"}
-    chosen, rejected = tokenize_pair(chat, row, max_length=None, truncation_mode="keep_start")
+    chosen, rejected = tokenise_pair(chat, row, UNCUT)
     # "Ġblu" + "e" are one and a half tokens over the prompt's final space.
     assert chat.decode(chosen.prompt_ids) == "The sky is"
     assert chat.decode(chosen.completion_ids) == " blue<|im_end|>"
@@ -185,14 +187,14 @@ def test_unusable_prompts_say_why(chat, row, kind, words):
 )
 def test_unusable_pairs_say_why(chat, row, kind):
     with pytest.raises(RowError) as error:
-        tokenize_pair(chat, row, max_length=None, truncation_mode="keep_start")
+        tokenise_pair(chat, row, UNCUT)
     assert error.value.kind == kind
 
 
 def test_a_conversation_that_ends_with_an_empty_answer_says_so(chat):
     row = {"messages": [USER, {**ASSISTANT, "content": ""}]}
     with pytest.raises(RowError, match="the last answer of messages is empty") as error:
-        tokenize_sequence(chat, row, max_length=None, truncation_mode="keep_start")
+        tokenise_sequence(chat, row, UNCUT)
     assert error.value.kind == "empty_answer"
 
 

@@ -44,7 +44,7 @@ def sides(examples):
 def test_pairs_become_trls_answers_in_its_order(tmp_path, tokenizer, case, streaming):
     rows = case["rows"] if "rows" in case else numbered_pairs(case["count"])
     limit = case["max_length"]
-    source = opened(tmp_path, tokenizer, rows, max_length=limit, streaming=streaming).train
+    source = opened(tmp_path, tokenizer, rows, max_length=limit, streaming=streaming)
     found = [
         {
             "input_ids": example.prompt_ids + example.completion_ids,
@@ -68,7 +68,7 @@ ROWS = [
 
 
 def test_rows_of_both_kinds_and_their_faults(tmp_path, tokenizer):
-    source = opened(tmp_path, tokenizer, ROWS, max_length=3).train
+    source = opened(tmp_path, tokenizer, ROWS, max_length=3)
     assert sides(given(source)) == [(0, True), (1, False), (2, True), (0, False)]
     assert source.report.kept == 3
     assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [
@@ -103,9 +103,9 @@ def test_held_out_rows_bring_both_their_answers_and_are_not_trained_on(tmp_path,
     held_out = [example.row for example in sets.evaluation]
     assert held_out[:2] == held_out[2:]  # not one pair's answers next to each other
     assert [example.label for example in sets.evaluation] == [True, True, False, False]
-    trained = {example.row for example in given(sets.train)}
+    trained = {example.row for example in given(sets)}
     assert trained == set(range(6)) - set(held_out)
-    capped = opened(tmp_path, tokenizer, rows, max_rows=2).train
+    capped = opened(tmp_path, tokenizer, rows, max_rows=2)
     assert sides(given(capped)) == [(0, True), (1, True), (0, False), (1, False)]
 
 
@@ -117,26 +117,24 @@ def test_streamed_answers_resume_exactly(tmp_path, tokenizer, order, taken):
     rows[9:9] = [{"prompt": "a", "completion": "b", "label": True}]
     shared = {"streaming": True, "order": order, "shuffle_buffer": 4, "epochs": 3, "batch_size": 9}
     shared["block"] = 5
-    whole = opened(tmp_path, tokenizer, rows, **shared).train
+    whole = opened(tmp_path, tokenizer, rows, **shared)
     batches = [sides(batch) for batch in iter(whole.next_batch, None)]
     assert len(batches) == 12  # 29 answers an epoch
     seen = sorted(itertools.chain(*batches[:4]))
     assert seen == sorted(itertools.chain(*batches[4:8]))
     assert len(set(seen)) == 29
     assert (batches[:4] == batches[4:8]) == (order == "sequential")
-    source = opened(tmp_path, tokenizer, rows, **shared).train
+    source = opened(tmp_path, tokenizer, rows, **shared)
     for _ in range(taken):
         source.next_batch()
-    again = opened(tmp_path, tokenizer, rows, **shared).train
+    again = opened(tmp_path, tokenizer, rows, **shared)
     again.restore(source.state())
     assert [sides(batch) for batch in iter(again.next_batch, None)] == batches[taken:]
 
 
 def test_a_shuffled_stream_mixes_good_and_bad_answers(tmp_path, tokenizer):
     rows = numbered_pairs(600)
-    source = opened(
-        tmp_path, tokenizer, rows, streaming=True, order="shuffled", shuffle_buffer=50
-    ).train
+    source = opened(tmp_path, tokenizer, rows, streaming=True, order="shuffled", shuffle_buffer=50)
     labels = [example.label for example in given(source)]
     assert len(labels) == 1200
     # of 600 draws without replacement from as many of each, deviation about 8.7

@@ -61,7 +61,7 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
     for number, (row, _) in list(bad.items())[:100]:
         rows.insert(number, row)
     settings = data_of(tmp_path, rows, max_length=64)
-    source = _open(settings).train
+    source = _open(settings)
     trained = sorted(itertools.chain(*_numbers(source)))
     assert len(trained) == source.report.kept == 1000
     assert set(trained).isdisjoint(bad)
@@ -76,7 +76,7 @@ def test_a_hundred_bad_rows_among_a_thousand_are_reported_and_the_rest_train(tmp
 def test_a_score_that_weighs_no_loss_is_a_bad_row(tmp_path):
     scores = [10**400, 10**300, -0.5, float("nan"), float("-inf"), "2", 0]
     rows = [{**_pair(at), "preference_score": score} for at, score in enumerate(scores)]
-    source = _open(data_of(tmp_path, rows, order="sequential")).train
+    source = _open(data_of(tmp_path, rows, order="sequential"))
     assert [(bad.row, bad.kind) for bad in source.report.dropped_rows] == [
         (0, "mixed_types"), (2, "invalid_score"), (3, "mixed_types"), (4, "mixed_types"),
         (5, "mixed_types"),
@@ -93,7 +93,7 @@ def test_on_bad_row_error_stops_at_the_first(tmp_path):
 
 def test_sequential_follows_the_file_and_the_last_batch_is_what_is_left(tmp_path):
     rows = [_pair(number) for number in range(10)]
-    source = _open(data_of(tmp_path, rows, order="sequential"), epochs=1.5).train
+    source = _open(data_of(tmp_path, rows, order="sequential"), epochs=1.5)
     assert source.total == 5  # 1.5 of 3 batches, rounded up
     first = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert _numbers(source) == first + first[:2]
@@ -103,20 +103,20 @@ def test_sequential_follows_the_file_and_the_last_batch_is_what_is_left(tmp_path
 def test_batches_resume_exactly(tmp_path, streaming):
     rows = [_pair(number) for number in range(22)]
     settings = data_of(tmp_path, rows, streaming=streaming, shuffle_buffer=6)
-    source = _open(settings, epochs=3).train
+    source = _open(settings, epochs=3)
     before = [source.next_batch() for _ in range(8)]
     state = source.state()
     rest = _numbers(source)
-    again = _open(settings, epochs=3).train
+    again = _open(settings, epochs=3)
     again.restore(state)
     assert _numbers(again) == rest
     assert len(before) + len(rest) == 18
-    assert _numbers(_open(settings, epochs=3, seed=1).train)[8:] != rest
+    assert _numbers(_open(settings, epochs=3, seed=1))[8:] != rest
 
 
 def test_max_steps_goes_on_over_epochs(tmp_path):
     rows = [_pair(number) for number in range(8)]
-    source = _open(data_of(tmp_path, rows), max_steps=7).train
+    source = _open(data_of(tmp_path, rows), max_steps=7)
     batches = _numbers(source)
     assert source.total == len(batches) == 7
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(8))
@@ -124,7 +124,7 @@ def test_max_steps_goes_on_over_epochs(tmp_path):
 
 def test_the_first_batches_are_known_beforehand_and_can_be_replaced(tmp_path):
     settings = data_of(tmp_path, [_pair(number) for number in range(10)])
-    source = _open(settings, epochs=2).train
+    source = _open(settings, epochs=2)
     batches = source.first_batches()
     assert [len(batch) for batch in batches] == [4, 4, 2]
     source.replace_first([[replace(e, score=float(e.row)) for e in batch] for batch in batches])
@@ -133,20 +133,20 @@ def test_the_first_batches_are_known_beforehand_and_can_be_replaced(tmp_path):
         [e.row for e in batch] for batch in batches
     ]
     assert all(e.score == e.row for batch in trained for e in batch)
-    assert len(_open(settings, max_steps=2).train.first_batches()) == 2
-    streamed = _open(data_of(tmp_path, [_pair(0)], streaming=True), max_steps=1).train
+    assert len(_open(settings, max_steps=2).first_batches()) == 2
+    streamed = _open(data_of(tmp_path, [_pair(0)], streaming=True), max_steps=1)
     with pytest.raises(ConfigError, match=r"data\.streaming"):
         streamed.first_batches()
 
 
 def test_examples_hold_the_tokens_and_their_context(tmp_path):
     row = {"prompt": "ab", "chosen": "c", "rejected": "dd", "preference_score": 2}
-    example = _first(_open(data_of(tmp_path, [row])).train)[0]
+    example = _first(_open(data_of(tmp_path, [row])))[0]
     assert (example.prompt_ids, example.chosen_ids) == ([97, 98], [99, 4])
     assert (example.rejected_prompt_ids, example.rejected_ids) == ([97, 98], [100, 100, 4])
     assert (example.score, example.length) == (2.0, 5)
     settings = data_of(tmp_path, [row], max_length=3, truncation_mode="keep_end")
-    source = _open(settings).train
+    source = _open(settings)
     example = _first(source)[0]
     # Rejected is cut to its three answer tokens: the first of them is the context of the rest.
     assert (example.prompt_ids, example.chosen_ids) == ([98], [99, 4])
@@ -157,12 +157,12 @@ def test_examples_hold_the_tokens_and_their_context(tmp_path):
 def test_answers_carry_their_label_and_sequences_their_mask(tmp_path):
     settings = data_of(tmp_path, [{"prompt": "a", "completion": "b", "label": False}])
     judged = open_offline(settings, answers(settings, ByteTokenizer()), seed=0, batch_size=1)
-    example = _first(judged.train)[0]
+    example = _first(judged)[0]
     assert (example.prompt_ids, example.completion_ids, example.label) == ([97], [98, 4], False)
     settings = data_of(tmp_path, [{"text": "ab"}, {"prompt": "a", "completion": "b"}])
     build = sequences(settings, ByteTokenizer())
     rows = sorted(
-        _first(open_offline(settings, build, seed=0, batch_size=2).train),
+        _first(open_offline(settings, build, seed=0, batch_size=2)),
         key=lambda example: example.row,
     )
     assert [(row.input_ids, row.completion_mask) for row in rows] == [
@@ -183,13 +183,13 @@ OTHER = {
 def test_other_rows_or_another_order_are_refused_on_resume(tmp_path, change):
     changes, words = OTHER[change]
     given = {"rows": [_pair(number) for number in range(20)], "seed": 0, "order": "shuffled"}
-    source = _open(data_of(tmp_path, given["rows"])).train
+    source = _open(data_of(tmp_path, given["rows"]))
     _first(source)
     state = source.state()
     given |= changes
     settings = data_of(tmp_path, given["rows"], order=given["order"])
     with pytest.raises(CheckpointError, match=words):
-        _open(settings, seed=given["seed"]).train.restore(state)
+        _open(settings, seed=given["seed"]).restore(state)
 
 
 @pytest.mark.parametrize("judged", [False, True])
@@ -198,7 +198,7 @@ def test_a_streams_order_is_kept_on_resume(tmp_path, judged):
 
     def open_source(seed):
         build: Any = (answers if judged else pairs)(settings, ByteTokenizer())
-        return open_offline(settings, build, seed=seed, batch_size=4, max_steps=9).train
+        return open_offline(settings, build, seed=seed, batch_size=4, max_steps=9)
 
     source = open_source(0)
     _first(source)
@@ -216,7 +216,7 @@ def test_rows_that_are_all_held_out_are_refused(tmp_path):
 def test_held_out_pairs_are_not_trained_on(tmp_path):
     sets = _open(data_of(tmp_path, [_pair(number) for number in range(20)], eval_rows=5))
     held_out = [example.row for example in sets.evaluation]
-    assert sorted([*held_out, *itertools.chain(*_numbers(sets.train))]) == list(range(20))
+    assert sorted([*held_out, *itertools.chain(*_numbers(sets))]) == list(range(20))
 
 
 def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
@@ -232,7 +232,7 @@ def test_a_long_stream_starts_at_once_in_bounded_memory(monkeypatch):
     settings = ExampleData(path="generated", streaming=True, shuffle_buffer=1000)
     tracemalloc.start()
     began = time.monotonic()
-    source = _open(settings, max_steps=100).train
+    source = _open(settings, max_steps=100)
     batches = _numbers(source)
     seconds = time.monotonic() - began
     peak = tracemalloc.get_traced_memory()[1]
@@ -282,7 +282,7 @@ def test_held_out_examples_alone_hold_their_rows(tmp_path, build, row, kept, own
     settings = data_of(tmp_path, [row] * 4, eval_rows=2)
     settings = msgspec.structs.replace(settings, eval_path=settings.path if own_file else "")
     sets = open_offline(settings, build(settings, Chat()), seed=0, batch_size=9)
-    assert all(example.row_json is None for example in _first(sets.train))
+    assert all(example.row_json is None for example in _first(sets))
     several = build is answers and "chosen" in row
     rows = [json.loads(example.row_json or b"") for example in sets.evaluation]
     assert rows == [kept] * (4 if several else 2)

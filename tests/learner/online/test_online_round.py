@@ -17,6 +17,7 @@ from learner.checkpoint import load_checkpoint
 from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
+from learner.data.sets import Sets
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.losses.metrics import number
@@ -143,7 +144,7 @@ def prompts() -> PromptSource:
         for i in range(10)
     ]
     epochs = ListEpochs(rows, DataSettings(), seed=1, batch_size=1)
-    return PromptSource(epochs, Report("rows"), None)
+    return PromptSource(Sets(epochs, [], Report("rows")), None)
 
 
 def build(
