@@ -7,9 +7,6 @@ says that its template is missing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from launch.exporting.result import Exported
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,6 @@ def family_of(chat_template: str | None) -> Family | None:
         if chat_template and all(marker in chat_template for marker in family.markers):
             return family
     return None
-
-
-def write_modelfile(result: Exported, config: dict[str, Any], tokenizer: Any) -> None:  # noqa: ANN401 - mlx-lm's wrapper
-    """Write an Ollama Modelfile that loads the GGUF, or else the folder."""
-    stops = [str(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)]
-    source = f"./{result.gguf.name}" if result.gguf else "."
-    text = modelfile(source, tokenizer.chat_template, [stop for stop in stops if stop])
-    result.modelfile = result.folder / "Modelfile"
-    result.modelfile.write_text(text, encoding="utf-8")
-    result.notes += template_notes(tokenizer.chat_template)
-    if config.get("quantization"):
-        result.notes.append("Ollama cannot read MLX's quantised weights: export with --dequantize.")
-        result.failed = True
 
 
 def modelfile(source: str, chat_template: str | None, stop_words: Sequence[str]) -> str:
