@@ -21,8 +21,7 @@ from actors.bridge_messages import Command, Event, MessageReceived, Send
 from actors.io import ActorIo, IoThreadHandle
 from actors.session import ActorIdentity, Session
 from actors.worker import Worker
-from launch.processes.lifeline import Lifeline
-from launch.processes.start import start_process
+from launch.processes.start import Lifeline, start_process
 from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome

@@ -14,8 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from actors.rewards.server import RewardServer
-from launch.processes.lifeline import Lifeline
-from launch.processes.start import start_process
+from launch.processes.start import Lifeline, start_process
 from protocol.errors import PippinError, only_leaf
 from protocol.messages.rewards import (
     REWARD_PROTOCOL_VERSION,

@@ -1,12 +1,13 @@
 """Child processes: spawned with a pipe as lifeline, logged to a file, stopped or killed.
 
-A child's standard input is its lifeline (`launch/processes/lifeline.py`): a line asks it to stop,
-the end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each
-child leads its own session, so that Ctrl-C reaches only the launcher and a kill also ends the
-child's own children.
+A child's standard input is its lifeline (`launch/processes/start.py`): a line asks it to stop, the
+end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each child
+leads its own session, so that Ctrl-C reaches only the launcher and a kill also ends the child's own
+children.
 """
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
-from launch.processes.log_ending import ending
-
 TAIL_BYTES = 262_144  # of a log, in which its ending is looked for
+# Our processes log `date time LEVEL message`; tracebacks and libraries write other lines.
+_ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,26 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
 
 def describe_status(status: int) -> str:
     """Say how a process ended: `exit status 1`, `SIGKILL`."""
-    if status < 0:
-        return signal.Signals(-status).name
-    return f"exit status {status}"
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+
+
+def ending(text: str, count: int = 20) -> str:
+    """Return at most `count` lines that say why a process failed: from its last ERROR on.
+
+    The middle of a longer message is left out. Without an ERROR, the last lines are returned.
+    """
+    lines = text.splitlines()
+    errors = [index for index, line in enumerate(lines) if _ERROR.match(line)]
+    if not errors:
+        return "\n".join(lines[-count:])
+    return shortened("\n".join(lines[errors[-1] :]), count)
+
+
+def shortened(text: str, count: int = 20) -> str:
+    """Return `text`, without its middle where it has more than `count` lines."""
+    lines = text.splitlines()
+    if len(lines) <= count:
+        return text
+
+    half = count // 2
+    return "\n".join([*lines[:half], f"… {len(lines) - 2 * half} lines …", *lines[-half:]])

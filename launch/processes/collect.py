@@ -15,7 +15,7 @@ import msgspec
 from msgspec import structs
 
 from launch.processes.learner_program import run_learner
-from launch.processes.lifeline import Lifeline
+from launch.processes.start import Lifeline
 from protocol.config.load import load
 from protocol.config.settings import ModelSettings, PairsRun, builtins
 from protocol.run_record import State, change_state

@@ -17,8 +17,14 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskStatus
 
-from launch.processes.children import Child, ChildSpec, Processes, describe_status, start
-from launch.processes.log_ending import shortened
+from launch.processes.children import (
+    Child,
+    ChildSpec,
+    Processes,
+    describe_status,
+    shortened,
+    start,
+)
 from launch.run_folder.tail import EventTail
 from protocol.run_record import Fault, Restart, record_event
 
