@@ -17,7 +17,7 @@ from msgspec import structs
 
 from launch.cli.command_line import read_command_line
 from launch.cli.run import main, record_end
-from launch.processes.specs import collecting_processes
+from launch.processes.specs import online_processes
 from launch.processes.supervisor import Supervisor, awake
 from protocol.config.idle import idle
 from protocol.config.settings import GrpoRun, PairsRun
@@ -71,7 +71,7 @@ def say(text: str) -> None:
 def build(run: PairsRun, folder: Path) -> int:
     """Run collector, actors and reward servers to the end; return the collector's exit status."""
     with ipc_folder() as sockets:
-        supervisor = Supervisor(folder, collecting_processes(run, folder, sockets), say=say)
+        supervisor = Supervisor(folder, online_processes(run, folder, sockets), say=say)
         with awake():
             status = anyio.run(supervisor.run)
     record_end(folder, status, started=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from launch.pages.charts import line_chart
-from launch.pages.html import page, points, prompt_text
+from launch.pages.html import page, points, prompt_text, table
 from launch.run_folder.tail import number, parse_lines
 from protocol.run_record import (
     EVENTS,
@@ -130,7 +130,7 @@ def _titled(title: str, groups: list[dict[str, Any]]) -> str:
 
 
 def _table(groups: list[dict[str, Any]]) -> str:
-    rows = ["<tr><th>prompt</th><th>completion</th><th>rewards</th></tr>"]
+    rows: list[tuple[str, str, str]] = []
     for line in groups:
         rewards = _list(line, "rewards")
         names = _list(line, "reward_names")
@@ -139,10 +139,8 @@ def _table(groups: list[dict[str, Any]]) -> str:
             values = cast("list[object]", reward) if isinstance(reward, list) else [reward]
             labels = [*map(str, names), *[""] * len(values)]
             worth = "\n".join(f"{n} {v}" for n, v in zip(labels, values, strict=False))
-            prompt = prompt_text(line.get("prompt"))
-            cells = "".join(f"<td>{escape(part)}</td>" for part in (prompt, str(text), worth))
-            rows.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+            rows.append((prompt_text(line.get("prompt")), str(text), worth))
+    return table(("prompt", "completion", "rewards"), rows)
 
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:

@@ -57,11 +57,6 @@ class Child:
         self._process = process
         self._log_start = log_start
 
-    @property
-    def pid(self) -> int:
-        """Return the process id."""
-        return self._process.pid
-
     async def wait(self) -> int:
         """Wait for the end; return the exit status, negative for a signal."""
         return await self._process.wait()

@@ -9,7 +9,7 @@ were answered or given up, or it was asked to stop; 1: it failed.
 import argparse
 import logging
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 from msgspec import structs
@@ -19,6 +19,10 @@ from launch.processes.start import Lifeline
 from protocol.config.load import load
 from protocol.config.settings import ModelSettings, PairsRun, builtins
 from protocol.run_record import State, change_state
+
+if TYPE_CHECKING:
+    from learner.online.experience import PromptGroup
+    from learner.online.source import OnlineSource
 
 log = logging.getLogger("pippin.pairs")
 POLL_S = 0.2
@@ -32,7 +36,7 @@ def effective(settings: PairsRun) -> PairsRun:
     if settings.pairs.mode == "best_worst":
         return settings
 
-    # The B of fresh adapters is zero, so that learner and actors compute exactly the base.
+    # The B matrix of fresh adapters is zero, so that learner and actors compute exactly the base.
     model = structs.replace(settings.model, adapter_path="", fine_tune_type="lora")
     sampling = structs.replace(settings.sampling, num_generations=1)
     return structs.replace(settings, model=model, sampling=sampling)
@@ -51,6 +55,7 @@ def epochs(settings: PairsRun) -> float | None:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Serve the prompts until all are answered; write pairs and their counts; say how it ended."""
+    # Here, because these imports load MLX, which start_process prepares.
     from learner.build.online import (
         OnlineAddresses,
         OnlinePlan,
@@ -83,19 +88,11 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     service = new_service(plan, new_coordinator(plan), bridge)
     change_state(args.run_dir, "running")
 
-    with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
+    output = Path(settings.pairs.output or args.run_dir / "pairs.jsonl")
+    with bridge, output.open("w", encoding="utf-8") as file:
         bridge.start(lambda _: service.run())
         writer = Writer(settings, policy.tokenizer, file)
-        source.stepped(0)
-        step = 0
-        while step < total and not source.exhausted and not lifeline.stop_requested:
-            batch = source.poll(POLL_S)
-            if batch is not None:
-                for item in batch.groups:
-                    writer.add(item)
-                step += 1
-                log.info("batch %d of %d: %s", step, total, writer.counts)
-                source.stepped(step)
+        step = _write_batches(source, writer, total, lifeline)
         if step < settings.train.max_steps and not lifeline.stop_requested:
             log.warning(
                 "all rows are paired after %d of train.max_steps = %d batches: each row is used "
@@ -103,15 +100,30 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
                 step,
                 settings.train.max_steps,
             )
+
+        # Before the actors are told to leave: the launcher reads the counts when we end.
         writer.finish(args.run_dir)
         source.finish("all prompts are answered")
 
     return "stopped" if lifeline.stop_requested else "finished"
 
 
-def output_path(settings: PairsRun, folder: Path) -> Path:
-    """Return the file that the pairs go to."""
-    return Path(settings.pairs.output) if settings.pairs.output else folder / "pairs.jsonl"
+def _write_batches(source: "OnlineSource", writer: "Writer", total: int, lifeline: Lifeline) -> int:
+    """Write the pairs of up to `total` batches as they come; return the number of batches."""
+    source.stepped(0)
+    step = 0
+    while step < total and not source.exhausted and not lifeline.stop_requested:
+        batch = source.poll(POLL_S)
+        if batch is None:
+            continue
+
+        for item in batch.groups:
+            writer.add(item)
+        step += 1
+        log.info("batch %d of %d: %s", step, total, writer.counts)
+        # Counts as a step of a policy that stays the same, so that actors go on sampling.
+        source.stepped(step)
+    return step
 
 
 class Writer:
@@ -123,7 +135,7 @@ class Writer:
         self._tokenizer = tokenizer
         self._file = file
 
-    def add(self, item: Any) -> None:  # noqa: ANN401 - a PromptGroup of the learner, heavy
+    def add(self, item: "PromptGroup") -> None:
         """Write the pair of a group, if it has one."""
         from launch.processes.pairing import best_and_worst, given_and_own
         from learner.online.experience import reward_matrix
@@ -153,8 +165,8 @@ class Writer:
 
     def finish(self, folder: Path) -> None:
         """Write the counts to `pairs.json`."""
-        counted = msgspec.json.format(msgspec.json.encode(self.counts))
-        (folder / "pairs.json").write_bytes(counted + b"\n")
+        data = msgspec.json.format(msgspec.json.encode(self.counts))
+        (folder / "pairs.json").write_bytes(data + b"\n")
 
 
 def continuation(
@@ -162,14 +174,15 @@ def continuation(
     prompt_ids: list[int] | None,
     completion_ids: list[int],
 ) -> str:
-    """Return a completion's text, which appended to the prompt's text reads as it was sampled.
+    """Return a completion's text such that prompt + text reads as it was sampled.
 
-    A leading space belongs to the completion; decoders drop it where the completion is decoded
-    alone. `prompt_ids` None: a chat's answer, which is not appended to anything.
+    `prompt_ids` None: a chat's answer, which is not appended to anything.
     """
     alone: str = tokenizer.decode(completion_ids, skip_special_tokens=True)
     if prompt_ids is None:
         return alone
+
+    # A leading space belongs to the completion, but decoders drop it from a text's beginning.
     head: str = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     both: str = tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
     return both[len(head) :] if both.startswith(head) else alone
