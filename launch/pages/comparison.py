@@ -220,11 +220,11 @@ def _cost(runs: Sequence[FinishedRun]) -> str:
         times = [seconds for _, seconds in points(run.metrics, "step_time")]
         tokens = [count for _, count in points(run.metrics, "num_tokens")]
         whole = [seconds for _, seconds in points(run.metrics, "time_s")]
-        cells = [run.name, str(len(times))]
-        cells += [f"{tokens[-1]:,.0f}" if tokens else ""]
-        cells += [f"{statistics.median(times):.3g}" if times else ""]
-        cells += [duration(whole[-1]) if whole else ""]
-        rows.append(cells)
+        count = f"{tokens[-1]:,.0f}" if tokens else ""
+        median = f"{statistics.median(times):.3g}" if times else ""
+        rows.append(
+            [run.name, str(len(times)), count, median, duration(whole[-1]) if whole else ""]
+        )
     return table(["run", "steps", "tokens", "s/step, median", "time, with evaluations"], rows)
 
 
