@@ -52,7 +52,7 @@ def export(
     from mlx_lm.utils import dequantize_model, save
 
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ModelError(f"{out} exists and is not empty: name a new folder to export to")
+        raise ModelError(f"{out} exists and is not empty: give a new folder")
 
     # The best checkpoint's adapter is put together in a folder that is needed only for loading.
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +76,7 @@ def export(
     except (OSError, RuntimeError) as error:
         shutil.rmtree(out, ignore_errors=True)  # it did not exist, or was empty
         raise ModelError(
-            f"{out}: cannot be written: {error}. Nothing was left there; free space"
+            f"{out}: cannot be written: {error}. Nothing was left there; free some space"
         ) from error
 
     if gguf:
@@ -113,7 +113,7 @@ def locate(
     if (source / "adapters" / "adapter_config.json").is_file():
         return _base_of(source / "adapters", model), str(source / "adapters")
     raise ModelError(
-        f"{source} holds neither adapter_config.json, nor adapters/, nor model/: name the folder "
+        f"{source} holds neither adapter_config.json, nor adapters/, nor model/: give the folder "
         "of a finished run, or an adapter folder in mlx-lm's format"
     )
 
@@ -121,10 +121,12 @@ def locate(
 def _base_of(adapter: Path, model: str) -> str:
     path = adapter / "adapter_config.json"
     try:
-        text = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path}: malformed JSON: {error}; name a whole adapter") from error
-    base = model or str(text.get("model") or "")
+        raise ModelError(
+            f"{path}: malformed JSON: {error}; give an intact adapter folder"
+        ) from error
+    base = model or str(settings.get("model") or "")
     if not base:
         raise ModelError(f"{adapter}/adapter_config.json names no base model: give it as --model")
     return base
@@ -140,7 +142,7 @@ def _best(run: Path, model: str, scratch: Path) -> tuple[str, str]:
     settings = run / "adapters" / "adapter_config.json"
     if not weights.is_file() or not settings.is_file():
         raise ModelError(
-            f"--best: {run} keeps no checkpoint of its best evaluation with adapters (its newest "
+            f"--best: {run} has no checkpoint of its best evaluation with adapters (its newest "
             f"checkpoint says best = {best}); leave --best out to export the last policy"
         )
     shutil.copy(weights, scratch / "adapters.safetensors")
@@ -188,7 +190,7 @@ def write_gguf(result: Exported, network: "nn.Module", config: dict[str, Any]) -
     }
 
     path = result.folder / GGUF_NAME
-    fields = {"num_key_value_heads": config["num_attention_heads"], **config}
+    fields = {"num_key_value_heads": config["num_attention_heads"], **config}  # if it has none
     convert_to_gguf(result.folder, weights, fields, str(path))
     result.gguf = path
     result.notes.append(

@@ -1,8 +1,8 @@
 """An Ollama Modelfile for an exported model: FROM, TEMPLATE, PARAMETER stop.
 
-A chat template is Jinja; Ollama's templates are Go's. There is no general conversion: the families
-that the markers below tell apart have a template written by hand, and for any other the Modelfile
-says that its template is missing.
+A chat template is Jinja; Ollama's templates are Go's. There is no general conversion: each
+family that the markers below tell apart has a template written by hand; for any other, the
+Modelfile says that its template is missing.
 """
 
 from collections.abc import Sequence
@@ -83,10 +83,10 @@ def template_notes(chat_template: str | None) -> list[str]:
     if family is None:
         return [
             "The chat template could not be converted: it belongs to no known family. "
-            "Write TEMPLATE by hand before chatting with this model."
+            "Write TEMPLATE by hand before you chat with this model."
         ]
     left_out = [word for word in ("tools", "enable_thinking") if word in chat_template]
-    notes = [f"The chat template is written as Ollama's for the {family.name} family."]
+    notes = [f"The Modelfile has Ollama's chat template for the {family.name} family."]
     if left_out:
         notes.append(f"Not converted: the chat template's handling of {', '.join(left_out)}.")
     return notes

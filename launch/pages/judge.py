@@ -2,7 +2,7 @@
 
 The server is started for the scoring, or runs already (`zmq://host:port`). All answers to a prompt
 are scored as one group. A function that fails or times out ends the scoring, because a comparison
-by half of the scores would be worth nothing.
+by some of the scores would mislead.
 """
 
 from collections.abc import Mapping, Sequence

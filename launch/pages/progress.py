@@ -1,6 +1,6 @@
 """The display of a running run: its metrics and events as they are written.
 
-On a terminal a panel (rich) that is drawn again as lines arrive; elsewhere one line per step.
+On a terminal, a panel (rich) that is redrawn as lines arrive; elsewhere, one line per step.
 """
 
 import sys
@@ -133,12 +133,11 @@ class Progress(Follower):
         if self._max_steps < 1 and (self.folder / RUN).exists():
             self._max_steps = read_run(self.folder).total_steps or -1
 
-        # The actors may finish an evaluation after later steps: its line does not turn time back.
+        # Actors may finish an evaluation after later steps, whose line must not set the step back.
         step, seconds = number(line, "step"), number(line, "time_s")
         late = step is not None and bool(self._times) and step < self._times[-1][0]
-        self._latest.update(
-            {k: v for k, v in line.items() if v is not None and not (late and k == "step")}
-        )
+        kept = {key: value for key, value in line.items() if value is not None}
+        self._latest |= {key: value for key, value in kept.items() if key != "step" or not late}
         reward = number(line, "reward")
         curve = number(line, "loss") if reward is None else reward
         self._rewards += [] if curve is None else [curve]

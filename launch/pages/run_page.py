@@ -1,4 +1,4 @@
-"""The report of a run: RUN/report.html, one file without network references.
+"""The report of a run: RUN/report.html, one file that needs no network.
 
 It shows what the run is (run.json), curves (metrics.jsonl), what went wrong (events.jsonl) and
 sample completions with their rewards, first and last (rollouts.jsonl). Whatever is missing or

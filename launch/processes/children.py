@@ -48,32 +48,32 @@ class Processes:
     required: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
 class Child:
     """A running process; its output begins at byte `log_start` of `log`."""
 
-    def __init__(self, spec: ChildSpec, process: Process, log: Path, log_start: int) -> None:
-        self.spec = spec
-        self.log = log
-        self._process = process
-        self._log_start = log_start
+    spec: ChildSpec
+    process: Process
+    log: Path
+    log_start: int
 
     async def wait(self) -> int:
         """Wait for the end; return the exit status, negative for a signal."""
-        return await self._process.wait()
+        return await self.process.wait()
 
     async def ask_to_stop(self) -> None:
         """Send a line down the lifeline; a child that has ended does not get it."""
-        if self._process.stdin is not None:
+        if self.process.stdin is not None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-                await self._process.stdin.send(b"stop\n")
+                await self.process.stdin.send(b"stop\n")
 
     def kill(self) -> None:
         """Kill the child and what it started; nothing happens if it has ended."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     async def end(self, grace_s: float) -> None:
-        """Ask to stop, and kill after `grace_s`; returns when the child has ended."""
+        """Ask the child to stop, kill it after `grace_s`, and return when it has ended."""
         await self.ask_to_stop()
         with anyio.move_on_after(grace_s):
             await self.wait()
@@ -84,7 +84,7 @@ class Child:
         """Return what the child's log says of its failure: its last error, or else its end."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - TAIL_BYTES))
+            file.seek(max(self.log_start, size - TAIL_BYTES))
             return ending(file.read().decode("utf-8", errors="replace"))
 
 

@@ -1,4 +1,4 @@
-"""How the two learner programs, learn.py and collect.py, begin and end, and speak to the user."""
+"""How the two learner programs, learn.py and collect.py, begin, report and end."""
 
 import argparse
 import logging
@@ -24,7 +24,7 @@ from protocol.run_record import (
 
 log = logging.getLogger("pippin.learner")
 ROWS_LOGGER = "pippin.data.rows"  # messages about single dataset rows
-SHOWN_ROWS = 5  # of those, shown one after another; the log has them all
+SHOWN_ROWS = 5  # of those, how many are shown in a row; the log has all of them
 
 Work = Callable[[argparse.Namespace, Lifeline], State]
 

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType
 
 from launch.processes.blas import HINT, load_openblas
 
@@ -59,7 +58,7 @@ def start_process(*, child: bool, mlx: bool) -> Lifeline:
     start_log()
     lifeline = Lifeline(child=child)
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
+    def stop(*_: object) -> None:
         lifeline.request_stop()
 
     signal.signal(signal.SIGTERM, stop)

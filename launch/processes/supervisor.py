@@ -1,4 +1,4 @@
-"""Keeps a run's processes: the learner, whose end is the run's end, and its replaceable helpers.
+"""Keeps a run going: its learner, whose end is the run's end, and its replaceable helpers.
 
 A helper (actor, reward server) that dies is restarted after a delay that doubles, up to
 `max_restarts` times. A helper that exits with status 0 has left on purpose. If no helper of a
@@ -150,7 +150,7 @@ class Supervisor:
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
     def _give_up(self, child: Child, status: int) -> None:
-        """Leave a helper dead; fail the run if it was the last of a required kind."""
+        """Give a helper up; fail the run if it was the last of a required kind."""
         self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
         self._given_up.add(child.spec.name)
 
@@ -175,7 +175,9 @@ class Supervisor:
             async for _ in signals:
                 self._interrupts += 1
                 if self._interrupts == 1:
-                    self._say("stopping after this step, with a checkpoint; Ctrl-C again: at once")
+                    self._say(
+                        "stopping after this step, with a checkpoint; Ctrl-C again stops at once"
+                    )
                     learner = self._alive.get(self._learner.name)
                     if learner is not None:
                         await learner.ask_to_stop()

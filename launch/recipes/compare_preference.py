@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the three methods one after the other, then write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reward", default="", help="for win rates: file.py:function")
-    parser.add_argument("--out", default="comparison.html", help="the page (%(default)s)")
+    parser.add_argument("--out", default="comparison.html", help="(%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     args, flags = parser.parse_known_args(argv)
     stamp = time.strftime("%Y%m%d-%H%M%S")
