@@ -117,10 +117,9 @@ def _samples(folder: Path) -> str:
 
 
 def _titled(title: str, groups: list[dict[str, Any]]) -> str:
-    return f"<h2>{escape(title)}</h2>{_table(groups)}" if groups else ""
+    if not groups:
+        return ""
 
-
-def _table(groups: list[dict[str, Any]]) -> str:
     rows: list[tuple[str, str, str]] = []
     for line in groups:
         rewards = _list(line, "rewards")
@@ -131,7 +130,7 @@ def _table(groups: list[dict[str, Any]]) -> str:
             labels = [*map(str, names), *[""] * len(values)]
             worth = "\n".join(f"{n} {v}" for n, v in zip(labels, values, strict=False))
             rows.append((prompt_text(line.get("prompt")), str(text), worth))
-    return table(("prompt", "completion", "rewards"), rows)
+    return f"<h2>{escape(title)}</h2>{table(('prompt', 'completion', 'rewards'), rows)}"
 
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:

@@ -141,7 +141,7 @@ class Writer:
         from learner.online.experience import reward_matrix
         from protocol.messages.arrays import ids_view
 
-        # A chat's answer is a message of its own; a plain completion continues its prompt.
+        # A chat's answer is a separate message; a plain completion continues its prompt.
         prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids
         texts = [
             continuation(self._tokenizer, prompt_ids, ids_view(c.token_ids).tolist())

@@ -123,7 +123,6 @@ class Supervisor:
             self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
 
     async def _keep_running(self, spec: ChildSpec) -> None:
-        """Keep one helper running, within its restarts."""
         backoff_s = self._backoff_s
         for attempt in range(1, spec.max_restarts + 2):
             child = await start(spec, self._logs)
@@ -163,7 +162,6 @@ class Supervisor:
             self._kill(self._learner.name)
 
     def _report(self, event: Fault | Restart) -> None:
-        """Record an event, and show it."""
         record_event(self._folder, event)
         self._say(event.text)
 
