@@ -203,9 +203,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
         run.until(counted, f"{args.frames} refusals", stall_s=args.limit)
         print(f"eta {bound}: {run.folder}: refused in {time.monotonic() - started:.0f} s")
         for process in floods:
-            check(
-                process.communicate(timeout=args.limit)[0] is not None, "a flood said nothing"
-            )
+            check(process.communicate(timeout=args.limit)[0] is not None, "a flood said nothing")
             check(process.returncode == 0, f"a flood ended with {process.returncode}")
         counted()  # the peaks again, as the other socket's flood may have gone on
         run.process.send_signal(signal.SIGINT)  # a clean stop, with a checkpoint
