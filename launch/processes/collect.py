@@ -56,13 +56,7 @@ def epochs(settings: PairsRun) -> float | None:
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Serve the prompts until all are answered; write pairs and their counts; say how it ended."""
     # Here, because these imports load MLX, which start_process prepares.
-    from learner.build.online import (
-        OnlineAddresses,
-        OnlinePlan,
-        new_coordinator,
-        new_service,
-        total_batches,
-    )
+    from learner.build import online
     from learner.data.prompts import open_prompts
     from learner.online.commands import Command, Reply
     from learner.online.source import OnlineSource
@@ -79,13 +73,13 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
         epochs=epochs(settings),
         batch_size=settings.train.batch_size,
     )
-    total = total_batches(settings, prompts)
+    total = online.total_batches(settings, prompts)
 
-    addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
-    plan = OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
+    addresses = online.OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
+    plan = online.OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = new_service(plan, new_coordinator(plan), bridge)
+    service = online.new_service(plan, online.new_coordinator(plan), bridge)
     change_state(args.run_dir, "running")
 
     output = Path(settings.pairs.output or args.run_dir / "pairs.jsonl")
