@@ -1,8 +1,8 @@
 """An actor: `launch/actor.py --connect ENDPOINT [--keys DIR] [--model PATH] [--name ID]`.
 
-It samples what the learner leases to it and has it scored, on this machine or another; it needs no
-dataset, and joins or leaves a running job at any time. MLX stays on this main thread; sockets are
-served by an I/O thread. Exit status 0: the run is over, or it was asked to leave; 1: it failed.
+It samples completions of the prompts that the learner leases to it and has them scored, on any
+machine; it needs no dataset, and may join or leave a running job at any time. Exit status 0: the
+run is over, or the actor was asked to leave; 1: it failed.
 """
 
 import argparse
@@ -21,8 +21,7 @@ from actors.bridge_messages import Command, Event, MessageReceived, Send
 from actors.io import ActorIo, IoThreadHandle
 from actors.session import ActorIdentity, Session
 from actors.worker import Worker
-from launch.processes.lifeline import Lifeline
-from launch.processes.start import start_process
+from launch.processes.start import Lifeline, start_process
 from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
@@ -44,13 +43,15 @@ ASK_AGAIN_S = 2.0
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the learner's")
+    parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="of the learner")
     parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
-    parser.add_argument("--model", default="", metavar="PATH", help="the model on this machine")
+    parser.add_argument("--model", default="", metavar="PATH", help="of the model on this machine")
     parser.add_argument(
-        "--max-concurrent-completions", type=int, default=32, help="completions sampled at once"
+        "--max-concurrent-completions", type=int, default=32, metavar="N", help="sampled at once"
     )
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="tokens per pass")
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens per pass"
+    )
     parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     args = parser.parse_args()
@@ -63,12 +64,14 @@ def main() -> int:
     """Join, work until the learner says Stop or we are asked to leave, then leave."""
     args = arguments()
     lifeline = start_process(child=args.child, mlx=True)
-    worker: list[Worker] = []  # empty until the learner has said which model it trains
+    slot: list[Worker] = []  # empty until the learner has said which model it trains
 
+    # MLX stays on this main thread; the I/O thread serves the sockets.
     try:
         with Bridge[Command, Event]() as bridge:
-            bridge.start(_io(args, lambda: worker[0].heartbeat if worker else None).run, "actor-io")
-            _work(args, IoThreadHandle(bridge), lifeline, worker)
+            io = _io(args, lambda: slot[0].heartbeat if slot else None)
+            bridge.start(io.run, "actor-io")
+            _work(args, IoThreadHandle(bridge), lifeline, slot)
     except PippinError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 1
@@ -81,11 +84,11 @@ def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> 
     def make_scorer(services: list[RewardService]) -> "RewardClient":
         from actors.rewards.client import RewardClient
 
-        here = [
+        reached = [
             msgspec.structs.replace(s, endpoints=[reachable(e, args.connect) for e in s.endpoints])
             for s in services
         ]
-        return RewardClient(here, keys=args.keys)
+        return RewardClient(reached, keys=args.keys)
 
     return ActorIo(
         connect=lambda: Client(args.connect, keys=args.keys),
@@ -97,7 +100,7 @@ def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> 
 
 
 def _work(
-    args: argparse.Namespace, io_thread: IoThreadHandle, lifeline: Lifeline, made: list[Worker]
+    args: argparse.Namespace, io_thread: IoThreadHandle, lifeline: Lifeline, slot: list[Worker]
 ) -> None:
     """Load the model that the learner names, then advance the worker until the run is over."""
     name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
@@ -117,7 +120,7 @@ def _work(
     )
 
     worker = _worker(args, policy, identity, io_thread)
-    made.append(worker)
+    slot.append(worker)  # the I/O thread sends its heartbeats from now on
     worker.start()
 
     log.info("actor %s joins run %s at %s", name, welcome.run, args.connect)

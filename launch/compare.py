@@ -1,6 +1,6 @@
 """Put finished runs side by side: `launch/compare.py RUN RUN … [--reward FUNCTION] [--out FILE]`.
 
-Writes one HTML file without network references: held-out figures before and after training, win
+Writes one HTML file that needs no network: held-out figures before and after training, win
 rates by a reward function on the answers to held-out prompts, curves, samples, and the settings
 that differ. The answers are those in rollouts.jsonl (offline runs need `eval.generate`); with
 --generate, runs that lack them answer their held-out prompts now, and store the answers there.
@@ -34,7 +34,7 @@ CHOSEN = "chosen answers"
 def read_finished_run(folder: Path) -> FinishedRun:
     """Read a run folder; ConfigError if `folder` is not one."""
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.toml").is_file():
-        raise ConfigError(f"{folder} holds no metrics.jsonl and config.toml: name run folders")
+        raise ConfigError(f"{folder} holds no metrics.jsonl and config.toml: give run folders")
 
     path = folder.resolve()
     rollouts = path / "rollouts.jsonl"
@@ -48,7 +48,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
 
 def compare(folders: Sequence[Path], *, judge: Judge | None = None, generate: bool = False) -> str:
     """Return the page that compares the runs; without a judge, by the rewards they recorded."""
-    runs = _named_apart([read_finished_run(folder) for folder in folders])
+    runs = _with_distinct_names([read_finished_run(folder) for folder in folders])
     for run in runs:
         if generate and not run.newest.answers:
             run.newest = replace(run.newest, answers=_answered(run))
@@ -74,13 +74,14 @@ def _answered(run: FinishedRun) -> Answers:
     sys.stderr.write(f"{run.name}: answering its held-out prompts\n")
     sys.stderr.flush()
     lines = answer_held_out(run.folder)
-    _keep(run.folder / "rollouts.jsonl", lines)
+    _store(run.folder / "rollouts.jsonl", lines)
     return latest_answers(lines)
 
 
-def _keep(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+def _store(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Add lines to a run's records, so that the next comparison finds them."""
     before = path.read_bytes() if path.is_file() else b""
+    # A writer that was killed may have left half a line: ours must not be glued to it.
     partial = before != b"" and not before.endswith(b"\n")
     data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
     try:
@@ -90,7 +91,7 @@ def _keep(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         sys.stderr.write(f"the answers cannot be stored for the next comparison: {error}\n")
 
 
-def _named_apart(runs: list[FinishedRun]) -> list[FinishedRun]:
+def _with_distinct_names(runs: list[FinishedRun]) -> list[FinishedRun]:
     """Prefix names that occur twice with the parent folder; number those that are still equal."""
     names = [run.name for run in runs]
     for run in runs:
@@ -114,7 +115,7 @@ def _chosen(runs: Sequence[FinishedRun]) -> AnswerSet:
 
 
 def require_writable(out: Path, temporary: Path) -> None:
-    """Raise ConfigError if the page could not be written: answers and scores may take an hour."""
+    """Raise ConfigError if the page cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -145,7 +146,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="seconds to score the answers to one prompt (%(default)g)",
     )
-    parser.add_argument("--keys", default="", metavar="DIR", help="for zmq:// on other machines")
+    parser.add_argument("--keys", default="", metavar="DIR", help="for zmq:// servers elsewhere")
     parser.add_argument(
         "--generate",
         action="store_true",

@@ -10,8 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from launch.exporting.fuse import export
-from launch.exporting.gguf import GGUF_NAME
+from launch.exporting.fuse import GGUF_NAME, export
 from launch.processes.blas import load_openblas
 from protocol.errors import PippinError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.cli.command_line import read_command_line
 from launch.cli.run import main, supervise
-from launch.processes.specs import training_processes
+from launch.processes.specs import online_processes
 from protocol.config.settings import GrpoRun
 from protocol.transport.endpoints import ipc_folder
 
@@ -22,7 +22,7 @@ def body() -> int:
     """Read the recipe and run it to the end."""
     run, folder = read_command_line(GrpoRun, sys.argv[1:], USAGE, DEFAULT_RECIPE)
     with ipc_folder() as sockets:
-        return supervise(folder, run, training_processes(run, folder, sockets))
+        return supervise(folder, run, online_processes(run, folder, sockets))
 
 
 if __name__ == "__main__":

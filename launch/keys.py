@@ -1,7 +1,7 @@
-"""Make a folder of CURVE keys, which sockets that leave this machine require.
+"""Make a folder of CURVE keys, which sockets that leave this machine need: `launch/keys.py FOLDER`.
 
-Example: `uv run launch/keys.py keys`; then `transport.keys = "keys"` in the recipe, and
-`--keys keys` for actors elsewhere, whose hosts need server.public, actor.public and actor.secret.
+Then set `transport.keys` in the recipe, and give `--keys` to actors elsewhere, whose hosts need
+server.public, actor.public and actor.secret.
 """
 
 import argparse
@@ -13,18 +13,16 @@ from protocol.transport.curve_keys import ACTOR_PUBLIC, ACTOR_SECRET, SERVER_PUB
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="launch/keys.py", description="Make a folder of CURVE keys for tcp:// endpoints."
-    )
-    parser.add_argument("folder", help="folder to make (0700); must not hold keys yet")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="made with mode 0700; must not hold keys yet")
     options = parser.parse_args(arguments)
     try:
         folder = make_keys(options.folder)
     except (ChannelError, OSError) as error:
-        print(f"keys: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(f"Keys are in {folder}. Name it as transport.keys in the recipe.")
-    print(f"Actors elsewhere need {SERVER_PUBLIC}, {ACTOR_PUBLIC} and {ACTOR_SECRET} of it.")
+    print(f"Keys are in {folder}: set transport.keys to that folder in the recipe.")
+    print(f"Actors elsewhere need {SERVER_PUBLIC}, {ACTOR_PUBLIC} and {ACTOR_SECRET} from it.")
     return 0
 
 

@@ -2,9 +2,9 @@
 
 Actors and reward servers answer the prompts and score the answers, as in GRPO. Mode `best_worst`
 pairs the best completion of a group with its worst; `given` pairs the dataset's own answer with the
-base model's. The result is `pairs.jsonl` in the run's folder, or the file `pairs.output`, and is
-read by launch/preference.py. A recipe of launch/grpo.py works; keys that only training reads are
-listed.
+base model's. The result, which launch/preference.py reads, is `pairs.jsonl` in the run's folder or
+the file `pairs.output`. A recipe of launch/grpo.py works, too: keys that only training reads are
+listed and left out.
 """
 
 import sys
@@ -17,7 +17,7 @@ from msgspec import structs
 
 from launch.cli.command_line import read_command_line
 from launch.cli.run import main, record_end
-from launch.processes.specs import collecting_processes
+from launch.processes.specs import online_processes
 from launch.processes.supervisor import Supervisor, awake
 from protocol.config.idle import idle
 from protocol.config.settings import GrpoRun, PairsRun
@@ -30,21 +30,21 @@ USAGE = "usage: launch/pairs.py [recipe.toml] [--mode best_worst|given] [--secti
 
 def read(argv: Sequence[str]) -> tuple[PairsRun, Path]:
     """Return the settings and the run's folder; refuse an output file that is not empty."""
-    flags = [word.replace("--mode", "--pairs.mode", 1) if _is_mode(word) else word for word in argv]
-    if any(word.partition("=")[0] == "--run.resume" for word in flags):
-        raise ConfigError("--run.resume: pairs cannot be resumed; start a new run with run.seed")
+    names = [word.partition("=")[0] for word in argv]
+    flags = [
+        word.replace("--mode", "--pairs.mode", 1) if name == "--mode" else word
+        for name, word in zip(names, argv, strict=True)
+    ]
+    if "--run.resume" in names:
+        raise ConfigError("--run.resume: pairs cannot be resumed; give a new run another run.seed")
 
     run, folder = read_command_line(PairsRun, flags, USAGE, also_accepts=GrpoRun)
     try:
         _check_output(run.pairs.output)
     except ConfigError:
-        change_state(folder, "failed_to_start")  # which leaves its name free
+        change_state(folder, "failed_to_start")  # so that its name stays free
         raise
     return run, folder
-
-
-def _is_mode(word: str) -> bool:
-    return word == "--mode" or word.startswith("--mode=")
 
 
 def _check_output(output: str) -> None:
@@ -71,7 +71,7 @@ def say(text: str) -> None:
 def build(run: PairsRun, folder: Path) -> int:
     """Run collector, actors and reward servers to the end; return the collector's exit status."""
     with ipc_folder() as sockets:
-        supervisor = Supervisor(folder, collecting_processes(run, folder, sockets), say=say)
+        supervisor = Supervisor(folder, online_processes(run, folder, sockets), say=say)
         with awake():
             status = anyio.run(supervisor.run)
     record_end(folder, status, started=True)

@@ -1,8 +1,9 @@
 """Serve reward functions: `launch/reward_server.py FUNCTION… --bind ENDPOINT [--keys DIR]`.
 
 FUNCTION is `path/to/file.py:function` or `package.module:function`; ENDPOINT is `tcp://host:port`
-or `ipc://path`. A run uses it as `zmq://host:port` among its `rewards.functions`. The wire is
-described in protocol/REWARDS.md; `--schema` prints its JSON schema, for servers in other languages.
+or `ipc://path`. A run uses it as `zmq://host:port` among its `rewards.functions`. The wire
+format is described in protocol/REWARDS.md; `--schema` prints its JSON schema, for servers in other
+languages.
 """
 
 import argparse
@@ -14,8 +15,7 @@ import anyio.to_thread
 import msgspec
 
 from actors.rewards.server import RewardServer
-from launch.processes.lifeline import Lifeline
-from launch.processes.start import start_process
+from launch.processes.start import Lifeline, start_process
 from protocol.errors import PippinError, only_leaf
 from protocol.messages.rewards import (
     REWARD_PROTOCOL_VERSION,
@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schema", action="store_true", help="print the wire's JSON schema only")
     args = parser.parse_args()
     if not args.schema and not (args.functions and args.bind):
-        parser.error("required: at least one FUNCTION, and --bind ENDPOINT")
+        parser.error("give at least one FUNCTION, and --bind ENDPOINT")
     return args
 
 

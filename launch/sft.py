@@ -1,4 +1,4 @@
-"""Plain fine-tuning: `launch/sft.py recipe.toml [--section.key value …]`."""
+"""Supervised fine-tuning: `launch/sft.py recipe.toml [--section.key value …]`."""
 
 import sys
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def measure(
         if line.get("kind", "train") != "train":
             continue
         try:
-            ages += [line["trained_at"] - span["version"] for span in _spans(line["policy_spans"])]
+            spans = chain.from_iterable(line["policy_spans"])  # of all completions of a group
+            ages += [line["trained_at"] - span["version"] for span in spans]
             sampling.append((line["started_at"], line["finished_at"]))
         except KeyError as error:
             raise DataError(f"rollouts.jsonl, line {number} has no field {error}") from error
@@ -93,13 +95,6 @@ def overlap(first: list[Interval], second: list[Interval]) -> float:
         else:
             j += 1
     return total
-
-
-def _spans(value: list[Any]) -> list[Mapping[str, Any]]:
-    """Return the spans of a completion, or of all completions of a group."""
-    if value and isinstance(value[0], list):
-        return [span for spans in value for span in spans]
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

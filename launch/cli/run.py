@@ -60,7 +60,7 @@ def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
 
     lines = what_next(folder, run, done=status == 0)
     if saved and (status != 0 or supervisor.interrupted):
-        lines.append(f"go on:   uv run {sys.argv[0]} --run.resume {shown(folder)}")
+        lines.append(f"resume:  uv run {sys.argv[0]} --run.resume {shown(folder)}")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return status
 
@@ -70,12 +70,9 @@ def record_end(folder: Path, status: int, *, started: bool) -> None:
 
     A run that failed before its first step leaves its name free.
     """
-    if status == 0:
-        return
-    if not started:
-        change_state(folder, "failed_to_start")
-    else:
-        change_state(folder, "stopped" if status == INTERRUPTED else "failed")
+    if status != 0:
+        ended = "stopped" if status == INTERRUPTED else "failed"
+        change_state(folder, ended if started else "failed_to_start")
 
 
 def shown(path: str | Path) -> str:

@@ -1,15 +1,12 @@
 """An Ollama Modelfile for an exported model: FROM, TEMPLATE, PARAMETER stop.
 
-A chat template is Jinja; Ollama's templates are Go's. There is no general conversion: the families
-that the markers below tell apart have a template written by hand, and for any other the Modelfile
-says that its template is missing.
+A chat template is Jinja; Ollama's templates are Go's. There is no general conversion: each
+family that the markers below tell apart has a template written by hand; for any other, the
+Modelfile says that its template is missing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from launch.exporting.result import Exported
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,6 @@ def family_of(chat_template: str | None) -> Family | None:
     return None
 
 
-def write_modelfile(result: Exported, config: dict[str, Any], tokenizer: Any) -> None:  # noqa: ANN401 - mlx-lm's wrapper
-    """Write an Ollama Modelfile that loads the GGUF, or else the folder."""
-    stops = [str(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)]
-    source = f"./{result.gguf.name}" if result.gguf else "."
-    text = modelfile(source, tokenizer.chat_template, [stop for stop in stops if stop])
-    result.modelfile = result.folder / "Modelfile"
-    result.modelfile.write_text(text, encoding="utf-8")
-    result.notes += template_notes(tokenizer.chat_template)
-    if config.get("quantization"):
-        result.notes.append("Ollama cannot read MLX's quantised weights: export with --dequantize.")
-        result.failed = True
-
-
 def modelfile(source: str, chat_template: str | None, stop_words: Sequence[str]) -> str:
     """Return a Modelfile for `source` (a GGUF file or a folder, relative to the Modelfile)."""
     family = family_of(chat_template)
@@ -99,10 +83,10 @@ def template_notes(chat_template: str | None) -> list[str]:
     if family is None:
         return [
             "The chat template could not be converted: it belongs to no known family. "
-            "Write TEMPLATE by hand before chatting with this model."
+            "Write TEMPLATE by hand before you chat with this model."
         ]
     left_out = [word for word in ("tools", "enable_thinking") if word in chat_template]
-    notes = [f"The chat template is written as Ollama's for the {family.name} family."]
+    notes = [f"The Modelfile has Ollama's chat template for the {family.name} family."]
     if left_out:
         notes.append(f"Not converted: the chat template's handling of {', '.join(left_out)}.")
     return notes

@@ -78,8 +78,7 @@ def _grid(x_low: float, x_high: float, y_low: float, y_high: float) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
     for value in ticks(x_low, x_high, whole=True):
         x = round(LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
-        text = f'<text x="{x}" y="{HEIGHT - 16}" text-anchor="middle">{value:g}</text>'
-        parts.append(text)
+        parts.append(f'<text x="{x}" y="{HEIGHT - 16}" text-anchor="middle">{value:g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     return "".join(parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from launch.pages.charts import Points, line_chart
-from launch.pages.html import only_content, page, points, prompt_text
+from launch.pages.html import only_content, page, points, prompt_text, table
 from launch.pages.progress import duration
 from launch.pages.win_rate import win_rate
 from protocol.run_record import Program
@@ -140,7 +140,7 @@ def _held_out(runs: Sequence[FinishedRun]) -> str:
     about = [f"{' and '.join(counts)} rows, never trained on; (step)."] if counts else []
 
     head = ["run", "objective", *["first", "best", "last"] * len(keys)]
-    return f"<p>{escape(' '.join(about + notes))}</p>" + _table(head, rows, over=("", "", *keys))
+    return f"<p>{escape(' '.join(about + notes))}</p>" + table(head, rows, over=("", "", *keys))
 
 
 def _first_best_last(found: Points, best: Best) -> list[str]:
@@ -172,7 +172,7 @@ def _wins(runs: Sequence[FinishedRun], chosen: AnswerSet) -> str:
     head += ["its own first answers"] * started
     head += [f"the dataset's {chosen.name}"] * bool(chosen.scores)
     note = "<p>Row against column; a tie is half a win; ± is one standard error over prompts.</p>"
-    return note + _table(head, rows)
+    return note + table(head, rows)
 
 
 def _win(first: AnswerSet, second: AnswerSet) -> str:
@@ -201,7 +201,7 @@ def _samples(runs: Sequence[FinishedRun], chosen: AnswerSet) -> str:
         ]
         for key in common[:SAMPLES]
     ]
-    return _table(["prompt", *(answer_set.name for answer_set in sets)], rows)
+    return table(["prompt", *(answer_set.name for answer_set in sets)], rows)
 
 
 def _texts(answer_set: AnswerSet) -> dict[str, str]:
@@ -220,12 +220,12 @@ def _cost(runs: Sequence[FinishedRun]) -> str:
         times = [seconds for _, seconds in points(run.metrics, "step_time")]
         tokens = [count for _, count in points(run.metrics, "num_tokens")]
         whole = [seconds for _, seconds in points(run.metrics, "time_s")]
-        cells = [run.name, str(len(times))]
-        cells += [f"{tokens[-1]:,.0f}" if tokens else ""]
-        cells += [f"{statistics.median(times):.3g}" if times else ""]
-        cells += [duration(whole[-1]) if whole else ""]
-        rows.append(cells)
-    return _table(["run", "steps", "tokens", "s/step, median", "time, with evaluations"], rows)
+        count = f"{tokens[-1]:,.0f}" if tokens else ""
+        median = f"{statistics.median(times):.3g}" if times else ""
+        rows.append(
+            [run.name, str(len(times)), count, median, duration(whole[-1]) if whole else ""]
+        )
+    return table(["run", "steps", "tokens", "s/step, median", "time, with evaluations"], rows)
 
 
 def _settings(runs: Sequence[FinishedRun]) -> str:
@@ -236,7 +236,7 @@ def _settings(runs: Sequence[FinishedRun]) -> str:
         for key in keys
         if len({repr(settings.get(key)) for settings in flat}) > 1
     ]
-    return _table(["setting", *(run.name for run in runs)], rows)
+    return table(["setting", *(run.name for run in runs)], rows)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,14 +248,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[name] = value
     return found
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], over: Sequence[str] = ()) -> str:
-    """Return a table; non-empty headings in `over` span three columns each, empty ones one."""
-    spans = "".join(f"<th{' colspan=3' if text else ''}>{escape(text)}</th>" for text in over)
-    top = "".join(f"<th>{escape(text)}</th>" for text in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows
-    )
-    above = f"<tr>{spans}</tr>" if over else ""
-    return f"<table>{above}<tr>{top}</tr>{body}</table>"

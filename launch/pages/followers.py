@@ -5,7 +5,6 @@ To add a sink, write a `Follower` whose `take` passes each line on, and list it 
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import anyio
@@ -28,12 +27,7 @@ class Follower:
         self._metrics.read()  # written by an earlier learner, and shown then
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.update()
 
     async def follow(self) -> None:

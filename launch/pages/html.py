@@ -1,5 +1,6 @@
-"""What the report and the comparison share: style, the page around a body, points, prompts."""
+"""What the report and the comparison share: style, the page around a body, points, tables."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any, cast
 
@@ -34,6 +35,17 @@ def points(metrics: list[dict[str, Any]], key: str) -> Points:
     """Return the (step, value) points of a metric."""
     pairs = [(number(line, "step"), number(line, key)) for line in metrics]
     return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], over: Sequence[str] = ()) -> str:
+    """Return a table; non-empty headings in `over` span three columns each, empty ones one."""
+    spans = "".join(f"<th{' colspan=3' if text else ''}>{escape(text)}</th>" for text in over)
+    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows
+    )
+    above = f"<tr>{spans}</tr>" if over else ""
+    return f"<table>{above}<tr>{top}</tr>{body}</table>"
 
 
 def prompt_text(prompt: object) -> str:

@@ -2,7 +2,7 @@
 
 The server is started for the scoring, or runs already (`zmq://host:port`). All answers to a prompt
 are scored as one group. A function that fails or times out ends the scoring, because a comparison
-by half of the scores would be worth nothing.
+by some of the scores would mislead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,8 @@ from protocol.transport.endpoints import ipc_folder
 TIMEOUT_S = 60.0
 COLUMNS = ("chosen", "rejected")  # may stand beside a line's `columns`
 
+Lines = Mapping[str, Mapping[str, Any]]  # lines of rollouts.jsonl by prompt
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -39,14 +41,11 @@ class Judge:
     timeout_s: float = TIMEOUT_S
     keys: str = ""
 
-    def scores(
-        self, answer_sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    ) -> dict[str, dict[str, float]]:
-        """Return each set's scores by prompt, without those that are None.
+    def scores(self, answer_sets: Mapping[str, Lines]) -> dict[str, dict[str, float]]:
+        """Return the scores of each named set by prompt, without those that are None.
 
-        `answer_sets` maps a name to lines of rollouts.jsonl by prompt; the first completion of a
-        line counts, as text or as messages. Raises RewardError, which names the prompt, and
-        ChannelError for an endpoint that cannot be used.
+        The first completion of a line counts, as text or as messages. Raises RewardError, which
+        names the prompt, and ChannelError for an endpoint that cannot be used.
         """
         try:
             return anyio.run(self._scores, answer_sets)
@@ -54,9 +53,7 @@ class Judge:
             leaf = only_leaf(group)
             raise leaf if isinstance(leaf, PippinError) else group from None
 
-    async def _scores(
-        self, answer_sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    ) -> dict[str, dict[str, float]]:
+    async def _scores(self, answer_sets: Mapping[str, Lines]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {name: {} for name in answer_sets}
         prompts = dict.fromkeys(key for lines in answer_sets.values() for key in lines)
         async with AsyncExitStack() as stack:
@@ -94,10 +91,9 @@ class Judge:
 
         data = msgspec.json.encode(row)
         given: list[Any] = [line["completions"][0] for line in lines]
-        wrapped = as_answers(data, given)
+        # A dataset's chosen answer may be a list of messages already.
         answers: list[Any] = [
-            own if isinstance(own, list) else answer
-            for own, answer in zip(given, wrapped, strict=True)
+            own if isinstance(own, list) else as_answers(data, [own])[0] for own in given
         ]
 
         result = await client.score(data, answers, [[] for _ in lines], {})

@@ -1,13 +1,12 @@
 """The display of a running run: its metrics and events as they are written.
 
-On a terminal a panel (rich) that is drawn again as lines arrive; elsewhere one line per step.
+On a terminal, a panel (rich) that is redrawn as lines arrive; elsewhere, one line per step.
 """
 
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -98,13 +97,8 @@ class Progress(Follower):
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         if self._live is not None:
             self._live.stop()
 
@@ -139,7 +133,11 @@ class Progress(Follower):
         if self._max_steps < 1 and (self.folder / RUN).exists():
             self._max_steps = read_run(self.folder).total_steps or -1
 
-        self._latest.update({key: value for key, value in line.items() if value is not None})
+        # Actors may finish an evaluation after later steps, whose line must not set the step back.
+        step, seconds = number(line, "step"), number(line, "time_s")
+        late = step is not None and bool(self._times) and step < self._times[-1][0]
+        kept = {key: value for key, value in line.items() if value is not None}
+        self._latest |= {key: value for key, value in kept.items() if key != "step" or not late}
         reward = number(line, "reward")
         curve = number(line, "loss") if reward is None else reward
         self._rewards += [] if curve is None else [curve]
@@ -147,8 +145,7 @@ class Progress(Follower):
         for self._eval_name, value in held_out[:1]:
             self._evals.append(value)
 
-        step, seconds = number(line, "step"), number(line, "time_s")
-        if step is not None and seconds is not None:
+        if step is not None and seconds is not None and not late:
             self._times.append((step, seconds))
         if self._live is None:
             self.say(self.line(line))

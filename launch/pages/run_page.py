@@ -1,4 +1,4 @@
-"""The report of a run: RUN/report.html, one file without network references.
+"""The report of a run: RUN/report.html, one file that needs no network.
 
 It shows what the run is (run.json), curves (metrics.jsonl), what went wrong (events.jsonl) and
 sample completions with their rewards, first and last (rollouts.jsonl). Whatever is missing or
@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from launch.pages.charts import line_chart
-from launch.pages.html import page, points, prompt_text
+from launch.pages.html import page, points, prompt_text, table
 from launch.run_folder.tail import number, parse_lines
 from protocol.run_record import (
     EVENTS,
     RUN,
-    AnyEvent,
     CheckpointFailed,
     Fault,
     Restart,
-    RunRecord,
     parse_events,
     read_run,
 )
@@ -52,51 +50,43 @@ SUMMARY = (
 def write_report(folder: Path) -> Path:
     """Write the report of a run folder and return its path."""
     metrics = parse_lines(_bytes(folder / "metrics.jsonl"))
-    rollouts = parse_lines(_bytes(folder / "rollouts.jsonl"))
-    config = _bytes(folder / "config.toml").decode("utf-8", errors="replace")
-    about = _about(read_run(folder)) if (folder / RUN).exists() else ""
-    troubles = _troubles(parse_events(_bytes(folder / EVENTS)))
-
-    target = folder / "report.html"
-    temporary = folder / f".report-{os.getpid()}.html"
-    text = render(folder.name, metrics, rollouts, config, about=about + troubles)
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(target)
-    return target
-
-
-def render(
-    name: str,
-    metrics: list[dict[str, Any]],
-    rollouts: list[dict[str, Any]],
-    config: str,
-    *,
-    about: str = "",
-) -> str:
-    """Return the page; `about` is HTML on the run as a whole."""
     rates = sorted({key for line in metrics for key in line if key.endswith("tokens_per_s")})
     charts = [
         line_chart(title, {key: points(metrics, key) for key in keys})
         for title, keys in {**CHARTS, "Throughput, tokens/s": tuple(rates)}.items()
     ]
     shown = "".join(charts) or "<p>No metrics were written.</p>"
-    return page(
-        name,
-        f'{about}{_summary(metrics)}<div class="charts">{shown}</div>{_samples(rollouts)}'
+    config = _bytes(folder / "config.toml").decode("utf-8", errors="replace")
+    text = page(
+        folder.name,
+        f"{_about(folder)}{_troubles(folder)}{_summary(metrics)}"
+        f'<div class="charts">{shown}</div>{_samples(folder)}'
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>",
     )
 
+    # Replaced as a whole: the page may be open in a browser.
+    target = folder / "report.html"
+    temporary = folder / f".report-{os.getpid()}.html"
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(target)
+    return target
 
-def _about(record: RunRecord) -> str:
+
+def _about(folder: Path) -> str:
     """Return a line on what ran, with which versions, and how it ended."""
+    if not (folder / RUN).exists():
+        return ""
+
+    record = read_run(folder)
     steps = f" of {record.total_steps} steps" if record.total_steps is not None else ""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     state = record.state.replace("_", " ")
     return f"<p>{escape(f'{record.program} run{steps}, {state}; {versions}')}</p>"
 
 
-def _troubles(events: list[AnyEvent]) -> str:
+def _troubles(folder: Path) -> str:
     """Return what went wrong, in order."""
+    events = parse_events(_bytes(folder / EVENTS))
     found = [each for each in events if isinstance(each, CheckpointFailed | Fault | Restart)]
     items = "".join(f"<li>{escape(event.text)}</li>" for event in found)
     return f"<h2>Faults</h2><ul>{items}</ul>" if items else ""
@@ -111,7 +101,8 @@ def _summary(metrics: list[dict[str, Any]]) -> str:
     return f"<p>{'; '.join(parts)}</p>"
 
 
-def _samples(rollouts: list[dict[str, Any]]) -> str:
+def _samples(folder: Path) -> str:
+    rollouts = parse_lines(_bytes(folder / "rollouts.jsonl"))
     groups = [line for line in rollouts if _list(line, "completions")]
     train = [line for line in groups if line.get("kind") != "eval"]
     held_out = [line for line in groups if line.get("kind") == "eval"]
@@ -126,11 +117,10 @@ def _samples(rollouts: list[dict[str, Any]]) -> str:
 
 
 def _titled(title: str, groups: list[dict[str, Any]]) -> str:
-    return f"<h2>{escape(title)}</h2>{_table(groups)}" if groups else ""
+    if not groups:
+        return ""
 
-
-def _table(groups: list[dict[str, Any]]) -> str:
-    rows = ["<tr><th>prompt</th><th>completion</th><th>rewards</th></tr>"]
+    rows: list[tuple[str, str, str]] = []
     for line in groups:
         rewards = _list(line, "rewards")
         names = _list(line, "reward_names")
@@ -139,10 +129,8 @@ def _table(groups: list[dict[str, Any]]) -> str:
             values = cast("list[object]", reward) if isinstance(reward, list) else [reward]
             labels = [*map(str, names), *[""] * len(values)]
             worth = "\n".join(f"{n} {v}" for n, v in zip(labels, values, strict=False))
-            prompt = prompt_text(line.get("prompt"))
-            cells = "".join(f"<td>{escape(part)}</td>" for part in (prompt, str(text), worth))
-            rows.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+            rows.append((prompt_text(line.get("prompt")), str(text), worth))
+    return f"<h2>{escape(title)}</h2>{table(('prompt', 'completion', 'rewards'), rows)}"
 
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:

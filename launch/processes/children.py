@@ -1,12 +1,13 @@
 """Child processes: spawned with a pipe as lifeline, logged to a file, stopped or killed.
 
-A child's standard input is its lifeline (`launch/processes/lifeline.py`): a line asks it to stop,
-the end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each
-child leads its own session, so that Ctrl-C reaches only the launcher and a kill also ends the
-child's own children.
+A child's standard input is its lifeline (`launch/processes/start.py`): a line asks it to stop, the
+end of the pipe means that the launcher is gone. Its output goes to `logs/<name>.log`. Each child
+leads its own session, so that Ctrl-C reaches only the launcher and a kill also ends the child's own
+children.
 """
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
-from launch.processes.log_ending import ending
-
 TAIL_BYTES = 262_144  # of a log, in which its ending is looked for
+# Our processes log `date time LEVEL message`; tracebacks and libraries write other lines.
+_ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,32 @@ class Processes:
     required: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
 class Child:
     """A running process; its output begins at byte `log_start` of `log`."""
 
-    def __init__(self, spec: ChildSpec, process: Process, log: Path, log_start: int) -> None:
-        self.spec = spec
-        self.log = log
-        self._process = process
-        self._log_start = log_start
-
-    @property
-    def pid(self) -> int:
-        """Return the process id."""
-        return self._process.pid
+    spec: ChildSpec
+    process: Process
+    log: Path
+    log_start: int
 
     async def wait(self) -> int:
         """Wait for the end; return the exit status, negative for a signal."""
-        return await self._process.wait()
+        return await self.process.wait()
 
     async def ask_to_stop(self) -> None:
         """Send a line down the lifeline; a child that has ended does not get it."""
-        if self._process.stdin is not None:
+        if self.process.stdin is not None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-                await self._process.stdin.send(b"stop\n")
+                await self.process.stdin.send(b"stop\n")
 
     def kill(self) -> None:
         """Kill the child and what it started; nothing happens if it has ended."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     async def end(self, grace_s: float) -> None:
-        """Ask to stop, and kill after `grace_s`; returns when the child has ended."""
+        """Ask the child to stop, kill it after `grace_s`, and return when it has ended."""
         await self.ask_to_stop()
         with anyio.move_on_after(grace_s):
             await self.wait()
@@ -88,7 +84,7 @@ class Child:
         """Return what the child's log says of its failure: its last error, or else its end."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - TAIL_BYTES))
+            file.seek(max(self.log_start, size - TAIL_BYTES))
             return ending(file.read().decode("utf-8", errors="replace"))
 
 
@@ -112,6 +108,26 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
 
 def describe_status(status: int) -> str:
     """Say how a process ended: `exit status 1`, `SIGKILL`."""
-    if status < 0:
-        return signal.Signals(-status).name
-    return f"exit status {status}"
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+
+
+def ending(text: str, count: int = 20) -> str:
+    """Return at most `count` lines that say why a process failed: from its last ERROR on.
+
+    The middle of a longer message is left out. Without an ERROR, the last lines are returned.
+    """
+    lines = text.splitlines()
+    errors = [index for index, line in enumerate(lines) if _ERROR.match(line)]
+    if not errors:
+        return "\n".join(lines[-count:])
+    return shortened("\n".join(lines[errors[-1] :]), count)
+
+
+def shortened(text: str, count: int = 20) -> str:
+    """Return `text`, without its middle where it has more than `count` lines."""
+    lines = text.splitlines()
+    if len(lines) <= count:
+        return text
+
+    half = count // 2
+    return "\n".join([*lines[:half], f"… {len(lines) - 2 * half} lines …", *lines[-half:]])

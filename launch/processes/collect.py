@@ -9,16 +9,20 @@ were answered or given up, or it was asked to stop; 1: it failed.
 import argparse
 import logging
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 from msgspec import structs
 
 from launch.processes.learner_program import run_learner
-from launch.processes.lifeline import Lifeline
+from launch.processes.start import Lifeline
 from protocol.config.load import load
 from protocol.config.settings import ModelSettings, PairsRun, builtins
 from protocol.run_record import State, change_state
+
+if TYPE_CHECKING:
+    from learner.online.experience import PromptGroup
+    from learner.online.source import OnlineSource
 
 log = logging.getLogger("pippin.pairs")
 POLL_S = 0.2
@@ -32,7 +36,7 @@ def effective(settings: PairsRun) -> PairsRun:
     if settings.pairs.mode == "best_worst":
         return settings
 
-    # The B of fresh adapters is zero, so that learner and actors compute exactly the base.
+    # The B matrix of fresh adapters is zero, so that learner and actors compute exactly the base.
     model = structs.replace(settings.model, adapter_path="", fine_tune_type="lora")
     sampling = structs.replace(settings.sampling, num_generations=1)
     return structs.replace(settings, model=model, sampling=sampling)
@@ -51,13 +55,8 @@ def epochs(settings: PairsRun) -> float | None:
 
 def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Serve the prompts until all are answered; write pairs and their counts; say how it ended."""
-    from learner.build.online import (
-        OnlineAddresses,
-        OnlinePlan,
-        new_coordinator,
-        new_service,
-        total_batches,
-    )
+    # Here, because these imports load MLX, which start_process prepares.
+    from learner.build import online
     from learner.data.prompts import open_prompts
     from learner.online.commands import Command, Reply
     from learner.online.source import OnlineSource
@@ -74,28 +73,20 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
         epochs=epochs(settings),
         batch_size=settings.train.batch_size,
     )
-    total = total_batches(settings, prompts)
+    total = online.total_batches(settings, prompts)
 
-    addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
-    plan = OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
+    addresses = online.OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
+    plan = online.OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = new_service(plan, new_coordinator(plan), bridge)
+    service = online.new_service(plan, online.new_coordinator(plan), bridge)
     change_state(args.run_dir, "running")
 
-    with bridge, output_path(settings, args.run_dir).open("w", encoding="utf-8") as file:
+    output = Path(settings.pairs.output or args.run_dir / "pairs.jsonl")
+    with bridge, output.open("w", encoding="utf-8") as file:
         bridge.start(lambda _: service.run())
         writer = Writer(settings, policy.tokenizer, file)
-        source.stepped(0)
-        step = 0
-        while step < total and not source.exhausted and not lifeline.stop_requested:
-            batch = source.poll(POLL_S)
-            if batch is not None:
-                for item in batch.groups:
-                    writer.add(item)
-                step += 1
-                log.info("batch %d of %d: %s", step, total, writer.counts)
-                source.stepped(step)
+        step = _write_batches(source, writer, total, lifeline)
         if step < settings.train.max_steps and not lifeline.stop_requested:
             log.warning(
                 "all rows are paired after %d of train.max_steps = %d batches: each row is used "
@@ -103,15 +94,30 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
                 step,
                 settings.train.max_steps,
             )
+
+        # Before the actors are told to leave: the launcher reads the counts when we end.
         writer.finish(args.run_dir)
         source.finish("all prompts are answered")
 
     return "stopped" if lifeline.stop_requested else "finished"
 
 
-def output_path(settings: PairsRun, folder: Path) -> Path:
-    """Return the file that the pairs go to."""
-    return Path(settings.pairs.output) if settings.pairs.output else folder / "pairs.jsonl"
+def _write_batches(source: "OnlineSource", writer: "Writer", total: int, lifeline: Lifeline) -> int:
+    """Write the pairs of up to `total` batches as they come; return the number of batches."""
+    source.stepped(0)
+    step = 0
+    while step < total and not source.exhausted and not lifeline.stop_requested:
+        batch = source.poll(POLL_S)
+        if batch is None:
+            continue
+
+        for item in batch.groups:
+            writer.add(item)
+        step += 1
+        log.info("batch %d of %d: %s", step, total, writer.counts)
+        # Counts as a step of a policy that stays the same, so that actors go on sampling.
+        source.stepped(step)
+    return step
 
 
 class Writer:
@@ -123,13 +129,13 @@ class Writer:
         self._tokenizer = tokenizer
         self._file = file
 
-    def add(self, item: Any) -> None:  # noqa: ANN401 - a PromptGroup of the learner, heavy
+    def add(self, item: "PromptGroup") -> None:
         """Write the pair of a group, if it has one."""
         from launch.processes.pairing import best_and_worst, given_and_own
         from learner.online.experience import reward_matrix
         from protocol.messages.arrays import ids_view
 
-        # A chat's answer is a message of its own; a plain completion continues its prompt.
+        # A chat's answer is a separate message; a plain completion continues its prompt.
         prompt_ids = None if isinstance(item.prompt.row["prompt"], list) else item.prompt.prompt_ids
         texts = [
             continuation(self._tokenizer, prompt_ids, ids_view(c.token_ids).tolist())
@@ -153,8 +159,8 @@ class Writer:
 
     def finish(self, folder: Path) -> None:
         """Write the counts to `pairs.json`."""
-        counted = msgspec.json.format(msgspec.json.encode(self.counts))
-        (folder / "pairs.json").write_bytes(counted + b"\n")
+        data = msgspec.json.format(msgspec.json.encode(self.counts))
+        (folder / "pairs.json").write_bytes(data + b"\n")
 
 
 def continuation(
@@ -162,14 +168,15 @@ def continuation(
     prompt_ids: list[int] | None,
     completion_ids: list[int],
 ) -> str:
-    """Return a completion's text, which appended to the prompt's text reads as it was sampled.
+    """Return a completion's text such that prompt + text reads as it was sampled.
 
-    A leading space belongs to the completion; decoders drop it where the completion is decoded
-    alone. `prompt_ids` None: a chat's answer, which is not appended to anything.
+    `prompt_ids` None: a chat's answer, which is not appended to anything.
     """
     alone: str = tokenizer.decode(completion_ids, skip_special_tokens=True)
     if prompt_ids is None:
         return alone
+
+    # A leading space belongs to the completion, but decoders drop it from a text's beginning.
     head: str = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     both: str = tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
     return both[len(head) :] if both.startswith(head) else alone

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from launch.processes.learner_program import run_learner
-from launch.processes.lifeline import Lifeline
 from launch.processes.run_lock import hold_run_folder
+from launch.processes.start import Lifeline
 from launch.run_folder.resume import accept_settings
 from protocol.errors import RewardError
 from protocol.run_record import State, change_state, read_run, write_run

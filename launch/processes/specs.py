@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from launch.processes.children import ChildSpec, Processes
-from protocol.config.settings import GrpoRun, OnlineRun
+from protocol.config.settings import OnlineRun, PairsRun
 from protocol.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[1]
@@ -21,21 +21,15 @@ def offline_processes(folder: Path) -> Processes:
     return Processes(ChildSpec("learner", "learner", command))
 
 
-def training_processes(run: GrpoRun, folder: Path, sockets: Path) -> Processes:
-    """Return the learner of launch/grpo.py, its actors and its reward servers."""
-    return _with_actors("learner", "processes/learn.py", run, folder, sockets)
+def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
+    """Return the learner (of PairsRun the collector), local actors and reward servers.
 
-
-def collecting_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
-    """Return the collector of launch/pairs.py, its actors and its reward servers."""
-    return _with_actors("collect", "processes/collect.py", run, folder, sockets)
-
-
-def _with_actors(name: str, script: str, run: OnlineRun, folder: Path, sockets: Path) -> Processes:
-    """Return the learner program `script`, local actors and reward servers; `sockets` is a folder.
-
-    Local actors are required unless actors elsewhere can connect to `transport.bind`.
+    `sockets` is a folder for ipc endpoints. Local actors are required unless actors elsewhere can
+    connect to `transport.bind`.
     """
+    name, script = "learner", "processes/learn.py"
+    if isinstance(run, PairsRun):
+        name, script = "collect", "processes/collect.py"
     endpoint = f"ipc://{sockets}/learner"
     services, servers = reward_services(run, sockets)
     arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]

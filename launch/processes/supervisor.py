@@ -1,4 +1,4 @@
-"""Keeps a run's processes: the learner, whose end is the run's end, and its replaceable helpers.
+"""Keeps a run going: its learner, whose end is the run's end, and its replaceable helpers.
 
 A helper (actor, reward server) that dies is restarted after a delay that doubles, up to
 `max_restarts` times. A helper that exits with status 0 has left on purpose. If no helper of a
@@ -17,8 +17,14 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskStatus
 
-from launch.processes.children import Child, ChildSpec, Processes, describe_status, start
-from launch.processes.log_ending import shortened
+from launch.processes.children import (
+    Child,
+    ChildSpec,
+    Processes,
+    describe_status,
+    shortened,
+    start,
+)
 from launch.run_folder.tail import EventTail
 from protocol.run_record import Fault, Restart, record_event
 
@@ -117,7 +123,6 @@ class Supervisor:
             self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
 
     async def _keep_running(self, spec: ChildSpec) -> None:
-        """Keep one helper running, within its restarts."""
         backoff_s = self._backoff_s
         for attempt in range(1, spec.max_restarts + 2):
             child = await start(spec, self._logs)
@@ -144,7 +149,7 @@ class Supervisor:
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
     def _give_up(self, child: Child, status: int) -> None:
-        """Leave a helper dead; fail the run if it was the last of a required kind."""
+        """Give a helper up; fail the run if it was the last of a required kind."""
         self._report(Fault(process=child.spec.name, reason=_cause(child, status)))
         self._given_up.add(child.spec.name)
 
@@ -157,7 +162,6 @@ class Supervisor:
             self._kill(self._learner.name)
 
     def _report(self, event: Fault | Restart) -> None:
-        """Record an event, and show it."""
         record_event(self._folder, event)
         self._say(event.text)
 
@@ -169,7 +173,9 @@ class Supervisor:
             async for _ in signals:
                 self._interrupts += 1
                 if self._interrupts == 1:
-                    self._say("stopping after this step, with a checkpoint; Ctrl-C again: at once")
+                    self._say(
+                        "stopping after this step, with a checkpoint; Ctrl-C again stops at once"
+                    )
                     learner = self._alive.get(self._learner.name)
                     if learner is not None:
                         await learner.ask_to_stop()

@@ -1,7 +1,7 @@
 """Two-digit addition: the rows and the reward of the embedded default run.
 
-Of the 8,100 sums of two numbers from 10 to 99, 512 are held out and never trained on, neither by
-the model's SFT nor by GRPO.
+Of the 8,100 sums of two numbers from 10 to 99, 512 are held out and never trained on, neither in
+the model's SFT nor in GRPO.
 """
 
 import random

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 from launch.compare import main as compare
@@ -18,8 +16,8 @@ from launch.processes.supervisor import INTERRUPTED
 
 RECIPE = Path(__file__).with_suffix(".toml")
 PROGRAM = RECIPE.parents[1] / "preference.py"
-# SimPO's beta multiplies a mean over tokens, not a sum: its paper takes 2 to 10, with gamma 0.3 to
-# 1.6, and no likelihood term, which cpo_alpha would add; DPO and ORPO have TRL's defaults.
+# SimPO's beta multiplies a mean over tokens, not a sum: the SimPO paper uses beta 2 to 10 and gamma
+# 0.3 to 1.6, without the likelihood term that cpo_alpha adds. DPO and ORPO use TRL's defaults.
 METHODS: dict[str, dict[str, str]] = {
     "dpo": {"objective.beta": "0.1"},
     "simpo": {
@@ -32,44 +30,33 @@ METHODS: dict[str, dict[str, str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the three one after the other, then write the comparison."""
+    """Run the three methods one after the other, then write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reward", default="", help="for win rates: file.py:function")
-    parser.add_argument("--out", default="comparison.html")
+    parser.add_argument("--out", default="comparison.html", help="(%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     args, flags = parser.parse_known_args(argv)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folders: list[str] = []
-    with _interrupts_counted() as interrupts:
-        for method, settings in METHODS.items():
-            name = f"{method}-{stamp}"
-            own = [word for key, value in settings.items() for word in (f"--{key}", value)]
-            command = [
-                sys.executable,
-                str(PROGRAM),
-                str(RECIPE),
-                "--objective.method",
-                method,
-                *own,
-            ]
-            command += ["--run.name", name, "--run.dir", str(args.runs), *flags]
-            status = subprocess.run(command, check=False).returncode
-            if status != 0 or interrupts:
-                return status or INTERRUPTED
-            folders.append(str(args.runs / name))
-    reward = ["--reward", args.reward] if args.reward else []
-    return compare([*folders, "--out", args.out, *reward])
 
-
-@contextmanager
-def _interrupts_counted() -> Generator[list[int]]:
-    """Take note of Ctrl-C: it reaches the run as well, which stops after its step."""
+    # Ctrl-C reaches the run as well, which stops after its step; we only take note of it.
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    folders: list[str] = []
     try:
-        yield interrupts
+        for method, settings in METHODS.items():
+            run = {"run.name": f"{method}-{stamp}", "run.dir": str(args.runs)}
+            own = {"objective.method": method, **settings, **run}
+            command = [sys.executable, str(PROGRAM), str(RECIPE)]
+            command += [word for key, value in own.items() for word in (f"--{key}", value)]
+            status = subprocess.run([*command, *flags], check=False).returncode
+            if status != 0 or interrupts:
+                return status or INTERRUPTED
+            folders.append(str(args.runs / run["run.name"]))
     finally:
         signal.signal(signal.SIGINT, before)
+
+    reward = ["--reward", args.reward] if args.reward else []
+    return compare([*folders, "--out", args.out, *reward])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paths that a recipe and its flags hold: where they are looked for, and made absolute.
+"""The paths in a recipe and its flags: looked up and made absolute.
 
 Keys that hold paths are marked by their types in `protocol/config`. Relative paths of a recipe file
 (model, data, prepare, rewards…) are taken from the recipe's folder where they exist there,

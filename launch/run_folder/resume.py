@@ -76,9 +76,9 @@ def accept_settings(folder: Path) -> None:
 
 
 def restore_settings(folder: Path) -> bool:
-    """Put the previous settings back, unless the learner accepted the new ones; say if it was done.
+    """Put the previous settings back, unless the learner accepted the new ones.
 
-    The run is then what it was before: finished, for example.
+    Returns whether it did: the run is then what it was before, finished for example.
     """
     if not (folder / PREVIOUS).exists():
         return False

@@ -103,7 +103,7 @@ def _log_trainable(model: nn.Module, adapter_config: AdapterConfig) -> None:
     total = sum(array.size for _, array in flat)
 
     log.info(
-        "Training %s: %d tensors, %s numbers (of %s stored)",
+        "Training %s: %d tensors, %s parameters (of %s stored)",
         adapter_config.fine_tune_type,
         len(arrays),
         f"{sum(array.size for array in arrays.values()):,}",

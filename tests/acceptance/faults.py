@@ -5,8 +5,8 @@
     python -m tests.acceptance.faults --fuzz [--frames 1000000]
 
 Each run is launch/grpo.py with its default recipe, two actors and small batches; its folder stays
-under `--dir`. The flooded run is stopped by SIGINT when all frames are counted. Prints what
-was seen; exit status 1 if a check fails.
+under `--dir`. A flooded run is stopped by SIGINT when all frames are counted. Prints the figures;
+exit status 1 if a check fails.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def check_records(run: Launcher, bound: int, steps: int, *, left: int = 0) -> fl
 
 
 def kill_learner(args: argparse.Namespace, bound: int) -> None:
-    """Kill the learner past a checkpoint, resume, and hold lost.json against the journal."""
+    """Kill the learner after a checkpoint, resume, and check lost.json against the journal."""
     run = launch(args, bound, save_steps=5)
     try:
         run.until(lambda: len(run.steps()) >= 8, "step 8")
@@ -143,7 +143,7 @@ def kill_learner(args: argparse.Namespace, bound: int) -> None:
 
 
 def check_lost(run: Launcher, lost: Json, steps: int) -> None:
-    """Hold lost.json against the journal of both incarnations."""
+    """Check lost.json against the journal of both incarnations."""
     before, after = incarnations(run.events()).values()
     old, version = account(before), lost["version"]
     rejoined = {t["new"]["number"]: t["row_key"] for t in lost["checkpoint"]["rejoined"]}
@@ -178,7 +178,7 @@ def numbers(tasks: list[Json]) -> list[int]:
 
 
 def fuzz(args: argparse.Namespace, bound: int) -> None:
-    """Flood both sockets during a run; it must end well, count every frame, and stay small."""
+    """Flood both sockets during a run; it must end well, count all frames, and not grow."""
     run = launch(args, bound)
     floods: list[subprocess.Popen[bytes]] = []
     try:
@@ -203,7 +203,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
         run.until(counted, f"{args.frames} refusals", stall_s=args.limit)
         print(f"eta {bound}: {run.folder}: refused in {time.monotonic() - started:.0f} s")
         for process in floods:
-            check(process.communicate(timeout=args.limit)[0] is not None, "no words of the flood")
+            check(process.communicate(timeout=args.limit)[0] is not None, "a flood said nothing")
             check(process.returncode == 0, f"a flood ended with {process.returncode}")
         counted()  # the peaks again, as the other socket's flood may have gone on
         run.process.send_signal(signal.SIGINT)  # a clean stop, with a checkpoint
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--max-staleness", type=int, nargs="+", default=[1], metavar="N")
-    parser.add_argument("--kills", type=int, default=5, help="of actor-0, with SIGKILL")
+    parser.add_argument("--kills", type=int, default=5, help="SIGKILLs of actor-0")
     parser.add_argument(
         "--freeze", action="store_true", help="also stop actor-1 and the learner for seconds"
     )
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--growth", type=float, default=256, help="MiB allowed under the flood")
     parser.add_argument("--steps", type=int, help="batches of 8 groups of 8")
     parser.add_argument("--dir", type=Path, default=ROOT / "runs")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that a run may go on for")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a run may take")
     args = parser.parse_args(argv)
     args.dir = args.dir.absolute()
     args.steps = args.steps or (24 if args.kill_learner else 100_000 if args.fuzz else 160)

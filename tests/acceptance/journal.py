@@ -14,7 +14,7 @@ Json = dict[str, Any]
 class Accounts:
     """The training tasks of one learner incarnation, by number.
 
-    `trained` holds (task, version that its batch made). `open` are batches formed, not consumed.
+    `trained` holds (task, version that its batch made); `open`, the batch formed but not consumed.
     """
 
     joined: dict[int, Any] = field(default_factory=dict[int, Any])  # number: row
@@ -37,7 +37,7 @@ def incarnations(journal: Iterable[Json]) -> dict[str, list[Json]]:
 
 
 def account(events: Iterable[Json], rejoined: dict[int, Any] | None = None) -> Accounts:
-    """Follow every training task; `rejoined` are tasks that a resume brought: number to row."""
+    """Follow every training task; `rejoined` are those that a resume brought: row by number."""
     books = Accounts(joined=dict(rejoined or {}))
     for event in events:
         _enter(books, event)

@@ -74,7 +74,7 @@ class Launcher:
         return found
 
     def until(self, ready: Callable[[], object], what: str, *, stall_s: float = STALL_S) -> Any:
-        """Wait for `ready` to be true and return it; the launcher must live, and not for ever."""
+        """Wait until `ready` is true and return its value; fails if the launcher ends or stalls."""
         deadline = time.monotonic() + stall_s
         while not (value := ready()):
             check(self.process.poll() is None, f"the run ended before {what}; see {self.output}")

@@ -27,16 +27,16 @@ def held(run: Launcher, actor: str, since: int) -> set[tuple[int, int]]:
 
 
 def kill_actor(run: Launcher, before: int) -> int:
-    """Kill actor-0 while it works on a task that it leased in this life; return its process ID.
+    """Kill actor-0 while it works on a task that this process leased; return its process ID.
 
-    `before` is the process ID of the life that was killed last.
+    `before` is the ID of the process that was killed last.
     """
 
-    def reborn() -> int:
+    def restarted() -> int:
         found = run.child("--name actor-0")
         return found[0] if found is not None and found[0] != before else 0
 
-    pid = run.until(reborn, "new actor-0")
+    pid = run.until(restarted, "new actor-0")
     seen = len(run.events())
     run.until(lambda: held(run, "actor-0", seen), "lease of actor-0")
     os.kill(pid, signal.SIGKILL)
@@ -50,14 +50,14 @@ def kill_reward_server(run: Launcher) -> None:
 
 
 def freeze_actor(run: Launcher, name: str) -> None:
-    """Stop an actor that works until another has delivered a task of its; then let it go on."""
+    """Stop a working actor until another has delivered one of its tasks; then let it continue."""
     pid, _ = run.until(lambda: run.child(f"--name {name}"), name)
     while not _frozen_until_overtaken(run, name, pid):
         after_a_step(run)
 
 
 def _frozen_until_overtaken(run: Launcher, name: str, pid: int) -> bool:
-    """Say whether another actor delivered a task; if not, the groups were on their way."""
+    """Return whether another actor delivered a task; if not, the groups were on their way."""
     seen = len(run.events())
     stuck = run.until(lambda: held(run, name, seen), f"lease of {name}")
     os.kill(pid, signal.SIGSTOP)
@@ -75,7 +75,7 @@ def _frozen_until_overtaken(run: Launcher, name: str, pid: int) -> bool:
 
 
 def freeze_learner(run: Launcher) -> None:
-    """Stop the learner while groups are under way, so long that the actors send them again."""
+    """Stop the learner while groups are on their way, until the actors send them again."""
     pid, _ = run.until(lambda: run.child("learn.py"), "learner")
     seen = len(run.events())
     run.until(lambda: held(run, "actor-1", seen), "lease of actor-1")

@@ -1,4 +1,4 @@
-"""The actor program in a process of its own, against a learner's socket held by the test."""
+"""The actor program in a separate process, against a learner's socket held by the test."""
 
 import subprocess
 import sys

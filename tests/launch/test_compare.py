@@ -230,7 +230,7 @@ def test_the_recipe_trains_three_and_compares_them(tmp_path, capfd):
     assert len(held_out) == 3
     assert held_out[-1] >= 0.9
 
-    # Without its records of answers, the run answers anew, and as it did.
+    # Without its recorded answers, the run answers again, and the same.
     recorded_lines = dpo.with_name("rollouts.jsonl").read_text().splitlines()
     answers = latest_answers([json.loads(line) for line in recorded_lines])
     dpo.with_name("rollouts.jsonl").write_text('{"torn')

@@ -75,7 +75,7 @@ def test_a_mistake_is_explained_and_costs_no_name(tmp_path: Path):
     assert any(line.startswith("the run is finished: step 2 of 2") for line in lines)
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path):
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path):
     write_model_folder(tmp_path / "model")
     write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "w2 ", "chosen": "w5", "rejected": "w4 w7"}] * 4
@@ -90,7 +90,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path: Path):
                 break
         last = process.stdout.read().splitlines()[-1]
         assert process.wait() == 0
-    assert last == f"go on:   uv run {preference.__file__} --run.resume runs/a"
+    assert last == f"resume:  uv run {preference.__file__} --run.resume runs/a"
     assert list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))
 
 

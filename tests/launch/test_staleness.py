@@ -9,9 +9,9 @@ from launch.staleness import main, measure
 ROLLOUTS = [
     {"policy_spans": [[{"start": 0, "version": 3}, {"start": 4, "version": 4}], [{"version": 5}]],
      "trained_at": 5, "started_at": 0.0, "finished_at": 4.0},
-    {"policy_spans": [{"start": 0, "version": 6}],
+    {"policy_spans": [[{"start": 0, "version": 6}]],
      "trained_at": 6, "started_at": 3.0, "finished_at": 6.0},
-    {"kind": "eval", "policy_spans": [{"version": 0}], "trained_at": 9},
+    {"kind": "eval", "policy_spans": [[{"version": 0}]], "trained_at": 9},
 ]  # fmt: skip
 METRICS = [
     {"train_started_at": 2.0, "train_finished_at": 5.0},

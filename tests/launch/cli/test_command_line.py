@@ -1,4 +1,4 @@
-"""The front doors' command line: run folder, paths of a recipe, resuming, refusals."""
+"""The programs' command lines: run folder, paths of a recipe, resuming, refusals."""
 
 import subprocess
 import sys
@@ -13,15 +13,14 @@ from launch.cli.run import what_next
 from launch.grpo import DEFAULT_RECIPE
 from launch.processes.specs import (
     actor_specs,
-    collecting_processes,
     offline_processes,
+    online_processes,
     reward_services,
     snapshot_endpoint,
-    training_processes,
 )
 from launch.run_folder.paths import resolve_flags, resolve_path
 from protocol.config.load import load
-from protocol.config.settings import GrpoRun, PreferenceRun, SftRun
+from protocol.config.settings import GrpoRun, PairsRun, PreferenceRun, SftRun
 from protocol.errors import ConfigError
 from protocol.run_record import change_state, read_run, write_run
 
@@ -177,7 +176,7 @@ def test_processes_of_a_run(tmp_path: Path):
     assert offline_processes(tmp_path).learner.command[2:] == [str(tmp_path), "--child"]
     assert offline_processes(tmp_path).required == frozenset()
 
-    whole = training_processes(run, tmp_path, Path("/s"))
+    whole = online_processes(run, tmp_path, Path("/s"))
     assert list(whole.learner.command[2:]) == [
         str(tmp_path), "--child", "--endpoint", "ipc:///s/learner",
         "--snapshots", "ipc:///s/snapshots",
@@ -186,7 +185,8 @@ def test_processes_of_a_run(tmp_path: Path):
     assert [spec.name for spec in whole.helpers] == ["reward-0", "reward-1", "actor-0", "actor-1"]
     assert whole.required == {"actor", "reward server"}
     # Actors elsewhere can stand in for the local ones.
-    elsewhere = collecting_processes(remote, tmp_path, Path("/s"))
+    pairs = load(PairsRun, None, [*OFFLINE, *flags, "--transport.bind=tcp://127.0.0.1:7000"])
+    elsewhere = online_processes(pairs, tmp_path, Path("/s"))
     assert elsewhere.learner.command[1].endswith("processes/collect.py")
     assert elsewhere.learner.command[-6:-4] == ["--endpoint", "tcp://127.0.0.1:7000"]
     assert elsewhere.required == {"reward server"}

@@ -22,8 +22,8 @@ import learner.objectives.base
 from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
-from launch.processes.lifeline import Lifeline
 from launch.processes.specs import actor_specs, reward_services
+from launch.processes.start import Lifeline
 from learner.build.offline import assemble_offline
 from learner.build.online import OnlineAddresses, assemble_online
 from learner.data.prompts import Prompt

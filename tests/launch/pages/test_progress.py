@@ -54,6 +54,20 @@ def test_one_line_a_step_and_partial_or_broken_lines_wait_or_are_left_out(tmp_pa
     ]
 
 
+def test_an_evaluation_after_later_steps_does_not_set_the_display_back(tmp_path: Path):
+    out = io.StringIO()
+    metrics = tmp_path / "metrics.jsonl"
+    with Progress(tmp_path, max_steps=5, out=out) as progress:
+        metrics.write_text(
+            '{"step": 1, "time_s": 10, "loss": 1}\n{"step": 3, "time_s": 20, "loss": 1}\n'
+        )
+        progress.update()
+        with metrics.open("a") as file:
+            file.write('{"step": 2, "time_s": 60, "eval/reward": 0.5}\n')
+        progress.update()
+    assert out.getvalue().splitlines()[-1] == "step 2/5  eval/reward 0.5  left 0:10"
+
+
 def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Path):
     out = io.StringIO()
     metrics = tmp_path / "metrics.jsonl"

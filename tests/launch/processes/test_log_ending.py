@@ -1,6 +1,6 @@
 """What a child's log says of its failure."""
 
-from launch.processes.log_ending import ending
+from launch.processes.children import ending
 
 AT = "2026-01-02 03:04:05,678"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.processes.notices import ROWS_LOGGER, NoticeHandler
+from launch.processes.learner_program import ROWS_LOGGER, NoticeHandler
 from launch.run_folder.tail import EventTail
 from protocol.run_record import EVENT_LOGGER, EvaluationStarted, Notice, record_event
 

@@ -18,7 +18,7 @@ from protocol.run_record import AnyEvent, Fault, Restart, parse_events
 
 CHILD = """
 import os, sys
-from launch.processes.lifeline import Lifeline
+from launch.processes.start import Lifeline
 fifo, name, how = sys.argv[1:]
 if how == "fails":
     print("\\n".join(f"line {i}" for i in range(30)), flush=True)
