@@ -48,7 +48,7 @@ class Source(Protocol[BatchOut]):
         """React to a step: the policy is now that of `version` consumed batches."""
         ...
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what the source measured for this batch."""
         ...
 

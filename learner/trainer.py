@@ -111,7 +111,7 @@ class Trainer(Generic[BatchT]):
         finished = time.monotonic()
 
         self.step += 1
-        metrics = {**prepared.metrics, **learned, **self.source.figures()}
+        metrics = {**prepared.metrics, **learned, **self.source.metrics()}
         self.num_tokens += metrics.get("batch_tokens", 0.0)
         self.source.stepped(self.step)
         published = time.monotonic()

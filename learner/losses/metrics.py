@@ -3,8 +3,7 @@
 A `Metrics` is a tree of arrays (named tuples and dicts), so that a compiled step can return it.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
 # (mlx.utils.tree_map has no types)
 
 import math
@@ -76,7 +75,6 @@ def finish_metrics(metrics: Metrics) -> dict[str, float]:
     for name, (first, second) in metrics.margins.items():
         optional[name] = _quotient(first) - _quotient(second)
     finished |= {name: value for name, value in optional.items() if not math.isnan(value)}
-
     finished |= {name: number(value) for name, value in metrics.shares.items()}
 
     for name, extreme in (*metrics.minima.items(), *metrics.maxima.items()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from learner.losses.dpo import dpo_loss
-from learner.losses.metrics import Metrics, detached, merge_metrics, token_mean
+from learner.losses.metrics import Metrics, detached
 from learner.losses.orpo_cpo import cpo_loss, orpo_loss
 from learner.losses.pairs import Normalisers, PairBatch
 from protocol.config.settings import PreferenceSettings
@@ -57,14 +57,13 @@ def preference_loss(
     log_sum_sq_probs: mx.array | None = None,
     nll_mask: mx.array | None = None,
     scores: mx.array | None = None,
-    entropies: mx.array | None = None,
     normalisers: Normalisers,
     settings: PreferenceSettings,
 ) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of the loss of B pairs, and its metrics.
 
-    `logprobs`, `entropies` (2B, C) float32, nats; the other arrays as in `PairBatch`, with ORPO's
-    `nll_mask` the completion's `mask` by default.
+    `logprobs` (2B, C) float32, nats; the other arrays as in `PairBatch`. `nll_mask` is `mask` by
+    default.
     """
     live = mask > 0
     batch = PairBatch(
@@ -78,7 +77,4 @@ def preference_loss(
         normalisers=normalisers,
     )
     loss, metrics = PAIR_METHODS[settings.method].loss(batch, settings)
-    if entropies is not None:
-        means = {"entropy": token_mean(entropies, mask)}
-        metrics = merge_metrics(metrics, Metrics(means=means))
     return loss, detached(metrics)

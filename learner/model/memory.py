@@ -4,8 +4,8 @@ A guide, not a bound: activations are counted from the shapes of a transformer l
 1.1 of what tests/benchmarks/memory_estimate.py measures on a CPU, 0.8 to 1.4 on an H200.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 import logging

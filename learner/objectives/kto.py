@@ -11,7 +11,7 @@ import numpy as np
 
 from learner.data.examples import Logprobs, UnpairedExample
 from learner.interfaces import Prepared
-from learner.losses.kto import kto_kl, kto_loss, kto_loss_type
+from learner.losses.kto import has_kl, kto_kl, kto_loss
 from learner.losses.metrics import Metrics, merge_metrics, token_mean
 from learner.model.batches import TokenArrays, TokenBatch, to_device, token_batch
 from learner.model.logprobs import Head
@@ -44,11 +44,6 @@ class KtoLayout:
     settings: PreferenceSettings
     train: TrainSettings
 
-    @property
-    def with_kl(self) -> bool:
-        """Whether the loss has a KL term, of prompts with other prompts' answers."""
-        return kto_loss_type(self.settings) == "kto"
-
     def parts(self, answers: Sequence[UnpairedExample]) -> Iterator[Mismatched]:
         """Split a batch into micro-batches of answers, each with mismatched completions.
 
@@ -74,7 +69,7 @@ class KtoLayout:
         """Yield each micro-batch's answers, followed by its mismatched ones if there is a KL."""
         for part, others in self.parts(batch):
             yield self.tokens(part)
-            if self.with_kl:
+            if has_kl(self.settings):
                 yield self.mismatched_tokens(part, others)
 
     def with_reference(
@@ -84,7 +79,7 @@ class KtoLayout:
         answers: list[UnpairedExample] = []
         for part, _ in self.parts(batch):
             own = next(logprobs)
-            others = next(logprobs) if self.with_kl else [None] * len(part)
+            others = next(logprobs) if has_kl(self.settings) else [None] * len(part)
             answers += [
                 replace(answer, ref_logprobs=ref, kl_ref_logprobs=other)
                 for answer, ref, other in zip(part, own, others, strict=True)
@@ -129,13 +124,12 @@ class KtoObjective:
                 "kl": mx.array(0.0),  # of the whole batch: known after the last micro-batch
                 "normalisers": {"answers": count},
             }
-            if layout.with_kl:
+            if has_kl(self.settings):
                 gaps.append(self._mismatched_gap(part, layout.mismatched_tokens(part, others)))
             mx.eval(arrays)
             micro.append(arrays)
 
-        gap = np.concatenate(gaps) if gaps else np.zeros(0)
-        kl = mx.array(kto_kl(gap, np.zeros_like(gap)), dtype=mx.float32)
+        kl = mx.array(kto_kl(np.concatenate(gaps) if gaps else np.zeros(0)), dtype=mx.float32)
         for arrays in micro:
             arrays["kl"] = kl
         return Prepared(micro, {"batch_tokens": float(sum(answer.length for answer in batch))})

@@ -160,15 +160,17 @@ class PreferenceObjective:
             log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
             nll_mask=arrays.get("nll_mask"),
             scores=arrays.get("scores"),
-            entropies=scores.entropies,
             normalisers=arrays["normalisers"],
             settings=self.settings,
         )
 
         first_half = mx.arange(mask.shape[0]) < mask.shape[0] // 2
         chosen = mx.where(first_half[:, None] > 0, mask, 0.0)
-        means = side_means(scores, mask, chosen)
-        means["mean_token_accuracy"] = token_mean(scores.top1, chosen)
+        means = {
+            "entropy": token_mean(scores.entropies, mask),
+            **side_means(scores, mask, chosen),
+            "mean_token_accuracy": token_mean(scores.top1, chosen),
+        }
         return loss, merge_metrics(metrics, Metrics(means=means))
 
     def _add_inputs(

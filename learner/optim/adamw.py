@@ -5,7 +5,7 @@ away; so the optimiser moves a float32 copy, and the model gets it rounded.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 import math

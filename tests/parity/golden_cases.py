@@ -16,7 +16,7 @@ import numpy as np
 
 from learner.losses.dpo import DPO_LOSSES
 from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
-from learner.losses.kto import kto_kl, kto_loss, kto_loss_type
+from learner.losses.kto import has_kl, kto_kl, kto_loss
 from learner.losses.metrics import finish_metrics
 from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
 from learner.losses.pairs import pair_normalisers
@@ -167,13 +167,12 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
             ref_logprobs=floats(data["ref"]),
             lengths=floats(whole.sum(1)),
             log_sum_sq_probs=floats(data["log_sum_sq_probs"]),
-            entropies=mx.ones(mask.shape),
             normalisers=scalars(values, dtype),
             settings=settings,
         )
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
-    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size)}
+    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": 1.0}
     yield "loss", loss.item(), case["loss"]
     yield "grad", np.array(grad) * mask, masked(case["grad"], mask)
     for name, value in case["metrics"].items():
@@ -189,10 +188,10 @@ def kto_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     floats = partial(array, dtype=dtype)
     whole = np.asarray(data["completion_mask"], np.float64)
     mask, kl = whole[:, 1:], 0.0
-    if kto_loss_type(settings) == "kto":
+    if has_kl(settings):
         kl_mask = np.asarray(data["kl_completion_mask"])[:, 1:]
         sums = [(np.asarray(data[name]) * kl_mask).sum(1) for name in ("kl_logps", "kl_ref")]
-        kl = kto_kl(*sums)
+        kl = kto_kl(sums[0] - sums[1])
 
     def loss_of(logprobs: mx.array) -> Any:
         return kto_loss(
