@@ -20,6 +20,7 @@ from learner.losses.grpo import Skipped, entropy_quantile, grpo_loss, grpo_norma
 from learner.losses.importance import importance_ratio
 from learner.losses.metrics import Mean, Metrics, finish_metrics, merge_metrics
 from learner.model.logprobs import Head, TokenScores, completion_logprobs
+from learner.objectives.advantages import RewardAdvantages
 from learner.objectives.completions import (
     CompletionArrays,
     Completions,
@@ -27,7 +28,6 @@ from learner.objectives.completions import (
     completion_arrays,
     gather_completions,
 )
-from learner.objectives.rewards import RewardAdvantages
 from learner.online.experience import PromptGroup, TrainBatch
 from protocol.config.settings import GrpoRewards, GrpoSettings, SamplingSettings, TrainSettings
 
@@ -90,8 +90,9 @@ class GrpoObjective:
             return Prepared([], metrics, step=False, rollouts=rollouts)
 
         micro = self._micro(completions, result.advantages, live)
-        for number, arrays in enumerate(micro):
-            arrays["skipped"] = skipped if number == 0 else _no_skipped()
+        for arrays in micro:
+            arrays["skipped"] = _skipped(completions, np.ones_like(live))
+        micro[0]["skipped"] = skipped
         prepared = Prepared(micro, metrics, rollouts=rollouts)
         if self._needs_entropies:
             prepared.refresh = partial(self._score_again, micro)
@@ -230,7 +231,7 @@ class GrpoObjective:
             ref_logprobs=arrays.get("ref_logprobs"),
             sampling_logprobs=arrays["sampling_logprobs"],
             ratio=arrays.get("ratio"),
-            sequence_mask=arrays.get("sequence_mask"),
+            sequence_mask=arrays["sequence_mask"],
             normalisers=arrays["normalisers"],
             settings=self.settings,
         )
@@ -263,10 +264,6 @@ def _skipped(completions: Completions, live: np.ndarray) -> Skipped:
         nonempty=mx.array(float((tokens > 0).sum())),
         tokens=mx.array(float(tokens.sum())),
     )
-
-
-def _no_skipped() -> Skipped:
-    return Skipped(sequences=mx.array(0.0), nonempty=mx.array(0.0), tokens=mx.array(0.0))
 
 
 def _on_device(values: dict[str, float]) -> dict[str, mx.array]:
