@@ -21,7 +21,7 @@ import mlx.nn as nn
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.interfaces import Evaluator, Objective, Prepared, Source
 from learner.losses.metrics import finish_metrics, merge_metrics, number
-from learner.optim.step import Step, Update
+from learner.optim.step import Step
 from learner.records import Records
 from protocol.errors import CheckpointError
 from protocol.model.random_state import random_state, set_random_state
@@ -151,11 +151,9 @@ class Trainer(Generic[BatchT]):
 
     def _skip(self) -> dict[str, float]:
         """Move the learning-rate schedule on as the batch's steps would have."""
-        update = Update(grad_norm=0.0, learning_rate=0.0, applied=False)
-        for _ in range(self.objective.num_iterations):
-            update = self.updater.skip()
+        updates = [self.updater.skip() for _ in range(self.objective.num_iterations)]
         return {
-            "learning_rate": update.learning_rate,
+            "learning_rate": updates[-1].learning_rate,
             "loss": 0.0,
             "grad_norm": 0.0,
             "optimizer_skipped": 1.0,

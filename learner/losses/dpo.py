@@ -18,7 +18,7 @@ SQUARE_LIMIT = 1e18  # a number whose square is still finite in float32
 class PairSums:
     """What the losses read of B pairs; every array (B,) float32 unless stated otherwise.
 
-    `chosen`, `rejected`: summed policy log-probs, nats. `*_ratio`: policy less reference, summed
+    `chosen`, `rejected`: summed policy log-probs, nats. `*_ratio`: policy minus reference, summed
     token by token, because the difference of two sums loses digits. `*_length`: completion tokens.
     `sft` (): this micro-batch's share of the negative mean log-prob of the chosen tokens. `count`
     (): pairs of the whole batch.

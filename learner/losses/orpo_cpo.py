@@ -83,7 +83,8 @@ def _with_nll(
     if not weight:
         return loss, metrics
 
-    nll_sum = -(batch.logprobs[:half] * batch.nll_mask[:half] * factor[:, None]).sum()
+    mask = batch.mask if batch.nll_mask is None else batch.nll_mask
+    nll_sum = -(batch.logprobs[:half] * mask[:half] * factor[:, None]).sum()
     nll = nll_sum / batch.normalisers["nll_tokens"]
     return loss + weight * nll, merge_metrics(metrics, Metrics(shares={"nll_loss": nll}))
 

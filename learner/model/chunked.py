@@ -55,7 +55,7 @@ def chunked_logprobs(
     def stats(logits: mx.array, chunk_targets: mx.array) -> _Stats:
         return _Stats(logits, chunk_targets, inverse_temperature, entropy, logit_metrics)
 
-    factor = -inverse_temperature  # what the slopes of `_Stats` leave out
+    factor = -inverse_temperature  # left out of the slopes of `_Stats`
     owner = split.owner(hidden) if gradient else nn.Module()
     if not gradient:
         outputs = _by_chunk(

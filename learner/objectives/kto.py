@@ -154,7 +154,7 @@ class KtoObjective:
         return loss, merge_metrics(metrics, Metrics(means_if_any=means))
 
     def _mismatched_gap(self, part: Sequence[UnpairedExample], tokens: TokenBatch) -> np.ndarray:
-        """Return policy less reference log-probs of the mismatched answers (B,), nats."""
+        """Return policy minus reference log-probs of the mismatched answers (B,), nats."""
         arrays = to_device(tokens)
         stored = [answer.kl_ref_logprobs for answer in part]
         gap = frozen_logprobs(self.model, arrays, self.head)

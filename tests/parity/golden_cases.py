@@ -19,7 +19,7 @@ from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
 from learner.losses.kto import has_kl, kto_kl, kto_loss
 from learner.losses.metrics import finish_metrics
 from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
-from learner.losses.pairs import pair_normalisers
+from learner.losses.pairs import PairBatch, pair_normalisers
 from learner.losses.preference import preference_loss
 from protocol.config.settings import GrpoSettings, PreferenceSettings
 
@@ -161,15 +161,15 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     values = pair_normalisers(pairs=half, chosen_tokens=float(mask[:half].sum()))
 
     def loss_of(logprobs: mx.array) -> Any:
-        return preference_loss(
-            logprobs,
+        pairs = PairBatch(
+            logprobs=logprobs,
             mask=floats(mask),
             ref_logprobs=floats(data["ref"]),
             lengths=floats(whole.sum(1)),
             log_sum_sq_probs=floats(data["log_sum_sq_probs"]),
             normalisers=scalars(values, dtype),
-            settings=settings,
         )
+        return preference_loss(pairs, settings)
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
     ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": 1.0}
