@@ -132,27 +132,20 @@ VARIANTS = {
 }
 
 
-def grpo_normalisers(
-    *,
-    mask_sums: np.ndarray,
-    max_completion_length: int,
-    generation_tokens: float | None = None,
-    entropy_threshold: float | None = None,
-    entropy_tokens: float | None = None,
-) -> dict[str, float]:
+def grpo_normalisers(*, mask_sums: np.ndarray, max_completion_length: int) -> dict[str, float]:
     """Return what the losses divide by, from the mask sums (N,) of the whole batch.
 
-    `generation_tokens`: the unmasked tokens that dapo, cispo and vespo divide by (the batch's own
-    by default). `entropy_threshold`, nats, and `entropy_tokens`: see `entropy_quantile`.
+    `entropy_threshold` (nats) and `entropy_tokens` count every token; with a quantile, replace them
+    by what `entropy_quantile` returns.
     """
     tokens = max(float(mask_sums.sum()), 1.0)
     return {
         "sequences": float(len(mask_sums)),
         "tokens": tokens,
-        "generation_tokens": max(tokens if generation_tokens is None else generation_tokens, 1.0),
+        "generation_tokens": tokens,  # TRL's, of all that was generated for the step
         "length_tokens": float(len(mask_sums)) * max_completion_length,
-        "entropy_threshold": -math.inf if entropy_threshold is None else entropy_threshold,
-        "entropy_tokens": max(tokens if entropy_tokens is None else entropy_tokens, 1.0),
+        "entropy_threshold": -math.inf,
+        "entropy_tokens": tokens,
     }
 
 

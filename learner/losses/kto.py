@@ -64,7 +64,7 @@ def kto_loss(
 
 
 def kto_weight_advice(good: int, bad: int, settings: PreferenceSettings) -> str:
-    """Return what TRL warns of where the weights do not balance good and bad answers, or "".
+    """Return TRL's warning where the weights do not balance good and bad answers, else "".
 
     Equation 8 of the KTO paper: (desirable_weight x good) / (undesirable_weight x bad) should be
     in [1, 4/3].

@@ -39,7 +39,6 @@ class Reference:
 
     model: nn.Module
     digest: str  # of its source and its arrays' shapes and dtypes; a resumed run checks it
-    source: str  # for the log
 
 
 def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
@@ -157,7 +156,7 @@ def _frozen(model: nn.Module, digest: str, source: str) -> Reference:
     model.eval()
     mx.eval(model.parameters())
     log.info("Reference policy: %s", source)
-    return Reference(model=model, digest=f"{digest}+{_layout(model)}", source=source)
+    return Reference(model=model, digest=f"{digest}+{_layout(model)}")
 
 
 def _layout(model: nn.Module) -> str:

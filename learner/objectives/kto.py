@@ -54,14 +54,11 @@ class KtoLayout:
         for start in range(0, len(answers), size):
             yield answers[start : start + size], others[start : start + size]
 
-    def tokens(self, part: Sequence[UnpairedExample]) -> TokenBatch:
-        """Return the answers as a token batch."""
-        return self.mismatched_tokens(part, [answer.completion_ids for answer in part])
-
-    def mismatched_tokens(
-        self, part: Sequence[UnpairedExample], completions: Sequence[Sequence[int]]
+    def tokens(
+        self, part: Sequence[UnpairedExample], others: Sequence[list[int]] | None = None
     ) -> TokenBatch:
-        """Return the answers' prompts with other completions as a token batch."""
+        """Return the prompts as a token batch, followed by their answers or by `others`."""
+        completions = [answer.completion_ids for answer in part] if others is None else others
         prompts = [answer.prompt_ids for answer in part]
         return token_batch(prompts, completions, length_bucket=self.train.length_bucket)
 
@@ -70,7 +67,7 @@ class KtoLayout:
         for part, others in self.parts(batch):
             yield self.tokens(part)
             if has_kl(self.settings):
-                yield self.mismatched_tokens(part, others)
+                yield self.tokens(part, others)
 
     def with_reference(
         self, batch: Sequence[UnpairedExample], logprobs: Iterator[list[Logprobs]]
@@ -120,12 +117,12 @@ class KtoObjective:
             arrays: KtoArrays = {
                 **own,
                 "labels": mx.array([float(answer.label) for answer in part]),
-                "ref_logprobs": self._reference_logprobs(own, tokens, stored),
+                "ref_logprobs": reference_logprobs(self.reference, own, tokens, stored, self.head),
                 "kl": mx.array(0.0),  # of the whole batch: known after the last micro-batch
                 "normalisers": {"answers": count},
             }
             if has_kl(self.settings):
-                gaps.append(self._mismatched_gap(part, layout.mismatched_tokens(part, others)))
+                gaps.append(self._mismatched_gap(part, layout.tokens(part, others)))
             mx.eval(arrays)
             micro.append(arrays)
 
@@ -158,10 +155,5 @@ class KtoObjective:
         arrays = to_device(tokens)
         stored = [answer.kl_ref_logprobs for answer in part]
         gap = frozen_logprobs(self.model, arrays, self.head)
-        gap = gap - self._reference_logprobs(arrays, tokens, stored)
+        gap = gap - reference_logprobs(self.reference, arrays, tokens, stored, self.head)
         return np.array((gap * arrays["mask"]).sum(axis=1), np.float32)
-
-    def _reference_logprobs(
-        self, arrays: TokenArrays, tokens: TokenBatch, stored: Sequence[Logprobs | None]
-    ) -> mx.array:
-        return reference_logprobs(self.reference, arrays, tokens, stored, self.head)

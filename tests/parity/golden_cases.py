@@ -5,6 +5,7 @@ with its cases, or a list of batches. Preference gradients are compared where th
 1, for TRL's labels mask the rest.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,7 @@ def scalars(values: Mapping[str, float], dtype: mx.Dtype) -> dict[str, mx.array]
 
 def high_entropy(
     entropies: np.ndarray, mask: np.ndarray, quantile: float, dtype: mx.Dtype
-) -> tuple[float | None, float]:
+) -> tuple[float, float]:
     """Return the smallest entropy that counts in this precision, and the tokens that do.
 
     TRL compares the file's float64 with a float32 quantile, which often is one of them, rounded up
@@ -108,15 +109,14 @@ def grpo_case(inputs: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     settings = settings_of(GrpoSettings, cfg, GRPO_KEYS, where)
     floats = partial(array, dtype=dtype)
     mask, ent = np.asarray(inputs["mask"], np.float64), np.asarray(inputs["ent"], np.float64)
-    threshold, tokens = None, float(mask.sum())
+    threshold, tokens = -math.inf, float(mask.sum())
     if settings.top_entropy_quantile < 1:
         threshold, tokens = high_entropy(ent, mask, settings.top_entropy_quantile, dtype)
     values = grpo_normalisers(
         mask_sums=np.repeat(mask.sum(1)[None], ga, 0).ravel(),
         max_completion_length=longest,
-        entropy_threshold=threshold,
-        entropy_tokens=max(tokens, 1.0) * ga,
     )
+    values["entropy_threshold"], values["entropy_tokens"] = threshold, max(tokens, 1.0) * ga
     values["tokens"] = max(float(mask.sum()), 1.0) * ga
     values["generation_tokens"] = max(inputs["n_items"], 1.0) * ga / spg
 
