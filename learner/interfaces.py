@@ -1,6 +1,6 @@
-"""What the loop runs: a source of batches, an objective, an evaluator, and a batch as arrays.
+"""The trainer's interfaces: a source of batches, an objective, an evaluator, a batch as arrays.
 
-The trainer knows no more of them than this, and they know nothing of the trainer.
+The trainer knows nothing else about them, and they know nothing about the trainer.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -21,11 +21,11 @@ ArraysT = TypeVar("ArraysT")  # the arrays of a micro-batch: a TypedDict per obj
 
 @dataclass
 class Prepared(Generic[ArraysT]):
-    """A batch as arrays, by micro-batch, and what is known before the step.
+    """A batch as arrays, one set per micro-batch, and what is known before the step.
 
-    `step` False: nothing can be learned from it, so the optimiser does not move. `micro` may
-    leave out examples that contribute nothing; normalisers count them all the same. `refresh`
-    brings `micro` up to date with the policy before each further pass over the batch.
+    `step` False: nothing can be learned from the batch, so the optimiser does not move. `micro` may
+    leave out examples that contribute nothing, but normalisers count them. `refresh` brings
+    `micro` up to date with the policy before each further pass over the batch.
     """
 
     micro: list[ArraysT]
@@ -41,14 +41,14 @@ class Source(Protocol[BatchOut]):
     exhausted: bool
 
     def poll(self, timeout_s: float = 0.0) -> BatchOut | None:
-        """Return the next batch if it is ready; wait for it `timeout_s` at most."""
+        """Return the next batch, or None if it is not ready within `timeout_s`."""
         ...
 
     def stepped(self, version: int) -> None:
-        """React to a step: the policy is now that of `version` consumed batches."""
+        """React to a step: the policy has now been trained on `version` batches."""
         ...
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what the source measured for this batch."""
         ...
 

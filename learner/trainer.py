@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +21,7 @@ import mlx.nn as nn
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.interfaces import Evaluator, Objective, Prepared, Source
 from learner.losses.metrics import finish_metrics, merge_metrics, number
-from learner.optim.step import Step, Update
+from learner.optim.step import Step
 from learner.records import Records
 from protocol.errors import CheckpointError
 from protocol.model.random_state import random_state, set_random_state
@@ -72,13 +71,8 @@ class Trainer(Generic[BatchT]):
     _evaluated: int = -1
     _idle_since: float = field(default_factory=time.monotonic)
 
-    @property
-    def checkpoints(self) -> Path:
-        """Return the folder of the run's checkpoints."""
-        return self.records.folder / "checkpoints"
-
     def advance(self, timeout_s: float = 0.0) -> bool:
-        """Do the next piece of work; return whether there was any. Blocks `timeout_s` at most."""
+        """Do the next piece of work, waiting at most `timeout_s`; return whether there was any."""
         if self.done:
             return False
 
@@ -111,7 +105,7 @@ class Trainer(Generic[BatchT]):
         finished = time.monotonic()
 
         self.step += 1
-        metrics = {**prepared.metrics, **learned, **self.source.figures()}
+        metrics = {**prepared.metrics, **learned, **self.source.metrics()}
         self.num_tokens += metrics.get("batch_tokens", 0.0)
         self.source.stepped(self.step)
         published = time.monotonic()
@@ -157,11 +151,9 @@ class Trainer(Generic[BatchT]):
 
     def _skip(self) -> dict[str, float]:
         """Move the learning-rate schedule on as the batch's steps would have."""
-        update = Update(grad_norm=0.0, learning_rate=0.0, applied=False)
-        for _ in range(self.objective.num_iterations):
-            update = self.updater.skip()
+        updates = [self.updater.skip() for _ in range(self.objective.num_iterations)]
         return {
-            "learning_rate": update.learning_rate,
+            "learning_rate": updates[-1].learning_rate,
             "loss": 0.0,
             "grad_norm": 0.0,
             "optimizer_skipped": 1.0,
@@ -176,13 +168,13 @@ class Trainer(Generic[BatchT]):
 
         # Numbers are read after the last micro-batch, because reading waits for the device.
         metrics = finish_metrics(reduce(merge_metrics, (metrics for _, metrics in parts)))
-        own = {
+        return {
             "learning_rate": update.learning_rate,
             "loss": sum(number(loss) for loss, _ in parts),
             "grad_norm": update.grad_norm,
             "optimizer_skipped": float(not update.applied),
+            **metrics,
         }
-        return own | metrics
 
     def _intervals(self) -> None:
         every = self.schedule.eval_steps
@@ -202,12 +194,12 @@ class Trainer(Generic[BatchT]):
         self.evaluator.start(self.step)
 
     def _take_eval(self) -> bool:
-        """Record a finished evaluation; return whether it is of the present policy and the best."""
+        """Record a finished evaluation; return whether it is the current policy's and the best."""
         result = self.evaluator.poll() if self.evaluator is not None else None
         if result is None:
             return False
         version, metrics, rollouts = result
-        # Before the metrics: whoever has read these then knows that the evaluation is over.
+        # Before the metrics, so that whoever has read those knows that the evaluation is over.
         self.records.event(EvaluationFinished(step=version))
         self.records.metrics(version, metrics)
         self.records.rollouts(rollouts)
@@ -216,8 +208,8 @@ class Trainer(Generic[BatchT]):
     def _keep_best(self, version: int, metrics: dict[str, float]) -> bool:
         """Remember the best evaluation of a trained policy; return whether it is this one.
 
-        The best has the highest reward or accuracy, of equals the lowest loss; without either, the
-        lowest loss. Step 0 is not ranked: it has no checkpoint, being what the run began with.
+        The best has the highest reward or accuracy, with ties broken by the lowest loss; without
+        either, the lowest loss. Step 0 is not ranked, because it has no checkpoint.
         """
         merits = ("eval/reward", 1), ("eval/rewards/accuracies", 1), ("eval/loss", -1)
         found = [sign * metrics[name] for name, sign in merits if name in metrics]
@@ -243,7 +235,7 @@ class Trainer(Generic[BatchT]):
         return True
 
     def save(self, *, required: bool) -> None:
-        """Write a checkpoint; one that is not `required` may fail, which is recorded."""
+        """Write a checkpoint; unless it is `required`, a failure is only recorded."""
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
@@ -261,9 +253,8 @@ class Trainer(Generic[BatchT]):
         try:
             # The step under evaluation may turn out to be the best.
             also = {int(self.best.get("step", -1)), self._evaluated}
-            path = save_checkpoint(
-                self.checkpoints, checkpoint, keep=self.schedule.save_total_limit, also=also
-            )
+            folder, keep = self.records.folder / "checkpoints", self.schedule.save_total_limit
+            path = save_checkpoint(folder, checkpoint, keep=keep, also=also)
             relative = str(path.relative_to(self.records.folder))
             self.records.event(CheckpointSaved(step=self.step, path=relative))
         except CheckpointError as error:
@@ -272,7 +263,7 @@ class Trainer(Generic[BatchT]):
             self.records.event(CheckpointFailed(step=self.step, reason=str(error)))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, whose tensors the model has already."""
+        """Continue from a checkpoint whose tensors are already in the model."""
         self.step = checkpoint.step
         self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))
         self._evaluated = int(checkpoint.state.get("evaluated", -1))

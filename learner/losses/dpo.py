@@ -18,7 +18,7 @@ SQUARE_LIMIT = 1e18  # a number whose square is still finite in float32
 class PairSums:
     """What the losses read of B pairs; every array (B,) float32 unless stated otherwise.
 
-    `chosen`, `rejected`: summed policy log-probs, nats. `*_ratio`: policy less reference, summed
+    `chosen`, `rejected`: summed policy log-probs, nats. `*_ratio`: policy minus reference, summed
     token by token, because the difference of two sums loses digits. `*_length`: completion tokens.
     `sft` (): this micro-batch's share of the negative mean log-prob of the chosen tokens. `count`
     (): pairs of the whole batch.
@@ -152,14 +152,19 @@ DPO_LOSSES: dict[str, Callable[[PairSums, PreferenceSettings], mx.array]] = {
 def dpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of DPO's loss, and its metrics."""
     pairs = _sums(batch, settings)
-    factor = mx.ones_like(pairs.chosen)
-    if settings.use_weighting:
-        factor = _wpo_weights(batch)
+    weights = settings.loss_weights or [1.0] * len(settings.loss_type)
+    # "sft" has its scores token by token already, so next to it each other loss gets them alone.
+    scores = batch.scores if "sft" in settings.loss_type else None
 
-    # The sft scalar is weighed token by token, so beside it every other loss is weighed alone.
-    apart = batch.scores is not None and "sft" in settings.loss_type
-    terms = dpo_terms(pairs, settings, batch.scores if apart else None) * factor
-    if batch.scores is not None and not apart:
+    terms = mx.zeros_like(pairs.chosen)
+    for name, weight in zip(settings.loss_type, weights, strict=True):
+        term = weight * DPO_LOSSES[name](pairs, settings)
+        if scores is not None and name != "sft":
+            term = term * scores
+        terms = terms + term
+
+    terms = terms * (_wpo_weights(batch) if settings.use_weighting else mx.ones_like(terms))
+    if batch.scores is not None and scores is None:
         terms = terms * batch.scores
 
     chosen = settings.beta * pairs.chosen_ratio
@@ -168,30 +173,12 @@ def dpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, 
     return terms.sum() / batch.normalisers["pairs"], metrics
 
 
-def dpo_terms(
-    pairs: PairSums, settings: PreferenceSettings, scores: mx.array | None = None
-) -> mx.array:
-    """Return the weighted sum of the losses of each pair (B,).
-
-    `scores` (B,) are factors of all of them but "sft".
-    """
-    weights = settings.loss_weights or [1.0] * len(settings.loss_type)
-    total = mx.zeros_like(pairs.chosen)
-    for name, weight in zip(settings.loss_type, weights, strict=True):
-        term = weight * DPO_LOSSES[name](pairs, settings)
-        if scores is not None and name != "sft":
-            term = term * scores
-        total = total + term
-    return total
-
-
 def _sums(batch: PairBatch, settings: PreferenceSettings) -> PairSums:
     logprobs, ref_logprobs, mask = batch.logprobs, batch.ref_logprobs, batch.mask
     if ref_logprobs is None and not settings.reference_free:
         raise ValueError("dpo needs ref_logprobs; only objective.reference_free does without")
-    ref = mx.zeros_like(logprobs)
-    if ref_logprobs is not None:
-        ref = mx.where(mask > 0, ref_logprobs, 0.0)
+    no_ref = mx.zeros_like(logprobs)
+    ref = no_ref if ref_logprobs is None else mx.where(mask > 0, ref_logprobs, 0.0)
 
     half = logprobs.shape[0] // 2
     weights = mask if settings.ld_alpha is None else truncated_tail(mask, settings.ld_alpha)

@@ -30,7 +30,7 @@ Values = dict[str, mx.array]  # (B, C) or (B, 1) each, by the name of the metric
 class SurrogateInputs:
     """What a surrogate loss reads; (B, C) float32, nats, unless stated otherwise.
 
-    `gap` is policy less old log-probs; `coefficient` its exp, (B, 1) at the sequence level;
+    `gap` is policy minus old log-probs; `coefficient` its exp, (B, 1) at the sequence level;
     `advantages` (B, 1); `ratio` is `importance_ratio`'s, (B, C) or (B, 1), None without it.
     """
 
@@ -66,7 +66,7 @@ def cispo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.arra
 
 
 def sapo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
-    """Return SAPO's loss: a sigmoid of the ratio in the place of clipping."""
+    """Return SAPO's loss: a sigmoid of the ratio instead of clipping."""
     positive, negative = settings.sapo_temperature_pos, settings.sapo_temperature_neg
     temperature = mx.where(x.advantages > 0, positive, negative)
     soft = mx.sigmoid(temperature * (x.coefficient - 1)) * 4 / temperature
@@ -74,7 +74,7 @@ def sapo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array
 
 
 def vespo_surrogate(x: SurrogateInputs, settings: GrpoSettings) -> tuple[mx.array, Values]:
-    """Return VESPO's loss: phi (B, 1), a constant, weighs the log-probs.
+    """Return VESPO's loss: the log-probs weighted by phi (B, 1), a constant.
 
     phi = exp(lambda + k w - lambda e^w), for w the clamped log-ratio of the sequence.
     """
@@ -117,7 +117,7 @@ class Variant:
     surrogate: Callable[[SurrogateInputs, GrpoSettings], tuple[mx.array, Values]]
     aggregate: Callable[[mx.array, mx.array, Normalisers], mx.array]
     clip_metrics: tuple[str, ...] = ()
-    applies_ratio: bool = False  # the surrogate itself weighs by the importance ratio
+    applies_ratio: bool = False  # the surrogate uses the importance ratio itself
 
 
 VARIANTS = {
@@ -132,27 +132,20 @@ VARIANTS = {
 }
 
 
-def grpo_normalisers(
-    *,
-    mask_sums: np.ndarray,
-    max_completion_length: int,
-    generation_tokens: float | None = None,
-    entropy_threshold: float | None = None,
-    entropy_tokens: float | None = None,
-) -> dict[str, float]:
+def grpo_normalisers(*, mask_sums: np.ndarray, max_completion_length: int) -> dict[str, float]:
     """Return what the losses divide by, from the mask sums (N,) of the whole batch.
 
-    `generation_tokens`: the unmasked tokens that dapo, cispo and vespo divide by (the batch's own
-    by default). `entropy_threshold`, nats, and `entropy_tokens`: see `entropy_quantile`.
+    `entropy_threshold` (nats) and `entropy_tokens` count every token; with a quantile, replace them
+    by what `entropy_quantile` returns.
     """
     tokens = max(float(mask_sums.sum()), 1.0)
     return {
         "sequences": float(len(mask_sums)),
         "tokens": tokens,
-        "generation_tokens": max(tokens if generation_tokens is None else generation_tokens, 1.0),
+        "generation_tokens": tokens,  # TRL's, of all that was generated for the step
         "length_tokens": float(len(mask_sums)) * max_completion_length,
-        "entropy_threshold": -math.inf if entropy_threshold is None else entropy_threshold,
-        "entropy_tokens": max(tokens if entropy_tokens is None else entropy_tokens, 1.0),
+        "entropy_threshold": -math.inf,
+        "entropy_tokens": tokens,
     }
 
 
@@ -207,7 +200,7 @@ def grpo_loss(
     if (threshold := settings.off_policy_mask_threshold) is not None:
         sampling = old_logprobs if sampling_logprobs is None else sampling_logprobs
         loss = loss * off_policy_mask(logprobs, sampling, advantages, mask, threshold)
-    kept = mask  # tokens of high entropy
+    kept = mask  # or only tokens of high entropy
     if settings.top_entropy_quantile < 1.0:
         high = (entropies >= normalisers["entropy_threshold"]).astype(mask.dtype)
         loss, kept = loss * high, mask * high

@@ -10,8 +10,7 @@ EXPONENT_LIMIT = 80.0
 def importance_ratio(
     old_logprobs: mx.array, sampling_logprobs: mx.array, mask: mx.array, settings: GrpoSettings
 ) -> mx.array:
-    """Return exp(old - sampling) as the settings truncate or mask it: (B, C), or (B, 1) per
-    sequence.
+    """Return exp(old - sampling), truncated or masked: (B, C), or (B, 1) per sequence.
 
     TRL's `vllm_importance_sampling_correction` in its four modes.
     """
@@ -77,7 +76,7 @@ def off_policy_mask(
 ) -> mx.array:
     """Return (B, 1), 0 for sequences of negative advantage that drifted too far (DeepSeek-V3.2).
 
-    `advantages` (B, 1); the drift is the mean of sampling less policy log-probs, in nats per token.
+    `advantages` (B, 1); the drift is the mean sampling minus policy log-prob, nats per token.
     """
     drift = sampling_logprobs - mx.stop_gradient(logprobs)
     drift = mx.where(mx.isnan(drift) | (mask == 0), 0.0, drift)

@@ -6,27 +6,20 @@ import mlx.core as mx
 import numpy as np
 
 from learner.losses.metrics import Mean, Metrics, detached
-from protocol.config.preference_checks import KTO_LOSSES
 from protocol.config.settings import PreferenceSettings
-from protocol.errors import ConfigError
-
-Normalisers = Mapping[str, mx.array]
 
 
-def kto_loss_type(settings: PreferenceSettings) -> str:
-    """Return KTO's loss type ("kto" where none was chosen); raises ConfigError for another."""
-    if settings.loss_type == ["sigmoid"]:
-        return "kto"
-    if len(settings.loss_type) == 1 and settings.loss_type[0] in KTO_LOSSES:
-        return settings.loss_type[0]
-    raise ConfigError(
-        f"objective.loss_type = {settings.loss_type}: kto takes one of {', '.join(KTO_LOSSES)}"
-    )
+def has_kl(settings: PreferenceSettings) -> bool:
+    """Return whether the loss has a KL term, of prompts with other prompts' answers."""
+    return settings.loss_type != ["apo_zero_unpaired"]
 
 
-def kto_kl(kl_logprobs: np.ndarray, ref_kl_logprobs: np.ndarray) -> float:
-    """Return max(mean(policy - reference), 0) of the whole batch's mismatched completions (N,)."""
-    return max(float(np.mean(kl_logprobs - ref_kl_logprobs)), 0.0) if kl_logprobs.size else 0.0
+def kto_kl(gaps: np.ndarray) -> float:
+    """Return the KL term, nats.
+
+    `gaps` (N,): policy minus reference log-probs of the whole batch's mismatched completions.
+    """
+    return max(float(np.mean(gaps)), 0.0) if gaps.size else 0.0
 
 
 def kto_loss(
@@ -36,7 +29,7 @@ def kto_loss(
     mask: mx.array,
     labels: mx.array,
     kl: mx.array,
-    normalisers: Normalisers,
+    normalisers: Mapping[str, mx.array],
     settings: PreferenceSettings,
 ) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of KTO's loss over B judged answers, and its metrics.
@@ -49,7 +42,7 @@ def kto_loss(
     ratio = mx.where(live, logprobs - ref_logprobs, 0.0).sum(axis=1)
     good = labels > 0
 
-    shift = kl if kto_loss_type(settings) == "kto" else mx.zeros_like(kl)
+    shift = kl if has_kl(settings) else mx.zeros_like(kl)
     z = settings.beta * (ratio - mx.stop_gradient(shift))
     terms = mx.sigmoid(mx.where(good, -z, z))
     weight = mx.where(good, settings.desirable_weight, settings.undesirable_weight)
@@ -71,7 +64,7 @@ def kto_loss(
 
 
 def kto_weight_advice(good: int, bad: int, settings: PreferenceSettings) -> str:
-    """Return what TRL warns of where the weights do not balance good and bad answers, or "".
+    """Return TRL's warning where the weights do not balance good and bad answers, else "".
 
     Equation 8 of the KTO paper: (desirable_weight x good) / (undesirable_weight x bad) should be
     in [1, 4/3].

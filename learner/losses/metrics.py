@@ -1,16 +1,15 @@
-"""Metrics that merge exactly over micro-batches: sums with their weights, smallest and largest.
+"""Metrics that merge exactly over micro-batches: sums with their weights, minima and maxima.
 
 A `Metrics` is a tree of arrays (named tuples and dicts), so that a compiled step can return it.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
 # (mlx.utils.tree_map has no types)
 
 import math
 import operator
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
@@ -30,15 +29,15 @@ class Mean(NamedTuple):
 class Metrics(NamedTuple):
     """The metrics of a micro-batch by kind, then by name; the kind says how a metric merges.
 
-    A new metric needs no more than a name here: the trainer merges, finishes and logs it.
+    A new metric only needs a name here: the trainer merges, finishes and logs it.
     """
 
     means: dict[str, Mean] = _NONE  # 0 where nothing was counted, as in most of TRL's trainers
     means_if_any: dict[str, Mean] = _NONE  # left out where nothing was counted, as in TRL's KTO
-    margins: dict[str, tuple[Mean, Mean]] = _NONE  # first mean less second, if both count any
-    shares: dict[str, mx.array] = _NONE  # of a value of the batch: the micro-batches' add up to it
-    minima: dict[str, mx.array] = _NONE  # NaN where nothing was counted, which is inf until then
-    maxima: dict[str, mx.array] = _NONE  # NaN where nothing was counted, which is -inf until then
+    margins: dict[str, tuple[Mean, Mean]] = _NONE  # first mean minus second, if both count any
+    shares: dict[str, mx.array] = _NONE  # parts that add up to the batch's value
+    minima: dict[str, mx.array] = _NONE  # inf where nothing was counted, finished as NaN
+    maxima: dict[str, mx.array] = _NONE  # -inf where nothing was counted, finished as NaN
 
 
 def number(array: mx.array) -> float:
@@ -58,11 +57,12 @@ def detached(metrics: Metrics) -> Metrics:
 
 def merge_metrics(first: Metrics, second: Metrics) -> Metrics:
     """Merge the metrics of two micro-batches, or of two parts of a loss."""
+    add = partial(tree_map, operator.add)
     return Metrics(
-        means=_merge(first.means, second.means, _add_means),
-        means_if_any=_merge(first.means_if_any, second.means_if_any, _add_means),
-        margins=_merge(first.margins, second.margins, _add_margins),
-        shares=_merge(first.shares, second.shares, operator.add),
+        means=_merge(first.means, second.means, add),
+        means_if_any=_merge(first.means_if_any, second.means_if_any, add),
+        margins=_merge(first.margins, second.margins, add),
+        shares=_merge(first.shares, second.shares, add),
         minima=_merge(first.minima, second.minima, mx.minimum),
         maxima=_merge(first.maxima, second.maxima, mx.maximum),
     )
@@ -76,7 +76,6 @@ def finish_metrics(metrics: Metrics) -> dict[str, float]:
     for name, (first, second) in metrics.margins.items():
         optional[name] = _quotient(first) - _quotient(second)
     finished |= {name: value for name, value in optional.items() if not math.isnan(value)}
-
     finished |= {name: number(value) for name, value in metrics.shares.items()}
 
     for name, extreme in (*metrics.minima.items(), *metrics.maxima.items()):
@@ -88,10 +87,10 @@ def finish_metrics(metrics: Metrics) -> dict[str, float]:
 def finish_batches(batches: Iterable[tuple[Metrics, int]]) -> dict[str, float]:
     """Return the metrics of batches, each with its number of examples, as those of one batch.
 
-    Means are over all that was counted. What a batch has one value of (a share of its loss, an
-    extreme) is averaged over the batches by their examples; an extreme of nothing counts nothing.
+    Means are over all that was counted. Shares and extremes, of which a batch has one value, are
+    averaged over batches, weighted by their examples; an extreme of nothing is left out.
     """
-    # The leaves are Python's floats here, so that many batches are added up in float64.
+    # As Python floats, so that many batches are added up in float64.
     parts = [_as_means(tree_map(number, metrics), count) for metrics, count in batches]
     total = reduce(merge_metrics, parts, Metrics())
     return finish_metrics(tree_map(mx.array, total))
@@ -113,14 +112,6 @@ def _merge(first: dict[str, T], second: dict[str, T], combine: Callable[[T, T], 
     for name, value in second.items():
         merged[name] = combine(merged[name], value) if name in merged else value
     return merged
-
-
-def _add_means(first: Mean, second: Mean) -> Mean:
-    return Mean(first.total + second.total, first.weight + second.weight)
-
-
-def _add_margins(first: tuple[Mean, Mean], second: tuple[Mean, Mean]) -> tuple[Mean, Mean]:
-    return _add_means(first[0], second[0]), _add_means(first[1], second[1])
 
 
 def _quotient(mean: Mean, *, empty: float = math.nan) -> float:

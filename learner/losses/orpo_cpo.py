@@ -1,5 +1,6 @@
 """Losses without a reference: ORPO, CPO, SimPO, AlphaPO, equal to TRL 1.16.0's trainers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,16 +10,15 @@ from learner.losses.dpo import EXPONENT_LIMIT, SQUARE_LIMIT, smoothed
 from learner.losses.metrics import Mean, Metrics, merge_metrics
 from learner.losses.pairs import PairBatch, pair_metrics
 from protocol.config.settings import PreferenceSettings
-from protocol.errors import ConfigError
 
 NEAREST = -1e-12  # mean log-probs closer to 0 have odds that are infinite in float32
 
 
 def log1mexp(x: mx.array) -> mx.array:
     """Return log(1 - exp(x)) for x < 0, exact near 0 and far below."""
-    near = mx.log(-mx.expm1(mx.where(x < -0.6931471805599453, -1.0, x)))
-    far = mx.log1p(-mx.exp(mx.where(x < -0.6931471805599453, x, -1.0)))
-    return mx.where(x < -0.6931471805599453, far, near)
+    far = x < -math.log(2)
+    below = mx.log1p(-mx.exp(mx.where(far, x, -1.0)))
+    return mx.where(far, below, mx.log(-mx.expm1(mx.where(far, -1.0, x))))
 
 
 def log_odds(chosen: mx.array, rejected: mx.array) -> mx.array:
@@ -56,7 +56,7 @@ def orpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array,
 
 def cpo_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, Metrics]:
     """Return a micro-batch's share of the loss of CPO, SimPO or AlphaPO, and its metrics."""
-    chosen, rejected = _sides(batch, per_token=CPO_LOSSES[cpo_loss_type(settings)].per_token)
+    chosen, rejected = _sides(batch, per_token=_cpo_loss(settings).per_token)
     terms = cpo_terms(chosen, rejected, settings)
 
     rewards = (cpo_rewards(chosen, settings), cpo_rewards(rejected, settings))
@@ -83,26 +83,10 @@ def _with_nll(
     if not weight:
         return loss, metrics
 
-    nll_sum = -(batch.logprobs[:half] * batch.nll_mask[:half] * factor[:, None]).sum()
+    mask = batch.mask if batch.nll_mask is None else batch.nll_mask
+    nll_sum = -(batch.logprobs[:half] * mask[:half] * factor[:, None]).sum()
     nll = nll_sum / batch.normalisers["nll_tokens"]
     return loss + weight * nll, merge_metrics(metrics, Metrics(shares={"nll_loss": nll}))
-
-
-def _hinge(z: mx.array, settings: PreferenceSettings) -> mx.array:
-    return mx.maximum(1 - settings.beta * z, 0.0)
-
-
-def _ipo(z: mx.array, settings: PreferenceSettings) -> mx.array:
-    # AlphaPO's rewards reach 1e35, whose square is not finite
-    return (mx.clip(z, -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * settings.beta)) ** 2
-
-
-def _sigmoid(z: mx.array, settings: PreferenceSettings) -> mx.array:
-    return smoothed(settings.beta * z, settings.label_smoothing)
-
-
-def _simpo(z: mx.array, settings: PreferenceSettings) -> mx.array:
-    return _sigmoid(z - settings.simpo_gamma / settings.beta, settings)
 
 
 @dataclass(frozen=True)
@@ -114,25 +98,23 @@ class CpoLoss:
 
 
 CPO_LOSSES = {
-    "sigmoid": CpoLoss(_sigmoid),
-    "hinge": CpoLoss(_hinge),
-    "ipo": CpoLoss(_ipo, per_token=True),
-    "simpo": CpoLoss(_simpo, per_token=True),
+    "sigmoid": CpoLoss(lambda z, s: smoothed(s.beta * z, s.label_smoothing)),
+    "hinge": CpoLoss(lambda z, s: mx.maximum(1 - s.beta * z, 0.0)),
+    # AlphaPO's rewards reach 1e35, whose square is not finite
+    "ipo": CpoLoss(
+        lambda z, s: (mx.clip(z, -SQUARE_LIMIT, SQUARE_LIMIT) - 1 / (2 * s.beta)) ** 2,
+        per_token=True,
+    ),
+    "simpo": CpoLoss(
+        lambda z, s: smoothed(s.beta * (z - s.simpo_gamma / s.beta), s.label_smoothing),
+        per_token=True,
+    ),
 }
 
 
-def cpo_loss_type(settings: PreferenceSettings) -> str:
-    """Return the loss type of CPO, or "simpo"; raises ConfigError for another or several."""
-    if settings.method == "simpo" and settings.loss_type in (["sigmoid"], ["simpo"]):
-        return "simpo"
-    if settings.method == "cpo" and len(settings.loss_type) == 1:
-        (name,) = settings.loss_type
-        if name in CPO_LOSSES:
-            return name
-    raise ConfigError(
-        f"objective.loss_type = {settings.loss_type}: {settings.method} takes one of "
-        f"{', '.join(CPO_LOSSES) if settings.method == 'cpo' else 'simpo'}"
-    )
+def _cpo_loss(settings: PreferenceSettings) -> CpoLoss:
+    # With method "simpo", the default loss type "sigmoid" means "simpo" too.
+    return CPO_LOSSES["simpo" if settings.method == "simpo" else settings.loss_type[0]]
 
 
 def cpo_rewards(logprobs: mx.array, settings: PreferenceSettings) -> mx.array:
@@ -145,4 +127,4 @@ def cpo_rewards(logprobs: mx.array, settings: PreferenceSettings) -> mx.array:
 def cpo_terms(chosen: mx.array, rejected: mx.array, settings: PreferenceSettings) -> mx.array:
     """Return the loss of each pair (B,) from log-probs (B,): means for ipo and simpo, else sums."""
     z = cpo_rewards(chosen, settings) - cpo_rewards(rejected, settings)
-    return CPO_LOSSES[cpo_loss_type(settings)].terms(z, settings)
+    return _cpo_loss(settings).terms(z, settings)

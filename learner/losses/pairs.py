@@ -1,4 +1,4 @@
-"""What every loss over pairs takes and logs."""
+"""The inputs, normalisers and metrics that all pair losses share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,35 +7,32 @@ import mlx.core as mx
 
 from learner.losses.metrics import Mean, Metrics
 
-Normalisers = Mapping[str, mx.array]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
     """B pairs as arrays (2B, C) float32, nats: [:B] chosen, [B:] rejected, as TRL has them.
 
-    `mask` counts completion tokens, `nll_mask` those of ORPO's NLL; `logprobs` are 0 outside both.
-    `lengths` (2B,): tokens that ipo and sigmoid_norm divide by, the mask's by default. `scores`
-    (B,): `preference_score`, a factor of each pair's loss. `normalisers`: `pair_normalisers`.
+    `mask` counts completion tokens, `nll_mask` those of the NLL (by default the same). `lengths`
+    (2B,): tokens that ipo and sigmoid_norm divide by, the mask's by default. `scores` (B,):
+    `preference_score`, a factor of each pair's loss. `normalisers`: `pair_normalisers`.
     """
 
     logprobs: mx.array
     mask: mx.array
-    nll_mask: mx.array
-    ref_logprobs: mx.array | None
-    log_sum_sq_probs: mx.array | None
-    lengths: mx.array | None
-    scores: mx.array | None
-    normalisers: Normalisers
+    normalisers: Mapping[str, mx.array]
+    nll_mask: mx.array | None = None
+    ref_logprobs: mx.array | None = None
+    log_sum_sq_probs: mx.array | None = None  # of every token's distribution, for WPO
+    lengths: mx.array | None = None
+    scores: mx.array | None = None
 
 
 def pair_normalisers(
     *, pairs: int, chosen_tokens: float, nll_tokens: float | None = None
 ) -> dict[str, float]:
-    """Return what losses over pairs divide by, all of the whole batch.
+    """Return what pair losses divide by: counts over the whole batch.
 
-    They are its pairs, its chosen completion tokens, and the tokens of the NLL (ORPO's: prompt and
-    response; the chosen tokens by default).
+    `nll_tokens` are the chosen tokens by default; ORPO's NLL counts the prompts too.
     """
     chosen = max(chosen_tokens, 1.0)
     return {
@@ -48,7 +45,7 @@ def pair_normalisers(
 def pair_metrics(
     chosen: mx.array, rejected: mx.array, chosen_logprobs: mx.array, rejected_logprobs: mx.array
 ) -> Metrics:
-    """Return TRL's metrics from rewards and log-probs (B,); a tie is not accurate."""
+    """Return TRL's metrics from rewards and log-probs (B,); a tie counts as inaccurate."""
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,

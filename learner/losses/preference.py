@@ -5,14 +5,14 @@ pairs together, except where `needs_whole_batch` says otherwise.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from learner.losses.dpo import dpo_loss
-from learner.losses.metrics import Metrics, detached, merge_metrics, token_mean
+from learner.losses.metrics import Metrics, detached
 from learner.losses.orpo_cpo import cpo_loss, orpo_loss
-from learner.losses.pairs import Normalisers, PairBatch
+from learner.losses.pairs import PairBatch
 from protocol.config.settings import PreferenceSettings
 
 
@@ -48,37 +48,12 @@ def needs_whole_batch(settings: PreferenceSettings) -> bool:
     return sorts or ("sft" in types and settings.use_weighting)
 
 
-def preference_loss(
-    logprobs: mx.array,
-    *,
-    mask: mx.array,
-    ref_logprobs: mx.array | None = None,
-    lengths: mx.array | None = None,
-    log_sum_sq_probs: mx.array | None = None,
-    nll_mask: mx.array | None = None,
-    scores: mx.array | None = None,
-    entropies: mx.array | None = None,
-    normalisers: Normalisers,
-    settings: PreferenceSettings,
-) -> tuple[mx.array, Metrics]:
-    """Return a micro-batch's share of the loss of B pairs, and its metrics.
+def preference_loss(batch: PairBatch, settings: PreferenceSettings) -> tuple[mx.array, Metrics]:
+    """Return a micro-batch's share of the loss of its pairs, and its metrics."""
+    counted = batch.mask > 0
+    if batch.nll_mask is not None:
+        counted = counted | (batch.nll_mask > 0)
+    batch = replace(batch, logprobs=mx.where(counted, batch.logprobs, 0.0))
 
-    `logprobs`, `entropies` (2B, C) float32, nats; the other arrays as in `PairBatch`, with ORPO's
-    `nll_mask` the completion's `mask` by default.
-    """
-    live = mask > 0
-    batch = PairBatch(
-        logprobs=mx.where(live if nll_mask is None else live | (nll_mask > 0), logprobs, 0.0),
-        mask=mask,
-        nll_mask=mask if nll_mask is None else nll_mask,
-        ref_logprobs=ref_logprobs,
-        log_sum_sq_probs=log_sum_sq_probs,
-        lengths=lengths,
-        scores=scores,
-        normalisers=normalisers,
-    )
     loss, metrics = PAIR_METHODS[settings.method].loss(batch, settings)
-    if entropies is not None:
-        means = {"entropy": token_mean(entropies, mask)}
-        metrics = merge_metrics(metrics, Metrics(means=means))
     return loss, detached(metrics)

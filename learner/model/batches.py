@@ -1,4 +1,4 @@
-"""Prompts and completions as right-padded arrays in bucketed shapes, in numpy up to the device."""
+"""Prompts and completions as right-padded arrays in bucketed shapes, first in numpy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,11 +116,9 @@ def to_device(tokens: TokenBatch) -> TokenArrays:
     }
 
 
-def aligned(
-    values: Sequence[Sequence[float] | Float32Array], batch: TokenBatch, fill: float = 0.0
-) -> Float32Array:
-    """Pad per-token values of each completion to (B, C) float32, like `batch.targets`."""
-    padded = np.full(batch.targets.shape, fill, np.float32)
+def aligned(values: Sequence[Sequence[float] | Float32Array], batch: TokenBatch) -> Float32Array:
+    """Pad per-token values of each completion with 0 to (B, C) float32, like `batch.targets`."""
+    padded = np.zeros(batch.targets.shape, np.float32)
     for i, line in enumerate(values):
         padded[i, : len(line)] = line
     return padded

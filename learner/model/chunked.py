@@ -4,8 +4,7 @@ MLX evaluates breadth-first, so the chunks are chained with `mx.depends`: withou
 of all chunks would be alive at once.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 # pyright: reportUntypedFunctionDecorator=false
 # (mlx is only partly typed)
 
@@ -22,8 +21,6 @@ from protocol.model.snapshots import trainable
 
 CHUNK = 128  # tokens whose logits exist at once
 LEAST = -1e3  # lower log-probs are raised to this: its exp is 0 in float32 too
-
-Logits = Callable[[mx.array], mx.array]
 
 
 class TokenScores(NamedTuple):
@@ -58,10 +55,12 @@ def chunked_logprobs(
     def stats(logits: mx.array, chunk_targets: mx.array) -> _Stats:
         return _Stats(logits, chunk_targets, inverse_temperature, entropy, logit_metrics)
 
-    factor = -inverse_temperature  # what the slopes of `_Stats` leave out
+    factor = -inverse_temperature  # left out of the slopes of `_Stats`
     owner = split.owner(hidden) if gradient else nn.Module()
     if not gradient:
-        outputs = _values(partial(logits_of, split.head), hidden, targets, stats)
+        outputs = _by_chunk(
+            lambda chunk, of: stats(logits_of(split.head, chunk), of).values(), hidden, targets
+        )
     elif trainable(owner):
         outputs = _recomputed(split.head, owner, hidden, targets, stats, factor, entropy_gradient)
     else:
@@ -93,8 +92,10 @@ class _Stats:
         logit_metrics: bool,
     ) -> None:
         # Most arrays here are (n, V), and on CPU about ten of them wait in the queue: avoid copies.
-        scaled = _times(logits.astype(mx.float32), inverse_temperature)
-        self.logits = logits if inverse_temperature == 1.0 else scaled
+        plain = inverse_temperature == 1.0
+        scaled = logits.astype(mx.float32)
+        scaled = scaled if plain else scaled * inverse_temperature
+        self.logits = logits if plain else scaled
         self.dtype = logits.dtype
         self.targets = targets[:, None]
 
@@ -142,10 +143,6 @@ def logit_metrics_of(logits: mx.array, scaled: mx.array, targets: mx.array) -> l
     return [scaled.mean(axis=-1), top1.astype(mx.float32)]
 
 
-def _times(array: mx.array, factor: float) -> mx.array:
-    return array if factor == 1.0 else array * factor
-
-
 _StatsOf = Callable[[mx.array, mx.array], _Stats]
 
 
@@ -176,18 +173,14 @@ def _starts(array: mx.array) -> range:
     return range(0, array.shape[0], _size())
 
 
-def _values(logits: Logits, hidden: mx.array, targets: mx.array, stats: _StatsOf) -> list[mx.array]:
-    """Return the scores of all chunks, joined; the way without a gradient."""
+def _by_chunk(
+    scores: Callable[[mx.array, mx.array], list[mx.array]], hidden: mx.array, targets: mx.array
+) -> list[mx.array]:
+    """Return the `scores` of each chunk of hidden states and targets, joined."""
     columns: list[list[mx.array]] = []
-    previous: list[mx.array] = []
     for start in _starts(hidden):
-        chunk, chunk_targets = _chunk(hidden, targets, start, previous)
-        previous = stats(logits(chunk), chunk_targets).values()
-        columns.append(previous)
-    return _joined(columns)
-
-
-def _joined(columns: list[list[mx.array]]) -> list[mx.array]:
+        previous = columns[-1] if columns else []
+        columns.append(scores(*_chunk(hidden, targets, start, previous)))
     return [mx.concatenate(list(column)) for column in zip(*columns, strict=True)]
 
 
@@ -201,21 +194,16 @@ def _built_forward(
 ) -> list[mx.array]:
     """Frozen head: compute the gradient (N, D) along with the values; the vjp only scales it."""
 
+    def scores(chunk: mx.array, chunk_targets: mx.array) -> list[mx.array]:
+        result = stats(logits_of(head, chunk), chunk_targets)
+        slopes = [_pull(head, chunk, result.logprobs_slope())]
+        if entropy_gradient:
+            slopes.append(_pull(head, chunk, result.entropies_slope()))
+        return [result.logprobs, result.entropies, *slopes, *result.metrics]
+
     @mx.custom_function
     def both(hidden: mx.array, targets: mx.array) -> list[mx.array]:
-        columns: list[list[mx.array]] = []
-        previous: list[mx.array] = []
-        for start in _starts(hidden):
-            chunk, chunk_targets = _chunk(hidden, targets, start, previous)
-            result = stats(logits_of(head, chunk), chunk_targets)
-
-            slope = _pull(head, chunk, result.logprobs_slope())
-            previous = [result.logprobs, result.entropies, slope]
-            if entropy_gradient:
-                previous.append(_pull(head, chunk, result.entropies_slope()))
-            previous += result.metrics
-            columns.append(previous)
-        return _joined(columns)
+        return _by_chunk(scores, hidden, targets)
 
     @both.vjp
     def scale(
@@ -250,7 +238,9 @@ def _recomputed(
 
     @mx.custom_function
     def values(hidden: mx.array, targets: mx.array, *parameters: mx.array) -> list[mx.array]:
-        return _values(lambda chunk: logits(chunk, *parameters), hidden, targets, stats)
+        return _by_chunk(
+            lambda chunk, of: stats(logits(chunk, *parameters), of).values(), hidden, targets
+        )
 
     @values.vjp
     def again(

@@ -27,9 +27,9 @@ def layer_by_layer(model: nn.Module, *, recompute: bool = False) -> Generator[No
     """Order the backward pass of steps taken inside by layers, so that each frees its activations.
 
     With `recompute`, a layer's activations are not even kept from the forward pass (gradient
-    checkpointing, Chen et al., 2016). Only the layer objects change their class, and they change it
-    back. Raises ModelError if activations are to be recomputed and adapters have dropout, which
-    would draw another mask the second time.
+    checkpointing, Chen et al., 2016). Only the layer objects change their class, and on leaving
+    they change it back. Raises ModelError for `recompute` with dropout in adapters, which would
+    draw another mask the second time.
     """
     if recompute and drops(model):
         raise ModelError(

@@ -7,8 +7,8 @@ cannot be split. Logits are computed in the model's dtype and from there on in f
 what the sampler's logits processor sees too.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportMissingTypeStubs=false, reportUntypedFunctionDecorator=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# pyright: reportUntypedFunctionDecorator=false
 # (mlx is only partly typed)
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@ A guide, not a bound: activations are counted from the shapes of a transformer l
 1.1 of what tests/benchmarks/memory_estimate.py measures on a CPU, 0.8 to 1.4 on an H200.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 import logging
@@ -35,12 +35,12 @@ _KEY_ARRAYS = 4
 _MLP_ARRAYS = 5
 # Attention's probabilities, and its mask.
 _SCORE_ARRAYS = 1.25
-# In units of what one layer keeps: what is alive beside it while its gradients are computed. With
+# In units of what one layer keeps: what else is alive while its gradients are computed. With
 # gradient checkpointing this includes its second forward pass.
 _BACKWARD = 1.0
 _BACKWARD_CHECKPOINTED = 2.0
 # Arrays of (chunk, V): logits, float32 logits, log-probs, probabilities, slope; and those of the
-# next chunk that are queued already. With all logits at once, arrays are freed one after the other.
+# next chunk that are already queued. With all logits at once, arrays are freed one after the other.
 _HEAD_ARRAYS = 8
 _FULL_HEAD_ARRAYS = 4
 
@@ -54,7 +54,7 @@ class MemoryEstimate:
     optimizer: int  # gradients, moments and float32 masters
     activations: int
     head: int
-    update: int  # new weights, moments and masters beside the old
+    update: int  # new weights, moments and masters next to the old
     machine: int  # what the device may use; 0: unknown
 
     @property
@@ -160,7 +160,7 @@ def _head_bytes(config: Mapping[str, Any], batch: _MicroBatch, itemsize: int, he
 def _layer(config: Mapping[str, Any], sequences: int, length: int, prompt: int = 0) -> float:
     """Count the numbers that one layer keeps for its backward pass.
 
-    The sequences continue `prompt` tokens whose keys and values are there already.
+    The sequences continue `prompt` tokens whose keys and values exist already.
     """
     hidden = int(config.get("hidden_size", 0))
     heads = int(config.get("num_attention_heads") or 1)

@@ -39,7 +39,6 @@ class Reference:
 
     model: nn.Module
     digest: str  # of its source and its arrays' shapes and dtypes; a resumed run checks it
-    source: str  # for the log
 
 
 def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
@@ -47,24 +46,27 @@ def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
 
     Call it on a policy fresh from `load_policy`: before any update, and on resume before the
     checkpoint's weights are loaded, so that it is rebuilt from its source. Raises ModelError if it
-    cannot be made; there is no falling back to a run without reference. The global random state is
-    left as it was.
+    cannot be made. The global random state is left as it was.
     """
-    with seeded(0):  # loading draws random values and then overwrites them
-        return _make(policy, settings)
-
-
-def _make(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     wanted = settings.reference
-    if wanted == "initial":
-        return _initial(policy, settings)
-    if wanted == "base":
-        return _base(policy, settings)
+    with seeded(0):  # loading draws random values and then overwrites them
+        if wanted == "initial":
+            return _initial(policy, settings)
 
-    folder = Path(wanted).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        return _adapted(policy, settings, folder)
-    return _other_model(policy, settings, wanted)
+        folder = Path(wanted).expanduser()
+        adapted = (folder / "adapter_config.json").is_file()
+        if wanted != "base" and not adapted:
+            return _other_model(policy, settings, wanted)
+
+        base = view(policy.model, bypass_adapters=True)
+        if wanted == "base":
+            return _frozen(base, policy.model_digest, f"base model {settings.path}")
+
+        # The adapter may be LoRA, DoRA or full weights, whatever kind the policy trains: the view
+        # of the base gets arrays and layers that the policy does not see.
+        load_adapter_folder(base, folder)
+        digest = f"{policy.model_digest}+{folder_digest(folder)}"
+        return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
 
 
 def view(model: nn.Module, *, bypass_adapters: bool) -> nn.Module:
@@ -88,7 +90,7 @@ def _twin(value: object, bypass: bool, seen: dict[int, object]) -> object:
 
         twin = copy.copy(value)
         seen[id(value)] = twin
-        # Freezing changes this set in place, so the copy needs one of its own.
+        # Freezing changes this set in place, so the copy gets its own.
         object.__setattr__(twin, "_no_grad", set(cast(Any, value)._no_grad))
         for key, item in value.items():
             dict.__setitem__(twin, key, _twin(item, bypass, seen))
@@ -125,20 +127,6 @@ def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
 
 
-def _base(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
-    base = view(policy.model, bypass_adapters=True)
-    return _frozen(base, policy.model_digest, f"base model {settings.path}")
-
-
-def _adapted(policy: LoadedPolicy, settings: PolicySettings, folder: Path) -> Reference:
-    # The adapter may be LoRA, DoRA or full weights, whatever kind the policy trains: the view of
-    # the base gets arrays and layers that the policy does not see.
-    base = view(policy.model, bypass_adapters=True)
-    load_adapter_folder(base, folder)
-    digest = f"{policy.model_digest}+{folder_digest(folder)}"
-    return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
-
-
 def _other_model(policy: LoadedPolicy, settings: PolicySettings, path: str) -> Reference:
     try:
         folder = model_folder(path)
@@ -168,7 +156,7 @@ def _frozen(model: nn.Module, digest: str, source: str) -> Reference:
     model.eval()
     mx.eval(model.parameters())
     log.info("Reference policy: %s", source)
-    return Reference(model=model, digest=f"{digest}+{_layout(model)}", source=source)
+    return Reference(model=model, digest=f"{digest}+{_layout(model)}")
 
 
 def _layout(model: nn.Module) -> str:

@@ -8,9 +8,6 @@ own. Gradients pass through both, and prompt and completions see what they would
 sequence.
 """
 
-# pyright: reportUnknownMemberType=false
-# (mlx is only partly typed)
-
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -73,11 +70,10 @@ def after_prompt(
     recorders = [Recorder() for _ in range(layers)]
     network(prompt.prompt_ids, cache=recorders)
 
-    prefixes: list[Prefix] = []
-    for recorder in recorders:
-        keys, values = recorder.recorded()
-        prefixes.append(Prefix(keys, values, prompt.prompt_length))
-
+    prefixes = [
+        Prefix(keys, values, prompt.prompt_length)
+        for keys, values in (recorder.recorded() for recorder in recorders)
+    ]
     return network(input_ids, cache=prefixes)
 
 

@@ -1,4 +1,4 @@
-"""Trials at the start that decide how to compute: which head, and whether a prompt only once."""
+"""Trials at startup that choose the head, and whether a group's prompt is computed only once."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
@@ -133,10 +133,14 @@ def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> 
     finally:
         model.train(was_training)
 
+    types = {array.dtype for _, array in _leaves(model.parameters())}
+    low = types & {mx.bfloat16, mx.float16}
+    tolerance = _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
+
     for name, left, right in zip(("log-probs", "gradients"), shared, plain, strict=True):
         norm = mx.linalg.norm(right) + 1e-6  # the norm may be zero
         gap = float(cast(float, (mx.linalg.norm(left - right) / norm).item()))
-        if not gap <= _tolerance(model):
+        if not gap <= tolerance:
             return f"in a trial the {name} differ by {gap:.1g} of their norm"
     return ""
 
@@ -187,9 +191,3 @@ def _first_trained(model: nn.Module) -> nn.Module:
 
 def _leaves(tree: object) -> list[tuple[str, mx.array]]:
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))
-
-
-def _tolerance(model: nn.Module) -> float:
-    types = {array.dtype for _, array in _leaves(model.parameters())}
-    low = types & {mx.bfloat16, mx.float16}
-    return _LOW_PRECISION_TOLERANCE if low else _TOLERANCE

@@ -7,6 +7,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from learner.online.experience import PromptGroup, reward_matrix
+from protocol.config.settings import GrpoRewards, GrpoSettings
+from protocol.errors import RewardError
+
 Floats = npt.NDArray[np.float64]
 EPSILON = 1e-4  # TRL's, added to every deviation that divides
 
@@ -30,40 +34,31 @@ def advantages(
 ) -> Advantages:
     """Return the advantages of N completions from rewards (N, F), NaN for None.
 
-    `groups` (N,) is the group of each; groups may differ in size. Deviations are Bessel-corrected
-    and 1e-4 is added to them; a group with one rewarded completion gets advantage 0.
-    `normalize_then_sum` is GDPO: each function is normalised in its group, then their weighted sum
-    over the batch.
+    `groups` (N,) is the group of each; groups may differ in size. `weights` (F,) default to 1.
+    Deviations are Bessel-corrected and 1e-4 is added to them; a group with one rewarded completion
+    gets advantage 0. `normalize_then_sum` is GDPO: each function is normalised within groups, then
+    their weighted sum over the batch.
     """
     table = np.asarray(rewards, np.float64)
     scale = np.asarray(weights if weights is not None else [1.0] * table.shape[1], np.float64)
-    if scale.shape != (table.shape[1],):
-        raise ValueError(
-            f"reward_weights has {scale.size} numbers, but {table.shape[1]} reward functions "
-            f"answered: {', '.join(names)}. Give one weight per function, in their order."
-        )
-
     total = _weighted(table, scale, table)
     deviations = _per_group(total, groups, _std)
-    spread = _std(total)
 
     if aggregation == "sum_then_normalize":
         result = total - _per_group(total, groups, _mean)
         if scale_rewards == "group":
             result = result / (deviations + EPSILON)
         elif scale_rewards == "batch":
-            result = result / (spread + EPSILON)
-            deviations = np.full(len(total), spread)
+            deviations = np.full(len(total), _std(total))
+            result = result / (deviations + EPSILON)
     else:
-        # GDPO
         columns = [
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
         ]
         summed = _weighted(np.stack(columns, axis=1) if columns else table, scale, table)
-        spread = _std(summed)
-        result = (summed - _mean(summed)) / (spread + EPSILON)
-        deviations = np.full(len(total), spread)
+        deviations = np.full(len(total), _std(summed))
+        result = (summed - _mean(summed)) / (deviations + EPSILON)
 
     return Advantages(np.nan_to_num(result, nan=0.0), _metrics(table, total, deviations, names))
 
@@ -105,9 +100,62 @@ def _std(values: Floats) -> float:
 def _per_group(
     values: Floats, groups: npt.NDArray[np.integer], of: Callable[[Floats], float]
 ) -> Floats:
-    """Return `of` a group's values, at the place of each."""
+    """Return `of(values of its group)` for each completion (N,)."""
     result = np.empty(len(values))
     for group in np.unique(groups):
         members = groups == group
         result[members] = of(values[members])
     return result
+
+
+@dataclass
+class RewardAdvantages:
+    """Turns the rewards of each batch into advantages, after checking that there are some."""
+
+    settings: GrpoSettings
+    rewards: GrpoRewards
+    _none_batches: int = 0
+
+    def of(self, groups: Sequence[PromptGroup], group_index: np.ndarray) -> Advantages:
+        """Return the advantages (N,) of the completions of `groups`; `group_index` (N,).
+
+        Raises RewardError after `max_none_batches` batches without any reward, or where
+        `reward_weights` do not fit the functions that answered.
+        """
+        names, rewards = reward_matrix(groups)
+        self._check_some(names, rewards, groups)
+        weights = self.rewards.reward_weights
+        if names and weights is not None and len(weights) != len(names):
+            raise RewardError(
+                f"rewards.reward_weights has {len(weights)} numbers, but {len(names)} reward "
+                f"functions answered: {', '.join(names)}. Give one weight per function, in order."
+            )
+
+        return advantages(
+            rewards,
+            groups=group_index,
+            names=names,
+            weights=weights if names else None,
+            scale_rewards=self.settings.scale_rewards,
+            aggregation=self.settings.multi_objective_aggregation,
+        )
+
+    def _check_some(
+        self, names: list[str], rewards: np.ndarray, groups: Sequence[PromptGroup]
+    ) -> None:
+        self._none_batches = self._none_batches + 1 if np.isnan(rewards).all() else 0
+        if self._none_batches < self.rewards.max_none_batches:
+            return
+
+        faults = {
+            f"{fault.function}: {fault.kind}: {fault.message.splitlines()[-1]}"
+            for item in groups
+            for fault in item.group.reward.faults
+            if fault.message
+        }
+        raise RewardError(
+            f"Every reward of {self._none_batches} batches in a row was None "
+            f"(functions: {', '.join(names) or 'none answered'}). "
+            f"{' '.join(sorted(faults)[:5])} See the reward server's log; fix the functions, "
+            "then continue with --run.resume."
+        )

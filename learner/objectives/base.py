@@ -40,7 +40,7 @@ class ReferenceLayout(Protocol[ExampleT]):
 
 
 def scores_with_metrics(model: nn.Module, arrays: TokenArrays, head: Head) -> TokenScores:
-    """Return all that is known of a micro-batch's tokens, for its loss."""
+    """Return the token scores that an offline loss and its metrics read."""
     return completion_logprobs(
         model,
         arrays["input_ids"],
@@ -100,8 +100,8 @@ def reference_logprobs(
 def side_means(scores: TokenScores, mask: mx.array, chosen: mx.array) -> dict[str, Mean]:
     """Return `logits/*` of each side, means over completion tokens; `chosen` (B, C) is its mask.
 
-    TRL's DPO and KTO do so; its ORPO and CPO take prompts and padding into them, which would
-    depend on the micro-batches.
+    As in TRL's DPO and KTO; its ORPO and CPO include prompts and padding, which would make the
+    means depend on the micro-batches.
     """
     return {
         "logits/chosen": token_mean(scores.mean_logits, chosen),

@@ -1,4 +1,4 @@
-"""The completions of a batch of groups: as arrays, and what is logged of them."""
+"""The completions of a batch of groups: their arrays and metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ class Completions:
 
 
 class CompletionArrays(TokenArrays):
-    """A micro-batch of B completions, empty ones among them that only fill the shape."""
+    """A micro-batch of B completions, some of them empty, to fill the shape."""
 
     advantages: mx.array  # (B,) float32
     sampling_logprobs: mx.array  # (B, C) float32, nats
     sequence_mask: mx.array  # (B,) float32, 0 = only fills the shape
-    prompt: NotRequired[SharedPrompt]  # where `input_ids` go on from it
+    prompt: NotRequired[SharedPrompt]  # if `input_ids` continue it
 
 
 def gather_completions(
@@ -42,15 +42,13 @@ def gather_completions(
     token_ids = [ids_view(c.token_ids) for _, _, c in each]
     finished = np.array([c.finish_reason == "stop" for _, _, c in each])
 
-    masks = [np.ones(len(ids), np.float32) for ids in token_ids]
-    if mask_truncated:
-        masks = [mask * float(whole) for mask, whole in zip(masks, finished, strict=True)]
+    counted = finished if mask_truncated else np.ones(len(each), bool)
     return Completions(
         prompts=[np.asarray(item.prompt.prompt_ids, np.int32) for _, item, _ in each],
         token_ids=token_ids,
         sampling_logprobs=[floats_view(c.sampling_logprobs) for _, _, c in each],
         finished=finished,
-        masks=masks,
+        masks=[np.full(len(c), ok, np.float32) for c, ok in zip(token_ids, counted, strict=True)],
         groups=np.array([i for i, _, _ in each]),
     )
 
@@ -65,9 +63,9 @@ def completion_arrays(
 ) -> CompletionArrays:
     """Pad the completions of `index` to a micro-batch; `advantages` (N,) are of all of them.
 
-    With `share_prompt`, the prompt of a single group stands apart where that saves tokens.
+    With `share_prompt`, the prompt of a single group is kept apart where that saves tokens.
     """
-    # Empty sequences make few shapes out of many: a compiled step is traced once per shape.
+    # Empty sequences keep the number of shapes small: a compiled step is traced once per shape.
     empty = padded_size(len(index)) - len(index)
     one_group = len(set(completions.groups[list(index)])) == 1
     tokens, prompt = group_batch(
@@ -93,7 +91,7 @@ def completion_arrays(
 
 
 def batch_metrics(batch: TrainBatch, completions: Completions) -> dict[str, float]:
-    """Return what a batch logs of its completions, rewards and ages; lengths in tokens."""
+    """Return metrics of completions, their lengths in tokens, rewards and staleness."""
     lengths = np.array([len(ids) for ids in completions.token_ids])
     ended = lengths[completions.finished]
     ages = [

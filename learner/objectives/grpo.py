@@ -20,6 +20,7 @@ from learner.losses.grpo import Skipped, entropy_quantile, grpo_loss, grpo_norma
 from learner.losses.importance import importance_ratio
 from learner.losses.metrics import Mean, Metrics, finish_metrics, merge_metrics
 from learner.model.logprobs import Head, TokenScores, completion_logprobs
+from learner.objectives.advantages import RewardAdvantages
 from learner.objectives.completions import (
     CompletionArrays,
     Completions,
@@ -27,7 +28,6 @@ from learner.objectives.completions import (
     completion_arrays,
     gather_completions,
 )
-from learner.objectives.rewards import RewardAdvantages
 from learner.online.experience import PromptGroup, TrainBatch
 from protocol.config.settings import GrpoRewards, GrpoSettings, SamplingSettings, TrainSettings
 
@@ -47,12 +47,13 @@ class GrpoArrays(CompletionArrays):
 class GrpoObjective:
     """GRPO's loss family over batches of groups.
 
-    `reference` is the frozen policy (needed when beta > 0); `describe` makes a line of
-    rollouts.jsonl. With `share_prompt`, a micro-batch of one group computes its prompt once.
+    `reference` is the frozen policy (needed when beta > 0); `describe` turns a group into
+    a line of rollouts.jsonl. With `share_prompt`, a micro-batch of one group computes its prompt
+    only once.
 
-    Metrics are of the whole batch, as TRL's, except those that read log-probs of completions that
-    no forward pass is made for (advantage 0, or no token that counts): `entropy`, `sampling/*` and
-    `vespo/phi_seq_mean` leave these out. `zero_advantage_step` makes the pass for all.
+    Metrics are of the whole batch, as in TRL, except those that read log-probs: `entropy`,
+    `sampling/*` and `vespo/phi_seq_mean` leave out completions that need no forward pass (advantage
+    0, or no token that counts). With `zero_advantage_step` all completions get one.
     """
 
     settings: GrpoSettings
@@ -90,8 +91,9 @@ class GrpoObjective:
             return Prepared([], metrics, step=False, rollouts=rollouts)
 
         micro = self._micro(completions, result.advantages, live)
-        for number, arrays in enumerate(micro):
-            arrays["skipped"] = skipped if number == 0 else _no_skipped()
+        for arrays in micro:
+            arrays["skipped"] = _skipped(completions, np.ones_like(live))
+        micro[0]["skipped"] = skipped
         prepared = Prepared(micro, metrics, rollouts=rollouts)
         if self._needs_entropies:
             prepared.refresh = partial(self._score_again, micro)
@@ -102,16 +104,14 @@ class GrpoObjective:
         return self.settings.top_entropy_quantile < 1
 
     def _contributing(self, advantages: np.ndarray, completions: Completions) -> np.ndarray:
-        """Return which completions (N,) the forward pass needs; the others give no gradient at all.
-
-        The entropy quantile is over all of them.
-        """
+        """Return which completions (N,) the forward pass needs; the others give no gradient."""
         s = self.settings
         everyone = np.ones(len(advantages), bool)
         if s.zero_advantage_step or s.beta > 0 or s.entropy_coef != 0:
             return everyone
         counted = np.array([mask.any() for mask in completions.masks])
         live = (advantages != 0) & counted
+        # The entropy quantile is over all of them.
         return everyone if self._needs_entropies and live.any() else live
 
     def _micro(
@@ -174,8 +174,10 @@ class GrpoObjective:
         mx.eval(arrays)
         return arrays
 
-    def scores(self, model: nn.Module, arrays: CompletionArrays) -> TokenScores:
-        """Return the log-probs, and where they are needed the entropies, without a gradient."""
+    def scores(
+        self, model: nn.Module, arrays: CompletionArrays, *, gradient: bool = False
+    ) -> TokenScores:
+        """Return the log-probs; also the entropies, where they are needed or with a gradient."""
         return completion_logprobs(
             model,
             arrays["input_ids"],
@@ -184,8 +186,9 @@ class GrpoObjective:
             prompt=arrays.get("prompt"),
             temperature=self.sampling.temperature,
             head=self.head,
-            entropy=self._needs_entropies,
-            gradient=False,
+            entropy=gradient or self._needs_entropies,
+            entropy_gradient=gradient and self.settings.entropy_coef != 0,
+            gradient=gradient,
         )
 
     def _find_threshold(self, micro: list[GrpoArrays]) -> None:
@@ -203,24 +206,14 @@ class GrpoObjective:
             arrays["normalisers"] |= _on_device(found)
 
     def _score_again(self, micro: list[GrpoArrays]) -> None:
-        """Take the entropy quantile of the policy as it is now."""
+        """Recompute entropies and their quantile with the current policy."""
         for arrays in micro:
             arrays["entropies"] = self.scores(self.model, arrays).entropies
         self._find_threshold(micro)
 
     def loss(self, model: nn.Module, arrays: GrpoArrays) -> tuple[mx.array, Metrics]:
         """Return a micro-batch's share of the loss, and its metrics."""
-        logprobs, entropies, *_ = completion_logprobs(
-            model,
-            arrays["input_ids"],
-            arrays["positions"],
-            arrays["targets"],
-            prompt=arrays.get("prompt"),
-            temperature=self.sampling.temperature,
-            head=self.head,
-            entropy=True,
-            entropy_gradient=self.settings.entropy_coef != 0,
-        )
+        logprobs, entropies, *_ = self.scores(model, arrays, gradient=True)
         loss, metrics = grpo_loss(
             logprobs,
             entropies,
@@ -230,7 +223,7 @@ class GrpoObjective:
             ref_logprobs=arrays.get("ref_logprobs"),
             sampling_logprobs=arrays["sampling_logprobs"],
             ratio=arrays.get("ratio"),
-            sequence_mask=arrays.get("sequence_mask"),
+            sequence_mask=arrays["sequence_mask"],
             normalisers=arrays["normalisers"],
             settings=self.settings,
         )
@@ -256,17 +249,13 @@ def _old_logprobs(arrays: GrpoArrays) -> mx.array:
 
 
 def _skipped(completions: Completions, live: np.ndarray) -> Skipped:
-    """Count the completions that `live` (N,) leaves out."""
+    """Count the completions left out by `live` (N,)."""
     tokens = np.array([mask.sum() for mask in completions.masks])[~live]
     return Skipped(
         sequences=mx.array(float(len(tokens))),
         nonempty=mx.array(float((tokens > 0).sum())),
         tokens=mx.array(float(tokens.sum())),
     )
-
-
-def _no_skipped() -> Skipped:
-    return Skipped(sequences=mx.array(0.0), nonempty=mx.array(0.0), tokens=mx.array(0.0))
 
 
 def _on_device(values: dict[str, float]) -> dict[str, mx.array]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from learner.data.examples import Logprobs, UnpairedExample
 from learner.interfaces import Prepared
-from learner.losses.kto import kto_kl, kto_loss, kto_loss_type
+from learner.losses.kto import has_kl, kto_kl, kto_loss
 from learner.losses.metrics import Metrics, merge_metrics, token_mean
 from learner.model.batches import TokenArrays, TokenBatch, to_device, token_batch
 from learner.model.logprobs import Head
@@ -44,11 +44,6 @@ class KtoLayout:
     settings: PreferenceSettings
     train: TrainSettings
 
-    @property
-    def with_kl(self) -> bool:
-        """Whether the loss has a KL term, of prompts with other prompts' answers."""
-        return kto_loss_type(self.settings) == "kto"
-
     def parts(self, answers: Sequence[UnpairedExample]) -> Iterator[Mismatched]:
         """Split a batch into micro-batches of answers, each with mismatched completions.
 
@@ -59,14 +54,11 @@ class KtoLayout:
         for start in range(0, len(answers), size):
             yield answers[start : start + size], others[start : start + size]
 
-    def tokens(self, part: Sequence[UnpairedExample]) -> TokenBatch:
-        """Return the answers as a token batch."""
-        return self.mismatched_tokens(part, [answer.completion_ids for answer in part])
-
-    def mismatched_tokens(
-        self, part: Sequence[UnpairedExample], completions: Sequence[Sequence[int]]
+    def tokens(
+        self, part: Sequence[UnpairedExample], others: Sequence[list[int]] | None = None
     ) -> TokenBatch:
-        """Return the answers' prompts with other completions as a token batch."""
+        """Return the prompts as a token batch, followed by their answers or by `others`."""
+        completions = [answer.completion_ids for answer in part] if others is None else others
         prompts = [answer.prompt_ids for answer in part]
         return token_batch(prompts, completions, length_bucket=self.train.length_bucket)
 
@@ -74,8 +66,8 @@ class KtoLayout:
         """Yield each micro-batch's answers, followed by its mismatched ones if there is a KL."""
         for part, others in self.parts(batch):
             yield self.tokens(part)
-            if self.with_kl:
-                yield self.mismatched_tokens(part, others)
+            if has_kl(self.settings):
+                yield self.tokens(part, others)
 
     def with_reference(
         self, batch: Sequence[UnpairedExample], logprobs: Iterator[list[Logprobs]]
@@ -84,7 +76,7 @@ class KtoLayout:
         answers: list[UnpairedExample] = []
         for part, _ in self.parts(batch):
             own = next(logprobs)
-            others = next(logprobs) if self.with_kl else [None] * len(part)
+            others = next(logprobs) if has_kl(self.settings) else [None] * len(part)
             answers += [
                 replace(answer, ref_logprobs=ref, kl_ref_logprobs=other)
                 for answer, ref, other in zip(part, own, others, strict=True)
@@ -125,17 +117,16 @@ class KtoObjective:
             arrays: KtoArrays = {
                 **own,
                 "labels": mx.array([float(answer.label) for answer in part]),
-                "ref_logprobs": self._reference_logprobs(own, tokens, stored),
+                "ref_logprobs": reference_logprobs(self.reference, own, tokens, stored, self.head),
                 "kl": mx.array(0.0),  # of the whole batch: known after the last micro-batch
                 "normalisers": {"answers": count},
             }
-            if layout.with_kl:
-                gaps.append(self._mismatched_gap(part, layout.mismatched_tokens(part, others)))
+            if has_kl(self.settings):
+                gaps.append(self._mismatched_gap(part, layout.tokens(part, others)))
             mx.eval(arrays)
             micro.append(arrays)
 
-        gap = np.concatenate(gaps) if gaps else np.zeros(0)
-        kl = mx.array(kto_kl(gap, np.zeros_like(gap)), dtype=mx.float32)
+        kl = mx.array(kto_kl(np.concatenate(gaps) if gaps else np.zeros(0)), dtype=mx.float32)
         for arrays in micro:
             arrays["kl"] = kl
         return Prepared(micro, {"batch_tokens": float(sum(answer.length for answer in batch))})
@@ -160,14 +151,9 @@ class KtoObjective:
         return loss, merge_metrics(metrics, Metrics(means_if_any=means))
 
     def _mismatched_gap(self, part: Sequence[UnpairedExample], tokens: TokenBatch) -> np.ndarray:
-        """Return policy less reference log-probs of the mismatched answers (B,), nats."""
+        """Return policy minus reference log-probs of the mismatched answers (B,), nats."""
         arrays = to_device(tokens)
         stored = [answer.kl_ref_logprobs for answer in part]
         gap = frozen_logprobs(self.model, arrays, self.head)
-        gap = gap - self._reference_logprobs(arrays, tokens, stored)
+        gap = gap - reference_logprobs(self.reference, arrays, tokens, stored, self.head)
         return np.array((gap * arrays["mask"]).sum(axis=1), np.float32)
-
-    def _reference_logprobs(
-        self, arrays: TokenArrays, tokens: TokenBatch, stored: Sequence[Logprobs | None]
-    ) -> mx.array:
-        return reference_logprobs(self.reference, arrays, tokens, stored, self.head)

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import mlx.nn as nn
 
 from learner.data.examples import (
+    E,
     PreferenceExample,
     SftExample,
     UnpairedExample,
@@ -33,28 +34,21 @@ from learner.objectives.sft import SftObjective
 from protocol.config.settings import PreferenceRun, SftRun
 
 RunT = TypeVar("RunT", SftRun, PreferenceRun)
-ExampleT = TypeVar("ExampleT", PreferenceExample, UnpairedExample, SftExample)
-
-
-def _no_advice(run: Any, examples: Any) -> str:  # noqa: ANN401 - any method's
-    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfflineMethod(Generic[RunT, ExampleT]):
+class OfflineMethod(Generic[RunT, E]):
     """A method of offline training; the functions take the run's settings."""
 
-    builder: Callable[[RunT, Tokenizer], Builder[ExampleT]]  # of examples, from dataset rows
+    builder: Callable[[RunT, Tokenizer], Builder[E]]  # of examples, from dataset rows
     # From the policy, its head and the reference, if there is one
-    objective: Callable[
-        [RunT, nn.Module, Head, nn.Module | None], Objective[Sequence[ExampleT], Any]
-    ]
+    objective: Callable[[RunT, nn.Module, Head, nn.Module | None], Objective[Sequence[E], Any]]
     sequences: int = 1  # per example
     needs_reference: Callable[[RunT], bool] = lambda _: False
     needs_whole_batch: Callable[[RunT], bool] = lambda _: False  # in one micro-batch
     # Of reference log-probs computed before training, where the run asks for them
-    reference_layout: Callable[[RunT], ReferenceLayout[ExampleT] | None] = lambda _: None
-    advice: Callable[[RunT, Sequence[ExampleT]], str] = _no_advice  # on the examples, or ""
+    reference_layout: Callable[[RunT], ReferenceLayout[E] | None] = lambda _: None
+    advice: Callable[[RunT, Sequence[E]], str] = lambda run, examples: ""  # on the examples, or ""
 
 
 def _answer_advice(run: PreferenceRun, examples: Sequence[UnpairedExample]) -> str:

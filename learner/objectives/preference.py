@@ -17,7 +17,7 @@ import numpy as np
 from learner.data.examples import Logprobs, PreferenceExample
 from learner.interfaces import Prepared
 from learner.losses.metrics import Metrics, merge_metrics, token_mean
-from learner.losses.pairs import pair_normalisers
+from learner.losses.pairs import PairBatch, pair_normalisers
 from learner.losses.preference import (
     PAIR_METHODS,
     needs_reference,
@@ -123,10 +123,7 @@ class PreferenceObjective:
         scored = any(pair.score is not None for pair in batch)
         if scored:
             check_scores(self.settings)
-        normalisers = {
-            name: mx.array(value, dtype=mx.float32)
-            for name, value in _normalisers(batch, self.settings).items()
-        }
+        normalisers = _normalisers(batch, self.settings)
 
         layout = PairLayout(self.settings, self.train)
         micro: list[PairArrays] = []
@@ -153,22 +150,24 @@ class PreferenceObjective:
         """Return a micro-batch's share of the loss, and its metrics."""
         scores = scores_with_metrics(model, arrays, self.head)
         mask = arrays["mask"]
-        loss, metrics = preference_loss(
-            scores.logprobs,
+        pairs = PairBatch(
+            logprobs=scores.logprobs,
             mask=mask,
             ref_logprobs=arrays.get("ref_logprobs"),
             log_sum_sq_probs=arrays.get("log_sum_sq_probs"),
             nll_mask=arrays.get("nll_mask"),
             scores=arrays.get("scores"),
-            entropies=scores.entropies,
             normalisers=arrays["normalisers"],
-            settings=self.settings,
         )
+        loss, metrics = preference_loss(pairs, self.settings)
 
         first_half = mx.arange(mask.shape[0]) < mask.shape[0] // 2
         chosen = mx.where(first_half[:, None] > 0, mask, 0.0)
-        means = side_means(scores, mask, chosen)
-        means["mean_token_accuracy"] = token_mean(scores.top1, chosen)
+        means = {
+            "entropy": token_mean(scores.entropies, mask),
+            **side_means(scores, mask, chosen),
+            "mean_token_accuracy": token_mean(scores.top1, chosen),
+        }
         return loss, merge_metrics(metrics, Metrics(means=means))
 
     def _add_inputs(
@@ -176,7 +175,11 @@ class PreferenceObjective:
     ) -> None:
         """Add what the method needs beyond the tokens."""
         if PAIR_METHODS[self.settings.method].prompt_nll:
-            arrays["nll_mask"] = _nll_mask(part, tokens)
+            # Every token of a chosen sequence but the first
+            nll_mask = np.zeros(tokens.mask.shape, np.float32)
+            for index, pair in enumerate(part):
+                nll_mask[index, : len(pair.prompt_ids) - 1 + len(pair.chosen_ids)] = 1.0
+            arrays["nll_mask"] = mx.array(nll_mask)
         if needs_reference(self.settings):
             sides = [pair.ref_logprobs or (None, None) for pair in part]
             stored = [chosen for chosen, _ in sides] + [rejected for _, rejected in sides]
@@ -190,22 +193,13 @@ class PreferenceObjective:
             arrays["log_sum_sq_probs"] = 2 * logprobs - sharper
 
 
-def _nll_mask(part: Sequence[PreferenceExample], tokens: TokenBatch) -> mx.array:
-    """Return ORPO's NLL mask (2B, C): every token of a chosen sequence but the first."""
-    mask = np.zeros(tokens.mask.shape, np.float32)
-    for index, pair in enumerate(part):
-        mask[index, : len(pair.prompt_ids) - 1 + len(pair.chosen_ids)] = 1.0
-    return mx.array(mask)
-
-
 def _normalisers(
     pairs: Sequence[PreferenceExample], settings: PreferenceSettings
-) -> dict[str, float]:
+) -> dict[str, mx.array]:
     chosen = float(sum(len(pair.chosen_ids) for pair in pairs))
-    contexts = float(sum(len(pair.prompt_ids) - 1 for pair in pairs))
-    prompt_nll = PAIR_METHODS[settings.method].prompt_nll
-    return pair_normalisers(
-        pairs=len(pairs),
-        chosen_tokens=chosen,
-        nll_tokens=chosen + contexts if prompt_nll else None,
-    )
+    nll = None
+    if PAIR_METHODS[settings.method].prompt_nll:
+        nll = chosen + float(sum(len(pair.prompt_ids) - 1 for pair in pairs))
+
+    values = pair_normalisers(pairs=len(pairs), chosen_tokens=chosen, nll_tokens=nll)
+    return {name: mx.array(value, dtype=mx.float32) for name, value in values.items()}

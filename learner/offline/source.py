@@ -26,7 +26,7 @@ class OfflineSource(Batches[E]):
         if version == self.total and self.epochs.size is None:
             self.report.log(listed=0)  # each was logged when it was read
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the epochs done so far; of a stream, the whole ones."""
         state = self.epochs.state()
         return {"epoch": state.epoch + (state.taken / state.size if state.size else 0.0)}

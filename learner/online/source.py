@@ -70,7 +70,7 @@ class OnlineSource:
         )
         self.bridge.put(PublishPolicy(policy, path))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the metrics of actors, queue and ledger as of the last batch."""
         return dict(self._metrics)
 

@@ -1,11 +1,11 @@
-"""AdamW as TRL configures it, on float32 masters of every tensor in lower precision.
+"""AdamW as TRL configures it, on float32 masters of every lower-precision tensor.
 
-At a learning rate of 1e-6 a bfloat16 weight near 1 never moves, because the next one up is 0.008
-away; so the optimiser moves a float32 copy, and the model gets it rounded.
+At a learning rate of 1e-6 a bfloat16 weight near 1 never moves, because the next number up is 0.008
+away; so the optimiser updates a float32 copy, and the model gets it rounded.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 import math
@@ -138,7 +138,7 @@ class MasterAdamW:
         new: Tensors = tree_map(if_finite, stepped, parameters)
         rounded = {name: array.astype(self._dtypes[name]) for name, array in new.items()}
         kept: dict[str, Any] = tree_map(if_finite, self._adam.state, state)
-        self._adam.state = {}  # else the moments before the choice stay alive beside those after it
+        self._adam.state = {}  # or the moments from before the choice would stay alive too
         return new, rounded, kept, norm
 
     def _clipped(self, gradients: Tensors) -> tuple[Tensors, mx.array]:

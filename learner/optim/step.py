@@ -50,7 +50,7 @@ class Step:
     """Accumulates gradients of `loss_fn(model, arrays)` and updates the model's trainable tensors.
 
     `total_steps` is the length of the learning-rate schedule. `compiled` compiles the update and
-    the micro-batch step, which is traced once per shape. `reads` lists further modules whose arrays
+    the micro-batch step, which is traced once per shape. `reads` lists other modules whose arrays
     a loss reads, such as a reference.
     """
 
@@ -113,7 +113,7 @@ class Step:
         rate = self._next_rate()
         new, norm = self._optimizer.step(self._gradients, trainable(self._model), rate)
 
-        # Drop the references to gradients and old weights: MLX reuses their memory for the new.
+        # Drop the references to gradients and old weights, so that MLX can reuse their memory.
         self._gradients, self._running = {}, []
         self._model.update(tree_unflatten(list(new.items())))
         mx.async_eval(norm, new, *self._optimizer.arrays())

@@ -39,7 +39,7 @@ class Ones:
     def stepped(self, version: int) -> None:
         """Nothing to publish."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def state(self) -> bytes:

@@ -53,7 +53,7 @@ class Numbers:
     def stepped(self, version: int) -> None:
         self.log.append(f"publish {version}")
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def state(self) -> bytes:

@@ -176,10 +176,9 @@ def _grpo(
     values = grpo_normalisers(
         mask_sums=sums,
         max_completion_length=objective.sampling.max_completion_length,
-        generation_tokens=inputs[0]["num_items_in_batch"]
-        * accumulation
-        / generation_slices(recording),
     )
+    generated = inputs[0]["num_items_in_batch"] * accumulation / generation_slices(recording)
+    values["generation_tokens"] = max(generated, 1.0)
     normalisers = {k: mx.array(v, dtype=mx.float32) for k, v in values.items()}
     found = advantages_of(step["micro"], given["scale_rewards"])
     micro: list[GrpoArrays] = []

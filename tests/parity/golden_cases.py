@@ -5,6 +5,7 @@ with its cases, or a list of batches. Preference gradients are compared where th
 1, for TRL's labels mask the rest.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,10 @@ import numpy as np
 
 from learner.losses.dpo import DPO_LOSSES
 from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
-from learner.losses.kto import kto_kl, kto_loss, kto_loss_type
+from learner.losses.kto import has_kl, kto_kl, kto_loss
 from learner.losses.metrics import finish_metrics
 from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
-from learner.losses.pairs import pair_normalisers
+from learner.losses.pairs import PairBatch, pair_normalisers
 from learner.losses.preference import preference_loss
 from protocol.config.settings import GrpoSettings, PreferenceSettings
 
@@ -88,7 +89,7 @@ def scalars(values: Mapping[str, float], dtype: mx.Dtype) -> dict[str, mx.array]
 
 def high_entropy(
     entropies: np.ndarray, mask: np.ndarray, quantile: float, dtype: mx.Dtype
-) -> tuple[float | None, float]:
+) -> tuple[float, float]:
     """Return the smallest entropy that counts in this precision, and the tokens that do.
 
     TRL compares the file's float64 with a float32 quantile, which often is one of them, rounded up
@@ -108,15 +109,14 @@ def grpo_case(inputs: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     settings = settings_of(GrpoSettings, cfg, GRPO_KEYS, where)
     floats = partial(array, dtype=dtype)
     mask, ent = np.asarray(inputs["mask"], np.float64), np.asarray(inputs["ent"], np.float64)
-    threshold, tokens = None, float(mask.sum())
+    threshold, tokens = -math.inf, float(mask.sum())
     if settings.top_entropy_quantile < 1:
         threshold, tokens = high_entropy(ent, mask, settings.top_entropy_quantile, dtype)
     values = grpo_normalisers(
         mask_sums=np.repeat(mask.sum(1)[None], ga, 0).ravel(),
         max_completion_length=longest,
-        entropy_threshold=threshold,
-        entropy_tokens=max(tokens, 1.0) * ga,
     )
+    values["entropy_threshold"], values["entropy_tokens"] = threshold, max(tokens, 1.0) * ga
     values["tokens"] = max(float(mask.sum()), 1.0) * ga
     values["generation_tokens"] = max(inputs["n_items"], 1.0) * ga / spg
 
@@ -161,19 +161,18 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     values = pair_normalisers(pairs=half, chosen_tokens=float(mask[:half].sum()))
 
     def loss_of(logprobs: mx.array) -> Any:
-        return preference_loss(
-            logprobs,
+        pairs = PairBatch(
+            logprobs=logprobs,
             mask=floats(mask),
             ref_logprobs=floats(data["ref"]),
             lengths=floats(whole.sum(1)),
             log_sum_sq_probs=floats(data["log_sum_sq_probs"]),
-            entropies=mx.ones(mask.shape),
             normalisers=scalars(values, dtype),
-            settings=settings,
         )
+        return preference_loss(pairs, settings)
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
-    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size)}
+    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": 1.0}
     yield "loss", loss.item(), case["loss"]
     yield "grad", np.array(grad) * mask, masked(case["grad"], mask)
     for name, value in case["metrics"].items():
@@ -189,10 +188,10 @@ def kto_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
     floats = partial(array, dtype=dtype)
     whole = np.asarray(data["completion_mask"], np.float64)
     mask, kl = whole[:, 1:], 0.0
-    if kto_loss_type(settings) == "kto":
+    if has_kl(settings):
         kl_mask = np.asarray(data["kl_completion_mask"])[:, 1:]
         sums = [(np.asarray(data[name]) * kl_mask).sum(1) for name in ("kl_logps", "kl_ref")]
-        kl = kto_kl(*sums)
+        kl = kto_kl(sums[0] - sums[1])
 
     def loss_of(logprobs: mx.array) -> Any:
         return kto_loss(

@@ -36,16 +36,11 @@ def batch(rows=8, width=6, seed=0):
 def run(data, settings, index=None):
     """Return loss, gradient and metrics of `index` with the normalisers of all of `data`."""
     rows = np.arange(len(data["adv"])) if index is None else index
-    threshold, tokens = None, None
+    values = grpo_normalisers(mask_sums=data["mask"].sum(1), max_completion_length=16)
     if settings.top_entropy_quantile < 1:
         rho = settings.top_entropy_quantile
         threshold, tokens = entropy_quantile(data["ent"], data["mask"], rho)
-    values = grpo_normalisers(
-        mask_sums=data["mask"].sum(1),
-        max_completion_length=16,
-        entropy_threshold=threshold,
-        entropy_tokens=tokens,
-    )
+        values |= {"entropy_threshold": threshold, "entropy_tokens": max(tokens, 1.0)}
     part = {k: mx.array(v[rows]) for k, v in data.items()}
 
     def loss(logprobs):

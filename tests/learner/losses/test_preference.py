@@ -1,6 +1,7 @@
 """Preference losses by hand, by finite differences, and under every split into micro-batches."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from learner.losses.dpo import DPO_LOSSES
 from learner.losses.metrics import Metrics, finish_metrics, merge_metrics, number
 from learner.losses.orpo_cpo import CPO_LOSSES, log_sigmoid_odds
-from learner.losses.pairs import pair_normalisers
+from learner.losses.pairs import PairBatch, pair_normalisers
 from learner.losses.preference import needs_whole_batch, preference_loss
 from protocol.config import preference_checks
 from protocol.config.settings import PreferenceSettings
@@ -37,14 +38,14 @@ def batch(pairs=8, width=6, seed=0):
 
 def call(logprobs, ref, mask, settings, rows, tokens):
     values = pair_normalisers(pairs=rows, chosen_tokens=tokens)
-    return preference_loss(
-        logprobs,
+    pairs = PairBatch(
+        logprobs=logprobs,
         mask=mx.array(mask),
         ref_logprobs=mx.array(ref),
         log_sum_sq_probs=mx.full(mask.shape, -0.5),
         normalisers={k: mx.array(v) for k, v in values.items()},
-        settings=settings,
     )
+    return preference_loss(pairs, settings)
 
 
 def gradient(logprobs, ref, mask, settings, rows=None, tokens=None):
@@ -165,14 +166,15 @@ def test_orpo_ratio_of_certain_answers_is_its_limit():
 def test_preference_score_scales_a_pair():
     logprobs, ref, mask = batch(pairs=2)
     values = pair_normalisers(pairs=2, chosen_tokens=1.0)
-    arguments = {
-        "mask": mx.array(mask),
-        "ref_logprobs": mx.array(ref),
-        "normalisers": {k: mx.array(v) for k, v in values.items()},
-        "settings": settings_for("dpo", ["sigmoid"]),
-    }
+    pairs = PairBatch(
+        logprobs=mx.array(logprobs),
+        mask=mx.array(mask),
+        ref_logprobs=mx.array(ref),
+        normalisers={k: mx.array(v) for k, v in values.items()},
+    )
+    settings = settings_for("dpo", ["sigmoid"])
     plain = [
-        preference_loss(mx.array(logprobs), **arguments, scores=mx.array(s))[0].item()
+        preference_loss(replace(pairs, scores=mx.array(s)), settings)[0].item()
         for s in ([1.0, 0.0], [0.0, 1.0], [2.0, 0.5])
     ]
     assert plain[2] == pytest.approx(2.0 * plain[0] + 0.5 * plain[1], rel=1e-6)

@@ -40,8 +40,8 @@ def test_sequences_train_on_everything_after_token_0():
     np.testing.assert_array_equal(batch.targets, [[5, 6, 0, 0], [8, 0, 0, 0]])
     np.testing.assert_array_equal(batch.mask, [[0, 1, 0, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(
-        aligned([[0.5, 0.25], [0.125]], batch, fill=-1.0),
-        [[0.5, 0.25, -1, -1], [0.125, -1, -1, -1]],
+        aligned([[0.5, 0.25], [0.125]], batch),
+        [[0.5, 0.25, 0, 0], [0.125, 0, 0, 0]],
     )
 
 

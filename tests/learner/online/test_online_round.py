@@ -112,7 +112,7 @@ class Loop:
         announced = Policy(version=version, digest=written.digest, size=written.size)
         self.made.publish(announced, self.now)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return self.made.metrics()
 
     def state(self) -> bytes:
