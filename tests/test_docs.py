@@ -6,24 +6,28 @@ import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import msgspec
+import mlx.nn as nn
+import numpy as np
 import pytest
 
 from actors.worker import as_answers
-from launch.pages.followers import Follower
-from learner.data.examples import pairs
+from launch.pages.followers import Sink
+from learner.data.examples import SftExample, pairs
 from learner.data.filter import Report
 from learner.data.prompts import open_prompts
 from learner.losses import grpo
+from learner.losses.metrics import finish_metrics
+from learner.objectives import methods
 from protocol.config.fields import leaf_fields
 from protocol.config.load import load
 from protocol.config.objective_settings import GrpoSettings, PreferenceSettings
-from protocol.config.settings import PROGRAMS, ExampleData, GrpoRun
+from protocol.config.settings import PROGRAMS, ExampleData, GrpoRun, PreferenceRun
 from tests.parity import tiny_tokenizer
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -143,9 +147,28 @@ def test_the_grpo_variant_of_how_to_add_caps_ratios():
     assert values["capped/share"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
+def test_the_objective_of_how_to_add_weighs_tokens():
+    code = [b for b in blocks("docs/how-to-add.md", "python") if "Focal" in b]
+    module = ModuleType("focal")  # where a dataclass looks its annotations up
+    exec(code[0], vars(module))
+    scope = {**vars(methods), "FocalObjective": vars(module)["FocalObjective"]}
+    exec(code[1].partition("METHODS")[0], scope)
+
+    model, ids = tiny_model(), [5, 6, 7, 9, 4]
+    objective = scope["_FOCAL"].objective(PreferenceRun(), model, "full", None)
+    (arrays,) = objective.prepare([SftExample(0, ids, [0, 0, 1, 1, 1])]).micro
+    loss, metrics = objective.loss(model, arrays)
+
+    logprobs = nn.log_softmax(model(mx.array([ids]))[0])
+    logs = np.array([logprobs[place - 1, ids[place]].item() for place in (2, 3, 4)])
+    weights = (1 - np.exp(logs)) ** 2
+    assert loss.item() == pytest.approx(-np.mean(weights * logs), rel=1e-5)
+    assert finish_metrics(metrics)["focal/weight"] == pytest.approx(np.mean(weights), rel=1e-5)
+
+
 def test_the_metric_sink_of_how_to_add_writes_lines(tmp_path: Path):
     source = next(b for b in blocks("docs/how-to-add.md", "python") if "AllRuns" in b)
-    scope: dict[str, Any] = {"Follower": Follower, "Any": Any, "msgspec": msgspec}
+    scope: dict[str, Any] = {"Sink": Sink, "Any": Any}
     exec(source, scope)
     (tmp_path / "a").mkdir()
     with scope["AllRuns"](tmp_path / "a"):

@@ -1,9 +1,9 @@
 """What follows a run while it grows: the display, and sinks that write its metrics elsewhere.
 
-To add a sink, write a `Follower` whose `take` passes each line on, and list it in `SINKS`.
+To add a sink, write a `Sink` whose `on_metrics` passes each line on, and list it in `SINKS`.
 """
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,15 +41,31 @@ class Follower:
         # Metrics are read first but taken last: whatever was recorded before them comes before.
         lines = self._metrics.read()
         for event in self._events.read():
-            self.hear(event)
+            self.on_event(event)
         for line in lines:
-            self.take(line)
+            self.on_metrics(line)
 
-    def take(self, line: dict[str, Any]) -> None:
+    def on_metrics(self, line: dict[str, Any]) -> None:
         """Take one line of metrics: `step`, `time_s` and figures by name."""
 
-    def hear(self, event: AnyEvent) -> None:
+    def on_event(self, event: AnyEvent) -> None:
         """Take one event."""
 
 
-SINKS: tuple[Callable[[Path], Follower], ...] = ()  # called with the run folder, for every run
+class Sink(Follower):
+    """A follower that may fail: the run goes on, and the terminal says once what went wrong."""
+
+    _failed = False
+
+    def update(self) -> None:
+        """Take in what was written since the last call, unless an earlier call failed."""
+        if self._failed:
+            return
+        try:
+            super().update()
+        except Exception as error:  # noqa: BLE001 - whatever a sink raises, the run goes on
+            self._failed = True
+            sys.stderr.write(f"{type(self).__name__} stopped, the run goes on: {error!r}\n")
+
+
+SINKS: tuple[type[Sink], ...] = ()  # called with the run folder, for every run

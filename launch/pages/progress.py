@@ -116,7 +116,7 @@ class Progress(Follower):
             self._announced = self._evaluating
             self.say(f"evaluating step {self._evaluating}")
 
-    def hear(self, event: AnyEvent) -> None:
+    def on_event(self, event: AnyEvent) -> None:
         """Show notices and failed checkpoints, and note evaluations."""
         match event:
             case Notice() | CheckpointFailed():
@@ -128,7 +128,7 @@ class Progress(Follower):
             case _:
                 pass
 
-    def take(self, line: dict[str, Any]) -> None:
+    def on_metrics(self, line: dict[str, Any]) -> None:
         """Add a line of metrics to the curves; without a terminal, show it."""
         if self._max_steps < 1 and (self.folder / RUN).exists():
             self._max_steps = read_run(self.folder).total_steps or -1

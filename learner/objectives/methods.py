@@ -1,7 +1,8 @@
 """The methods of offline training: what distinguishes each from the others, in one table.
 
-To add one, write its objective, give it a row in `METHODS`, and name it in `method` of
-`protocol/config/objective_settings.py`.
+To add one, name it in `method` of `protocol/config/objective_settings.py`. A method over pairs then
+needs a row of `PAIR_METHODS` in `learner/losses/preference.py`; any other, its objective and a row
+of `METHODS` here.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -25,7 +26,7 @@ from learner.data.filter import Builder
 from learner.data.tokens import Tokenizer
 from learner.interfaces import Objective
 from learner.losses.kto import kto_weight_advice
-from learner.losses.preference import needs_reference, needs_whole_batch
+from learner.losses.preference import PAIR_METHODS, needs_reference, needs_whole_batch
 from learner.model.logprobs import Head
 from learner.objectives.base import ReferenceLayout
 from learner.objectives.kto import KtoLayout, KtoObjective
@@ -88,10 +89,7 @@ _KTO: OfflineMethod[PreferenceRun, UnpairedExample] = OfflineMethod(
 
 METHODS: dict[str, OfflineMethod[Any, Any]] = {
     "sft": _SFT,
-    "dpo": _PAIRS,
-    "cpo": _PAIRS,
-    "simpo": _PAIRS,
-    "orpo": _PAIRS,
+    **dict.fromkeys(PAIR_METHODS, _PAIRS),
     "kto": _KTO,
 }
 

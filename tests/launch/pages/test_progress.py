@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.pages.followers import Follower
+from launch.pages.followers import Follower, Sink
 from launch.pages.progress import Progress, duration, sparkline
 from protocol.run_record import (
     CheckpointFailed,
@@ -163,16 +163,16 @@ def test_a_checkpoint_that_failed_is_shown_once(tmp_path: Path):
 def test_a_sink_is_given_each_line_and_event_once_in_order(tmp_path: Path):
     seen: list[object] = []
 
-    class Sink(Follower):
-        def take(self, line: dict[str, object]) -> None:
+    class Recorder(Follower):
+        def on_metrics(self, line: dict[str, object]) -> None:
             seen.append(line["step"])
 
-        def hear(self, event: object) -> None:
+        def on_event(self, event: object) -> None:
             seen.append(event)
 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n')  # of an earlier learner
-    with Sink(tmp_path) as sink, metrics.open("a") as file:
+    with Recorder(tmp_path) as sink, metrics.open("a") as file:
         file.write('{"step": 2}\n{"step"')
         file.flush()
         event = EvaluationStarted(step=2, time=1.0)
@@ -180,6 +180,23 @@ def test_a_sink_is_given_each_line_and_event_once_in_order(tmp_path: Path):
         sink.update()
         file.write(": 3}\n")
     assert seen == [event, 2, 3]
+
+
+def test_a_sink_that_raises_stops_and_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    class Tracker(Sink):
+        def on_metrics(self, line: dict[str, object]) -> None:
+            raise OSError("no network")
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.touch()
+    with Tracker(tmp_path) as tracker, metrics.open("a") as file:
+        for step in (1, 2):
+            print(f'{{"step": {step}}}', file=file, flush=True)
+            tracker.update()
+    said = capsys.readouterr().err
+    assert said == "Tracker stopped, the run goes on: OSError('no network')\n"
 
 
 class Terminal(io.StringIO):
