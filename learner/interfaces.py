@@ -44,7 +44,7 @@ class Source(Protocol[BatchOut]):
         """Return the next batch, or None if it is not ready within `timeout_s`."""
         ...
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """React to a step: the policy has now been trained on `version` batches."""
         ...
 

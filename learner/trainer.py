@@ -107,7 +107,7 @@ class Trainer(Generic[BatchT]):
         self.step += 1
         metrics = {**prepared.metrics, **learned, **self.source.metrics()}
         self.num_tokens += metrics.get("batch_tokens", 0.0)
-        self.source.stepped(self.step)
+        self.source.publish(self.step)
         published = time.monotonic()
 
         waiting = started - self._idle_since

@@ -104,7 +104,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
 
 def _write_batches(source: "OnlineSource", writer: "Writer", total: int, lifeline: Lifeline) -> int:
     """Write the pairs of up to `total` batches as they come; return the number of batches."""
-    source.stepped(0)
+    source.publish(0)
     step = 0
     while step < total and not source.exhausted and not lifeline.stop_requested:
         batch = source.poll(POLL_S)
@@ -116,7 +116,7 @@ def _write_batches(source: "OnlineSource", writer: "Writer", total: int, lifelin
         step += 1
         log.info("batch %d of %d: %s", step, total, writer.counts)
         # Counts as a step of a policy that stays the same, so that actors go on sampling.
-        source.stepped(step)
+        source.publish(step)
     return step
 
 

@@ -131,7 +131,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
 
     with bridge:
         bridge.start(lambda _: service.run())
-        source.stepped(trainer.step)
+        source.publish(trainer.step)
         yield Run(trainer, policy, folder, settings.model.path)
         source.finish("the run is over")
 

@@ -1,7 +1,7 @@
 """The GRPO family of losses, equal to TRL 1.16.0's `GRPOTrainer._compute_loss`.
 
 To add a variant, write its surrogate, give it a row in `VARIANTS`, and name it in `loss_type` of
-`protocol/config/settings.py`.
+`protocol/config/objective_settings.py`.
 
 Every normaliser is computed on the whole optimiser batch (`grpo_normalisers`) and passed in, so
 that the losses and gradients of micro-batches add up to the whole batch's under any split. That

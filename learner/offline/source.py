@@ -21,7 +21,7 @@ class OfflineSource(Batches[E]):
         self.exhausted = batch is None
         return batch
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """Log what became of a stream's rows after its last batch."""
         if version == self.total and self.epochs.size is None:
             self.report.log(listed=0)  # each was logged when it was read

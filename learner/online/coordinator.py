@@ -244,14 +244,14 @@ class Coordinator:
                 self._lease(peer, actor, now)
 
     def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> None:
-        for lease in self.ledger.lease(actor.actor_id, actor.credit, now):
-            completions = self.sampling[lease.kind].num_generations
+        for grant in self.ledger.lease(actor.actor_id, actor.credit, now):
+            completions = self.sampling[grant.kind].num_generations
             actor.credit = max(0, actor.credit - completions)
-            self.connected.send(peer, self._task(lease))
+            self.connected.send(peer, self._task(grant))
 
-    def _task(self, lease: Grant) -> Task:
-        prompt, sampling = self._open_tasks.prompt(lease.task), self.sampling[lease.kind]
-        return task_message(lease, prompt, sampling, self.welcome.seed, self.ledger)
+    def _task(self, grant: Grant) -> Task:
+        prompt, sampling = self._open_tasks.prompt(grant.task), self.sampling[grant.kind]
+        return task_message(grant, prompt, sampling, self.welcome.seed, self.ledger)
 
     # ---- commands from the trainer, and results for it -----------------------------------
 

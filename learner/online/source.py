@@ -59,7 +59,7 @@ class OnlineSource:
             self._requested = False
         return batch
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """Write a snapshot of the policy and announce it as `version`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"policy-{version:06d}.safetensors"

@@ -36,7 +36,7 @@ class Ones:
     def poll(self, timeout_s: float = 0.0) -> mx.array:
         return mx.ones((1, 2))
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """Nothing to publish."""
 
     def metrics(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Numbers:
         self.exhausted = not self.numbers
         return self.numbers.pop(0) if self.numbers else None
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         self.log.append(f"publish {version}")
 
     def metrics(self) -> dict[str, float]:

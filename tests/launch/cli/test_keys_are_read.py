@@ -158,7 +158,7 @@ def test_grpo_reads_every_key_that_it_takes(
     group = a_group(completions, reward=a_reward([0.0, 1.0]))
     batch = TrainBatch([PromptGroup(Prompt(0, [5], {"prompt": "w5"}), group)], 0)
     monkeypatch.setattr(OnlineSource, "poll", lambda self, timeout_s: batch)
-    monkeypatch.setattr(OnlineSource, "stepped", lambda self, version: None)  # nothing is leased
+    monkeypatch.setattr(OnlineSource, "publish", lambda self, version: None)  # nothing is leased
 
     for number, flags in enumerate((*GRPO, STREAM)):
         run, folder = read_command_line(GrpoRun, [*common, f"--run.name=g{number}", *flags], "")

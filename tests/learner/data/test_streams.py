@@ -70,7 +70,7 @@ def test_rows_that_a_stream_drops_are_logged_once_as_they_come_and_summed_up(tmp
     )
     for step in range(1, 5):
         assert source.poll() is not None
-        source.stepped(step)
+        source.publish(step)
         if step == 3:
             assert caplog.messages == [line]  # in the first pass, not in the second
             assert caplog.records[0].name == "pippin.data.rows"

@@ -105,7 +105,7 @@ class Loop:
             self.batches.append(batch)
         return batch
 
-    def stepped(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         path = self.folder / f"policy-{version}"
         written = write_snapshot(path, self.learner.model, version)
         self.paths[version] = path
@@ -214,7 +214,7 @@ def build(
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    loop.stepped(trainer.step)
+    loop.publish(trainer.step)
     return trainer, loop, objective
 
 
