@@ -195,7 +195,7 @@ def _batches(plan: Plan) -> tuple[list[SftExample], Iterator[list[SftExample]]]:
         done = 0
         while done < plan.steps:
             batch = source.next_batch() or []
-            if len(batch) == plan.rows:  # another shape would be compiled anew
+            if len(batch) == plan.rows:  # another shape would be compiled again
                 done += 1
                 yield batch
             elif not done:

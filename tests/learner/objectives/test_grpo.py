@@ -186,9 +186,9 @@ def test_every_pass_takes_the_entropy_quantile_of_the_policy_as_it_is():
     made.model.load_weights(list(tensors(tiny_model(seed=5)).items()))
     assert prepared.refresh is not None
     prepared.refresh()
-    anew = made.prepare(batch).micro
-    assert len(anew) == len(before) == 2
-    for arrays, wanted, old in zip(prepared.micro, anew, before, strict=True):
+    again = made.prepare(batch).micro
+    assert len(again) == len(before) == 2
+    for arrays, wanted, old in zip(prepared.micro, again, before, strict=True):
         threshold = arrays["normalisers"]["entropy_threshold"].item()
         assert threshold == wanted["normalisers"]["entropy_threshold"].item() != old
 
