@@ -1,4 +1,5 @@
 """What is optimised: experience to arrays, arrays to a loss and metrics.
 
-The trainer knows them by `learner.interfaces` alone; `learner.build` chooses one.
+Imported by `learner.offline` and by `learner.build`, which chooses one; the trainer knows them by
+`learner.interfaces` alone.
 """
