@@ -18,7 +18,7 @@ import numpy as np
 from learner.losses.dpo import DPO_LOSSES
 from learner.losses.grpo import entropy_quantile, grpo_loss, grpo_normalisers
 from learner.losses.kto import has_kl, kto_kl, kto_loss
-from learner.losses.metrics import finish_metrics
+from learner.losses.metrics import Metrics, finish_metrics, merge_metrics, token_mean
 from learner.losses.orpo_cpo import cpo_terms, log_sigmoid_odds
 from learner.losses.pairs import PairBatch, pair_normalisers
 from learner.losses.preference import preference_loss
@@ -172,7 +172,9 @@ def dpo_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
         return preference_loss(pairs, settings)
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
-    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": 1.0}
+    entropy = {"entropy": token_mean(mx.ones(mask.shape), floats(mask))}
+    metrics = merge_metrics(metrics, Metrics(means=entropy))
+    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size)}
     yield "loss", loss.item(), case["loss"]
     yield "grad", np.array(grad) * mask, masked(case["grad"], mask)
     for name, value in case["metrics"].items():
@@ -205,8 +207,9 @@ def kto_case(data: Any, case: Any, where: str, dtype: mx.Dtype) -> Found:
         )
 
     (loss, metrics), grad = mx.value_and_grad(loss_of)(floats(data["logps"]))
-    entropy = 1.0 if mask.any() else 0.0
-    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size), "entropy": entropy}
+    entropy = {"entropy": token_mean(mx.ones(mask.shape), floats(mask))}
+    metrics = merge_metrics(metrics, Metrics(means=entropy))
+    ours = finish_metrics(metrics) | {"num_tokens": float(whole.size)}
     yield "loss", loss.item(), case["loss"]
     yield "grad", np.array(grad) * mask, masked(case["grad"], mask)
     for name in sorted((case["metrics"].keys() | ours.keys()) - STUBBED):

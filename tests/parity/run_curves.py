@@ -42,6 +42,10 @@ IPO_LOSS_BAR = 3e-5  # the loss itself is near 25
 FULL_BETA_BAR = 1e-4  # relative, of full fine-tuning with beta 0.04
 METRIC_BAR = 1e-4
 METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+OPTIMIZER_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
 SIDES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 
 
@@ -175,8 +179,7 @@ def optimizer_of(recording: Recording) -> OptimizerSettings:
     """Return the optimiser's settings: TRL's names are ours."""
     given = recording.arguments
     # Not converted, so unchecked: tests set what a recipe could not, such as max_grad_norm = 0.
-    known = given.keys() & set(OptimizerSettings.__struct_fields__)
-    return OptimizerSettings(**{name: given[name] for name in known})
+    return OptimizerSettings(**{name: given[name] for name in OPTIMIZER_ARGUMENTS})
 
 
 def reads_reference(recording: Recording) -> bool:
