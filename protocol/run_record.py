@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ State = Literal[
 
 RUN, EVENTS = "run.json", "events.jsonl"
 EVENT_LOGGER = "pippin.events"
+T = TypeVar("T")
 log = logging.getLogger(EVENT_LOGGER)
 
 
@@ -169,15 +170,20 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def write_run(folder: Path, record: RunRecord) -> None:
-    """Replace `run.json`; a reader sees the old contents or the new, never a part."""
-    temporary = folder / f".{RUN}.{os.getpid()}"
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
-    temporary.replace(folder / RUN)
+    """Replace `run.json`."""
+    replace_file(folder / RUN, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
 
-def change_state(folder: Path, state: State) -> None:
-    """Note a new state in `run.json` and as an event."""
-    write_run(folder, msgspec.structs.replace(read_run(folder), state=state))
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file; a reader sees the old contents or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def change_state(folder: Path, state: State, **changes: Any) -> None:  # noqa: ANN401
+    """Note a new state in `run.json` and as an event; `changes` are other fields of `RunRecord`."""
+    write_run(folder, msgspec.structs.replace(read_run(folder), state=state, **changes))
     record_event(folder, StateChanged(state=state))
 
 
@@ -196,20 +202,21 @@ def record_event(folder: Path, event: AnyEvent) -> None:
 
 def append_event(folder: Path, event: AnyEvent) -> None:
     """Append one whole line to `events.jsonl`, which another process may append to as well."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    descriptor = os.open(folder / EVENTS, flags, 0o644)
-    try:
-        os.write(descriptor, msgspec.json.encode(event) + b"\n")
-    finally:
-        os.close(descriptor)
+    with (folder / EVENTS).open("ab", buffering=0) as file:  # unbuffered: one write
+        file.write(msgspec.json.encode(event) + b"\n")
 
 
 def parse_events(data: bytes) -> list[AnyEvent]:
     """Decode lines of `events.jsonl`; lines that are damaged or of an unknown kind are left out."""
-    found: list[AnyEvent] = []
+    return decode_lines(data, _decoder)
+
+
+def decode_lines(data: bytes, decoder: msgspec.json.Decoder[T]) -> list[T]:
+    """Decode each line; those that the decoder refuses are left out."""
+    found: list[T] = []
     for line in data.splitlines():
         try:
-            found.append(_decoder.decode(line))
+            found.append(decoder.decode(line))
         except msgspec.DecodeError:
             continue
     return found

@@ -5,7 +5,6 @@ sample completions with their rewards, first and last (rollouts.jsonl). Whatever
 damaged in those files is left out. All text is escaped.
 """
 
-import os
 from html import escape
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from protocol.run_record import (
     Restart,
     parse_events,
     read_run,
+    replace_file,
 )
 
 SAMPLES = 4
@@ -66,9 +66,7 @@ def write_report(folder: Path) -> Path:
 
     # Replaced as a whole: the page may be open in a browser.
     target = folder / "report.html"
-    temporary = folder / f".report-{os.getpid()}.html"
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(target)
+    replace_file(target, text.encode(errors="replace"))
     return target
 
 

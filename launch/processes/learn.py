@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import structs
-
 from launch.processes.learner_program import run_learner
 from launch.processes.run_lock import hold_run_folder
 from launch.processes.start import Lifeline
 from launch.run_folder.resume import accept_settings
 from protocol.errors import RewardError
-from protocol.run_record import State, change_state, read_run, write_run
+from protocol.run_record import State, change_state, read_run
 
 if TYPE_CHECKING:
     from learner.build.common import Run
@@ -66,8 +64,7 @@ def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Generator[Run]"
 def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
     """Record the number of steps; say if all of them are done already."""
     total = trainer.schedule.max_steps
-    write_run(folder, structs.replace(read_run(folder), total_steps=total))
-    change_state(folder, "running")
+    change_state(folder, "running", total_steps=total)
 
     if total is not None and trainer.step >= total:
         log.warning(

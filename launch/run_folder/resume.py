@@ -1,6 +1,5 @@
 """The settings of a resumed run: changed by the command line, restored if they are refused."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from protocol.run_record import (
     EVENTS,
     RUN,
     Program,
+    StateChanged,
     change_state,
     cut_partial_line,
     read_run,
-    write_run,
+    record_event,
+    replace_file,
 )
 
 PREVIOUS = ".config-before.toml"
@@ -55,18 +56,12 @@ def prepare_resume(folder: Path, run: AnyRun) -> None:
     """
     (folder / PREVIOUS_RUN).write_bytes((folder / RUN).read_bytes())
     (folder / PREVIOUS).write_bytes((folder / CONFIG).read_bytes())
-    temporary = folder / f".config-{os.getpid()}.toml"
-    temporary.write_text(to_toml(run), encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    replace_file(folder / CONFIG, to_toml(run).encode())
 
     # Nobody else appends yet, so that a killed writer's last line can be cut off safely.
     cut_partial_line(folder / EVENTS)
     # The learner says again how many steps there are: the settings may have changed.
-    record = msgspec.structs.replace(
-        read_run(folder), total_steps=None, versions=installed_versions()
-    )
-    write_run(folder, record)
-    change_state(folder, "starting")
+    change_state(folder, "starting", total_steps=None, versions=installed_versions())
 
 
 def accept_settings(folder: Path) -> None:
@@ -84,5 +79,5 @@ def restore_settings(folder: Path) -> bool:
         return False
     (folder / PREVIOUS).replace(folder / CONFIG)
     (folder / PREVIOUS_RUN).replace(folder / RUN)
-    change_state(folder, read_run(folder).state)
+    record_event(folder, StateChanged(state=read_run(folder).state))
     return True

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
-from protocol.run_record import EVENTS, AnyEvent, parse_events
+from protocol.run_record import EVENTS, AnyEvent, decode_lines, parse_events
+
+_object: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 
 class LineTail:
@@ -72,15 +74,7 @@ class EventTail:
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
     """Parse one JSON object per line; lines that hold anything else are left out."""
-    found: list[dict[str, Any]] = []
-    for line in data.splitlines():
-        try:
-            value = msgspec.json.decode(line)
-        except msgspec.DecodeError:
-            continue
-        if isinstance(value, dict):
-            found.append(cast("dict[str, Any]", value))
-    return found
+    return decode_lines(data, _object)
 
 
 def number(line: dict[str, Any], name: str) -> float | None:
