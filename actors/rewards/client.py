@@ -31,7 +31,6 @@ from protocol.messages.rewards import (
     ScoreRequest,
 )
 from protocol.transport import endpoints
-from protocol.transport.curve_keys import ClientKeys, load_client_keys
 
 MAX_BYTES = 64 << 20
 RESERVED = ("prompt", "completion", "completions", "completion_ids")
@@ -120,14 +119,12 @@ class RewardClient:
 
     async def __aenter__(self) -> Self:
         """Connect to every endpoint; raise ChannelError for one that cannot be used."""
-        keys = load_client_keys(self._keys) if self._keys is not None else None
-
         async with AsyncExitStack() as stack:
             tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(tasks.cancel_scope.cancel)
 
             for spec in self._specs:
-                connected = [_connect(address, keys, stack) for address in spec.endpoints]
+                connected = [self._connect(address, stack) for address in spec.endpoints]
                 self._services.append(_Service(spec.timeout_s, connected))
                 for endpoint in connected:
                     tasks.start_soon(self._receive, endpoint)
@@ -270,10 +267,8 @@ class RewardClient:
                     if ahead > 0:  # its time starts when its turn comes
                         pending.scope.deadline = anyio.current_time() + pending.limit_s
 
-
-def _connect(address: str, keys: ClientKeys | None, stack: AsyncExitStack) -> _Endpoint:
-    endpoints.check_endpoint(address, keys=keys is not None)
-    socket = stack.enter_context(endpoints.open_socket(zmq.DEALER, None))
-    endpoints.set_limits(socket, max_message_bytes=MAX_BYTES, outbox_bound=256)
-    endpoints.connect(socket, address, keys if address.startswith("tcp://") else None)
-    return _Endpoint(address, socket)
+    def _connect(self, address: str, stack: AsyncExitStack) -> _Endpoint:
+        opened = endpoints.connected_socket(
+            address, self._keys, max_message_bytes=MAX_BYTES, outbox_bound=256
+        )
+        return _Endpoint(address, stack.enter_context(opened))
