@@ -7,24 +7,18 @@ imported before the configuration is accepted.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from launch.run_folder.create import CONFIG, make_run_folder
 from launch.run_folder.paths import DATA_SUFFIXES, require_files, resolve_flags, resolve_paths
 from launch.run_folder.resume import changed_settings, prepare_resume, require_program
 from protocol.config.load import load
 from protocol.config.reference import help_text
-from protocol.config.settings import AnyRun, GrpoRun, PairsRun, PreferenceRun, SftRun
+from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.errors import ConfigError
 from protocol.run_record import Program
 
 RunT = TypeVar("RunT", bound=AnyRun)
-PROGRAM_OF: dict[type[AnyRun], Program] = {
-    GrpoRun: "grpo",
-    PreferenceRun: "preference",
-    SftRun: "sft",
-    PairsRun: "pairs",
-}
 
 
 def read_command_line(
@@ -60,6 +54,11 @@ def read_command_line(
     return _resume_run(cls, resumed, flags), resumed
 
 
+def program_of(cls: type[AnyRun]) -> Program:
+    """Return the name of the program whose recipes are a `cls`."""
+    return cast("Program", Path(PROGRAMS[cls]).stem)
+
+
 def _new_run(
     cls: type[RunT],
     recipe: Path | None,
@@ -71,12 +70,12 @@ def _new_run(
         run = resolve_paths(run, recipe.parent.absolute())
     # Before the folder is made and a model is loaded for it.
     require_files(run)
-    return run, make_run_folder(run, PROGRAM_OF[cls], recipe.stem if recipe else "run")
+    return run, make_run_folder(run, program_of(cls), recipe.stem if recipe else "run")
 
 
 def _resume_run(cls: type[RunT], folder: Path, flags: Sequence[str]) -> RunT:
     """Return the settings of the run in `folder`, with the changes of `flags`."""
-    require_program(folder, PROGRAM_OF[cls])
+    require_program(folder, program_of(cls))
     before = load(cls, folder / CONFIG)
     run = load(cls, folder / CONFIG, [*flags, f"--run.resume={folder}"])
     run = resolve_paths(run, Path.cwd())
