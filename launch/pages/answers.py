@@ -6,8 +6,7 @@ from typing import Any
 from msgspec import structs
 
 from launch.run_folder.tail import number, parse_lines
-from learner.build.offline import open_examples
-from learner.offline.generated import DEFAULT_LENGTH, Answers
+from learner.build.offline import answering, open_examples
 from protocol.config.load import load
 from protocol.config.settings import PreferenceRun, SftRun
 from protocol.errors import ConfigError
@@ -31,10 +30,7 @@ def answer_held_out(folder: Path) -> list[dict[str, Any]]:
 
     policy = load_policy(structs.replace(settings.model, **changes), seed=settings.run.seed)
     examples = open_examples(settings, policy).evaluation
-    length = settings.eval.max_completion_length or DEFAULT_LENGTH
-    answers = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
-    answers.check(examples)
-    return answers(examples, _last_step(folder))[1]
+    return answering(settings, policy, examples)(examples, _last_step(folder))[1]
 
 
 def _offline_settings(folder: Path) -> PreferenceRun | SftRun:

@@ -65,7 +65,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     first = [] if settings.data.streaming else list(chain.from_iterable(source.first_batches()))
     if advice := method.advice(settings, first):
         log.warning(advice)
-    answering = _answers(settings, policy, source.evaluation)
+    answers = answering(settings, policy, source.evaluation) if settings.eval.generate else None
     head = choose_head(policy.model, settings.train.head)
     _report_memory(settings, policy, reference, head, first)
     digests = run_digests(policy, reference)
@@ -76,7 +76,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     reference_model = None if reference is None else reference.model
     objective = method.objective(settings, policy.model, head, reference_model)
     size = settings.eval.batch_size
-    evaluator = HeldOutEvaluator(policy.model, objective, source.evaluation, size, answering)
+    evaluator = HeldOutEvaluator(policy.model, objective, source.evaluation, size, answers)
     trainer: Trainer[Any] = Trainer(
         policy.model,
         source,
@@ -107,10 +107,8 @@ def open_examples(settings: OfflineRun, policy: LoadedPolicy) -> OfflineSource[A
     )
 
 
-def _answers(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]) -> Answers | None:
-    """Return what answers held-out prompts; None if the settings do not ask for it."""
-    if not settings.eval.generate:
-        return None
+def answering(settings: OfflineRun, policy: LoadedPolicy, held_out: Sequence[Any]) -> Answers:
+    """Return what answers held-out prompts; raises ConfigError where none has a prompt."""
     length = settings.eval.max_completion_length or DEFAULT_LENGTH
     found = Answers(policy.model, policy.tokenizer, settings.eval.batch_size, length)
     found.check(held_out)
