@@ -294,7 +294,7 @@ def _ended(
 
 
 def _report_resume(old: LedgerState, new: LedgerState) -> ResumeReport:
-    unfinished = [*old.training.values(), *old.queue.values()]
+    unfinished = old.unfinished
     return ResumeReport(
         groups=[old.task_id(r.number) for r in unfinished if r.taken is not None],
         leases=[_ended(old, r, lease, "learner resumed") for r, lease in old.open_leases()],

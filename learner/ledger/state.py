@@ -104,6 +104,11 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         leased = [(record, record.lease) for record in records if record.lease is not None]
         return [(record, lease) for record, lease in leased if actor in (None, lease.actor)]
 
+    @property
+    def unfinished(self) -> list[TaskRecord]:
+        """Return the training tasks that are not consumed, in order."""
+        return [*self.training.values(), *self.queue.values()]
+
     def copy(self) -> "LedgerState":
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self), type=LedgerState)
 
@@ -115,16 +120,14 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         is published yet, so nothing can be leased.
         """
         require(incarnation != self.incarnation, "a resumed learner needs a new incarnation")
-        unfinished = [*self.training.values(), *self.queue.values()]
-
         new = self.copy()
         new.incarnation, new.published, new.digest = incarnation, None, ""
         new.training, new.evals = {}, {}
         new.queue = {
             number: TaskRecord(number=number, row_key=old.row_key, kind="train")
-            for number, old in enumerate(unfinished, start=self.next_number)
+            for number, old in enumerate(self.unfinished, start=self.next_number)
         }
-        new.next_number += len(unfinished)
+        new.next_number += len(self.unfinished)
         return new
 
 
