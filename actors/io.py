@@ -28,14 +28,12 @@ from actors.bridge_messages import (
     UseRewards,
 )
 from protocol.errors import PippinError, SnapshotError, WireError
-from protocol.messages.messages import Failed, Group, Heartbeat, Policy
+from protocol.messages.messages import Failed, Group, Heartbeat, Policy, Welcome
 from protocol.messages.parts import RewardResult, RewardService
 from protocol.transport.bridge import Bridge, BridgeClosed
 from protocol.transport.channel import ClientChannel
 from protocol.transport.endpoints import reachable
 from protocol.transport.snapshot_channel import fetch_snapshot
-
-HEARTBEAT_S = 2.0
 
 
 class GroupScorer(Protocol):
@@ -64,37 +62,43 @@ class IoEnd(Protocol):
 class ActorIo:
     """Serves one actor until its main thread closes the bridge.
 
-    `heartbeat` returns the main thread's latest report, or None before it has one; the report is
-    sent every `heartbeat_s`, however busy the main thread is.
+    `heartbeat` returns the main thread's latest report, or None before it has one. However busy the
+    main thread is, the report is sent at the interval that the learner's Welcome gives.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[ClientChannel]]
     make_scorer: Callable[[list[RewardService]], AbstractAsyncContextManager[GroupScorer]]
     heartbeat: Callable[[], Heartbeat | None]
     keys: str | None = None
-    heartbeat_s: float = HEARTBEAT_S
     endpoint: str = ""  # the learner's, as this actor reaches it
     _services: list[RewardService] = field(default_factory=list[RewardService])
     _scorer: GroupScorer | None = None
+    _heartbeat_s: float | None = None
 
     async def run(self, bridge: IoEnd) -> None:
         """Serve; an error in any part ends the whole thread and is raised in the main thread."""
         async with self.connect() as channel, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._receive, channel, bridge)
-            tasks.start_soon(self._beat, channel)
+            tasks.start_soon(self._receive, channel, bridge, tasks)
             try:
                 while True:
                     await self._command(await bridge.aget(), channel, bridge, tasks)
             except BridgeClosed:
                 tasks.cancel_scope.cancel()
 
-    async def _receive(self, channel: ClientChannel, bridge: IoEnd) -> None:
+    async def _receive(
+        self, channel: ClientChannel, bridge: IoEnd, tasks: anyio.abc.TaskGroup
+    ) -> None:
         while True:
-            await bridge.aput(MessageReceived(await channel.receive()))
+            message = await channel.receive()
+            if isinstance(message, Welcome):
+                if self._heartbeat_s is None:
+                    tasks.start_soon(self._beat, channel)
+                self._heartbeat_s = message.heartbeat_s
+            await bridge.aput(MessageReceived(message))
 
     async def _beat(self, channel: ClientChannel) -> None:
-        while True:
-            await anyio.sleep(self.heartbeat_s)
+        while self._heartbeat_s is not None:
+            await anyio.sleep(self._heartbeat_s)
             heartbeat = self.heartbeat()
             if heartbeat is not None:
                 channel.send(heartbeat)

@@ -162,7 +162,7 @@ class Coordinator:
             self.ledger.received(task, attempt, actor.actor_id, now)
         elif error := self._group_error(group):
             self.connected.counters["groups_invalid"] += 1
-            log.error("group %s of actor %s: %s", task, actor.actor_id, error)
+            log.warning("group %s of actor %s: %s", task, actor.actor_id, error)
             self.connected.send(peer, Refuse(code="invalid", reason=error))
             self._settle(task, self.ledger.failed(task, attempt, error, now))
         else:

@@ -36,6 +36,7 @@ from protocol.messages.messages import (
 )
 from protocol.messages.parts import RewardResult, RewardService, TaskId
 from protocol.transport.bridge import Bridge, BridgeClosed
+from tests.protocol.builders import a_welcome
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 
@@ -114,7 +115,6 @@ class House:
             connect=lambda: self.channel,
             make_scorer=self.make_scorer,
             heartbeat=lambda: self.heartbeat,
-            heartbeat_s=0.001,
         )
 
     @asynccontextmanager
@@ -140,12 +140,15 @@ def score(text: str, number: int = 1) -> ScoreGroup:
     )
 
 
-def test_messages_pass_both_ways_and_heartbeats_follow_the_main_thread():
+def test_messages_pass_both_ways_and_heartbeats_come_as_often_as_the_learner_says():
     async def scenario(house: House) -> None:
         house.bridge.inward.put_nowait(Send(Request(free_completions=4)))
         assert await house.channel.sent.get() == Request(free_completions=4)
         house.channel.incoming.put_nowait(Stop(reason="done"))
         assert await house.bridge.outward.get() == MessageReceived(Stop(reason="done"))
+        welcome = a_welcome(heartbeat_s=0.001)
+        house.channel.incoming.put_nowait(welcome)
+        assert await house.bridge.outward.get() == MessageReceived(welcome)
         house.heartbeat = Heartbeat(progress=7, groups_held=2)
         assert await house.channel.sent.get() == Heartbeat(progress=7, groups_held=2)
 
