@@ -3,15 +3,14 @@
 import importlib
 import json
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from learner.model.batches import TokenBatch, token_batch
+from protocol.model.snapshots import named_arrays
 
 VOCAB = 64
 
@@ -49,7 +48,7 @@ def tiny_model(seed: int = 0, **changes: object) -> nn.Module:
 
 def tensors(model: nn.Module) -> dict[str, mx.array]:
     """Return every tensor of `model` by name."""
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    return named_arrays(model.parameters())
 
 
 def write_model_folder(folder: Path, seed: int = 0, **changes: object) -> Path:

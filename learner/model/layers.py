@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from learner.model.shared_prompt import Recorder
 from protocol.errors import ModelError
+from protocol.model.snapshots import named_arrays
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
 
     def call(layer: nn.Module, *args: object, **kwargs: object) -> object:
         held = layer.trainable_parameters()
-        names, tensors = _flat(held)
+        tensors = named_arrays(held)
 
         # Floating-point arrays are inputs, because they may need a gradient; all else is closed
         # over.
@@ -89,15 +90,15 @@ def _ordered_kind(kind: type[nn.Module], recompute: bool) -> type[nn.Module]:
             new_args, new_kwargs = tree_map(
                 lambda value: next(rest) if _is_real(value) else value, (args, kwargs)
             )
-            layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+            layer.update(tree_unflatten(list(zip(tensors, parameters, strict=True))))
             out = kind.__call__(cast(Any, layer), *new_args, **new_kwargs)
             layer.update(held)
             return out, [recorder.recorded() for recorder in recorders]
 
         if recompute:
-            out, recorded = _recomputed(inner)(given, tensors)
+            out, recorded = _recomputed(inner)(given, list(tensors.values()))
         else:
-            out, recorded = inner(*cast(Any, _tied(given, tensors)))
+            out, recorded = inner(*cast(Any, _tied(given, list(tensors.values()))))
 
         for recorder, arrays in zip(recorders, recorded, strict=True):
             recorder.record(arrays)
@@ -138,11 +139,12 @@ def _recomputed(function: Callable[[list[mx.array], list[mx.array]], Any]) -> Ca
         primals: tuple[list[mx.array], list[mx.array]], cotangents: object, _: object
     ) -> tuple[list[mx.array], list[mx.array]]:
         inputs, parameters = primals
-        _, slopes = _flat(cotangents)
+        slopes = list(named_arrays(cotangents).values())
 
         def outputs(*arrays: mx.array) -> list[mx.array]:
             split = len(inputs)
-            return _flat(function(list(arrays[:split]), list(arrays[split:])))[1]
+            found = function(list(arrays[:split]), list(arrays[split:]))
+            return list(named_arrays(found).values())
 
         _, gradients = mx.vjp(outputs, [*_after(inputs, slopes), *parameters], slopes)
         to_inputs, to_parameters = gradients[: len(inputs)], gradients[len(inputs) :]
@@ -160,8 +162,3 @@ def _after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
 
 def _is_real(value: object) -> bool:
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-
-
-def _flat(tree: object) -> tuple[list[str], list[mx.array]]:
-    pairs = cast(list[tuple[str, mx.array]], tree_flatten(tree))
-    return [name for name, _ in pairs], [array for _, array in pairs]

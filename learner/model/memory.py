@@ -12,16 +12,15 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from learner.model.batches import bucketed
 from learner.model.chunked import CHUNK
 from learner.model.logprobs import Head
-from protocol.model.snapshots import trainable
+from protocol.model.snapshots import named_arrays, trainable
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ def estimate_memory(
     )
     text = {**config, **(config.get("text_config") or {})}
 
-    arrays = _arrays(model)
+    arrays = named_arrays(model.parameters())
     trained = trainable(model)
     itemsize = _compute_itemsize(arrays)
     numbers = sum(array.size for array in trained.values())
@@ -207,10 +206,6 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _arrays(model: nn.Module) -> dict[str, mx.array]:
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
-
-
 def _compute_itemsize(arrays: dict[str, mx.array]) -> int:
     """Return the bytes per number that most weights, and so activations, have."""
     sizes: dict[int, int] = {}
@@ -227,4 +222,5 @@ def _reference_bytes(
     if reference is None:
         return 0
     shared = {id(array) for name, array in arrays.items() if name not in trained}
-    return sum(array.nbytes for array in _arrays(reference).values() if id(array) not in shared)
+    held = named_arrays(reference.parameters()).values()
+    return sum(array.nbytes for array in held if id(array) not in shared)

@@ -20,7 +20,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import msgspec
-from mlx.utils import tree_flatten
 
 from protocol.config.settings import PolicySettings
 from protocol.errors import ModelError
@@ -29,6 +28,7 @@ from protocol.model.base_model import load_base, model_folder
 from protocol.model.digests import folder_digest, model_digest
 from protocol.model.policy import LoadedPolicy
 from protocol.model.random_state import seeded
+from protocol.model.snapshots import named_arrays
 
 log = logging.getLogger(__name__)
 
@@ -161,9 +161,6 @@ def _frozen(model: nn.Module, digest: str, source: str) -> Reference:
 
 def _layout(model: nn.Module) -> str:
     """Digest names, shapes and dtypes; another dtype or quantisation is another reference."""
-    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    lines = "".join(
-        f"{name} {array.shape} {array.dtype}\n"
-        for name, array in sorted(flat, key=lambda item: item[0])
-    )
+    arrays = sorted(named_arrays(model.parameters()).items())
+    lines = "".join(f"{name} {array.shape} {array.dtype}\n" for name, array in arrays)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]

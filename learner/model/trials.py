@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from learner.model.batches import to_device, token_batch
@@ -18,7 +17,7 @@ from learner.model.layers import drops, layer_by_layer
 from learner.model.logprobs import Head, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, shared_prompt
 from protocol.errors import ModelError
-from protocol.model.snapshots import trainable
+from protocol.model.snapshots import named_arrays, trainable
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> 
     finally:
         model.train(was_training)
 
-    types = {array.dtype for _, array in _leaves(model.parameters())}
+    types = {array.dtype for array in named_arrays(model.parameters()).values()}
     low = types & {mx.bfloat16, mx.float16}
     tolerance = _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
 
@@ -167,7 +166,7 @@ def _trial(
         return (logprobs * weights).sum(), logprobs * mask
 
     def run(parameters: dict[str, Any], ids: mx.array) -> tuple[mx.array, dict[str, Any]]:
-        if not _leaves(parameters):
+        if not named_arrays(parameters):
             return loss(parameters, ids)[1], {}
         (_, logprobs), gradients = mx.value_and_grad(loss)(parameters, ids)
         return logprobs, gradients
@@ -177,7 +176,7 @@ def _trial(
             logprobs, gradients = (mx.compile(run) if compiled else run)(held, arrays["input_ids"])
         finally:
             owner.update(held)  # tracing may have failed half-way
-        flat = [array.astype(mx.float32).flatten() for _, array in _leaves(gradients)]
+        flat = [array.astype(mx.float32).flatten() for array in named_arrays(gradients).values()]
         result = logprobs.flatten(), mx.concatenate(flat) if flat else mx.zeros(1)
         mx.eval(result)
     return result
@@ -186,8 +185,4 @@ def _trial(
 def _first_trained(model: nn.Module) -> nn.Module:
     """Return the first layer with something to train, or the model if no layer has."""
     layers = cast(list[nn.Module], cast(Any, model).layers)
-    return next((layer for layer in layers if _leaves(layer.trainable_parameters())), model)
-
-
-def _leaves(tree: object) -> list[tuple[str, mx.array]]:
-    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+    return next((layer for layer in layers if named_arrays(layer.trainable_parameters())), model)

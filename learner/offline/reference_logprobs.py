@@ -11,7 +11,8 @@ in sequential order, every epoch has the same ones, and the numbers are bit for 
 step would compute; otherwise later epochs pad examples differently, and numbers differ by rounding.
 """
 
-# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false
 
 import hashlib
 import logging
@@ -27,7 +28,6 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_flatten
 
 from learner.data.examples import Logprobs
 from learner.model.batches import TokenBatch, to_device
@@ -35,7 +35,7 @@ from learner.model.logprobs import Head
 from learner.model.reference import Reference
 from learner.objectives.base import ReferenceLayout, frozen_logprobs
 from protocol.errors import SnapshotError
-from protocol.model.snapshots import read_tensors, write_tensors
+from protocol.model.snapshots import named_arrays, read_tensors, write_tensors
 
 log = logging.getLogger("pippin.learner")
 
@@ -66,8 +66,8 @@ class Scorer:
 
     def fingerprint(self) -> str:
         """Describe everything but the tokens that can change a bit of the numbers."""
-        flat = cast("list[tuple[str, mx.array]]", tree_flatten(self.reference.model.parameters()))
-        types = sorted({str(array.dtype) for _, array in flat})
+        arrays = named_arrays(self.reference.model.parameters())
+        types = sorted({str(array.dtype) for array in arrays.values()})
         device = f"{mx.default_device()} {platform.machine()}"
         packages = [f"{name} {version(name)}" for name in ("mlx", "mlx-lm")]
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from protocol.config.settings import ModelSettings
 from protocol.errors import ModelError
@@ -23,7 +22,7 @@ from protocol.model.adapters import AdapterConfig, attach_adapters
 from protocol.model.base_model import load_base, load_tokenizer, model_folder
 from protocol.model.digests import folder_digest, model_digest, tokenizer_digest
 from protocol.model.random_state import seeded
-from protocol.model.snapshots import trainable
+from protocol.model.snapshots import named_arrays, trainable
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -99,8 +98,7 @@ def _vocab_size(config: dict[str, Any], tokenizer: "TokenizerWrapper") -> int:
 
 def _log_trainable(model: nn.Module, adapter_config: AdapterConfig) -> None:
     arrays = trainable(model)
-    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    total = sum(array.size for _, array in flat)
+    total = sum(array.size for array in named_arrays(model.parameters()).values())
 
     log.info(
         "Training %s: %d tensors, %s parameters (of %s stored)",

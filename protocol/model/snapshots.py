@@ -6,7 +6,7 @@ dtypes, because `nn.Module.load_weights` would silently accept wrong shapes.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 import hashlib
@@ -60,8 +60,12 @@ class Snapshot:
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """Return the trainable tensors of `model` by name, sorted by name."""
-    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters()))
-    return dict(sorted(flat))
+    return dict(sorted(named_arrays(model.trainable_parameters()).items()))
+
+
+def named_arrays(tree: object) -> dict[str, mx.array]:
+    """Return the arrays of a tree of parameters by their dotted names, in its order."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
 
 
 def tensors_digest(arrays: dict[str, mx.array]) -> str:

@@ -112,8 +112,10 @@ def test_saved_adapters_load_in_mlx_lm_and_start_a_run(folder, tmp_path, kind):
 def test_another_kind_of_adapter_is_refused_with_what_to_set(folder, tmp_path):
     policy = load_policy(settings_of(folder), seed=1)
     save_adapters(tmp_path, policy.model, policy.adapter_config, str(folder))
-    with pytest.raises(ModelError, match=r'Set model.fine_tune_type = "lora"'):
-        load_policy(settings_of(folder, fine_tune_type="dora", adapter_path=str(tmp_path)), seed=1)
+    for kind in ("dora", "full"):
+        settings = settings_of(folder, fine_tune_type=kind, adapter_path=str(tmp_path))
+        with pytest.raises(ModelError, match=r'Set model.fine_tune_type = "lora"'):
+            load_policy(settings, seed=1)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["lora_parameters"]["rank"] = 3
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
