@@ -1,5 +1,8 @@
 """With `deterministic`, a completion's tokens and log-probs are the same bits in any company."""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -14,6 +17,7 @@ from protocol.messages.parts import Completion, Sampling
 from tests.actors.engine.engines import engine_of
 from tests.actors.engine.test_caches import state_space
 
+ABSENT = 77  # the exit status of a program that did not find OpenBLAS
 VOCAB = 300
 ROWS = 72
 PROMPT = list(range(5, 26))
@@ -25,11 +29,11 @@ def adapted_model() -> nn.Module:
     model = qwen3.Model(
         qwen3.ModelArgs(
             model_type="qwen3",
-            hidden_size=128,
+            hidden_size=256,
             num_hidden_layers=2,
-            intermediate_size=384,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            intermediate_size=768,
+            num_attention_heads=8,
+            num_key_value_heads=4,
             head_dim=32,
             rms_norm_eps=1e-6,
             vocab_size=VOCAB,
@@ -84,6 +88,7 @@ def completion_among(companions: int, swap_at: int) -> Completion:
         stop_token_ids=[],
         vocab_size=VOCAB,
         max_concurrent_completions=ROWS,
+        max_tokens=75,  # of the companions; so that all share a block
         deterministic=True,
     )
     crowd = Crowd(companions)
@@ -91,7 +96,7 @@ def completion_among(companions: int, swap_at: int) -> Completion:
     engine.step()
     engine.step()
 
-    engine.add(request("ours", PROMPT, 3, 1, 24))
+    engine.add(request("ours", PROMPT, 3, 1, 40))
     for number in range(200):
         if number % 2 == 0:
             crowd.join(engine)
@@ -117,3 +122,18 @@ def test_a_completion_is_the_same_bits_alone_and_among_64():
 def test_a_model_that_mlx_lm_batches_cannot_be_deterministic():
     with pytest.raises(ModelError, match=r"run.deterministic needs a model that decodes in slots"):
         engine_of(state_space(), deterministic=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS serves MLX on Linux only")
+def test_the_bits_are_the_same_with_the_kernels_of_openblas():
+    # It chooses them by the number of rows, unlike the plain loops that MLX has without it.
+    program = (
+        "from launch.processes.blas import load_openblas\n"
+        f"if not load_openblas(): raise SystemExit({ABSENT})\n"
+        "from tests.actors.engine import test_determinism as tests\n"
+        "tests.test_a_completion_is_the_same_bits_alone_and_among_64()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode == ABSENT:
+        pytest.skip("libopenblas is not installed")
+    assert done.returncode == 0, done.stderr
