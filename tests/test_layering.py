@@ -24,7 +24,7 @@ ROOMS = {
     "protocol.messages": {"errors"},
     "protocol.transport": {"errors", "hosts", "messages"},
     "protocol.config": {"errors", "hosts"},
-    "protocol.model": {"errors", "config"},
+    "protocol.model": {"errors", "config", "messages"},
     "protocol.run_record": {"errors"},
     "actors.engine": set(),
     "actors.rewards": set(),

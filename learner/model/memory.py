@@ -9,7 +9,6 @@ A guide, not a bound: activations are counted from the shapes of a transformer l
 # (mlx is only partly typed)
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import mlx.nn as nn
 from learner.model.batches import bucketed
 from learner.model.chunked import CHUNK
 from learner.model.logprobs import Head
+from protocol.model.device_memory import device_memory
 from protocol.model.snapshots import named_arrays, trainable
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def estimate_memory(
         activations=_activation_bytes(text, batch, itemsize, gradient_checkpointing),
         head=_head_bytes(text, batch, itemsize, head),
         update=12 * numbers + 2 * lower,
-        machine=machine_memory(),
+        machine=device_memory(),
     )
 
 
@@ -194,16 +194,6 @@ def warn_if_too_large(estimate: MemoryEstimate) -> bool:
         estimate.machine / 2**30,
     )
     return True
-
-
-def machine_memory() -> int:
-    """Return the bytes that the default device may use: a GPU's working set, or physical memory."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
-            if info.get(key):
-                return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _compute_itemsize(arrays: dict[str, mx.array]) -> int:
