@@ -178,6 +178,7 @@ def _worker(
     io_thread: IoThreadHandle,
 ) -> Worker:
     from actors.engine.mlx_engine import MlxEngine
+    from protocol.model.device_memory import memory_use
     from protocol.model.snapshots import apply_snapshot, read_snapshot
 
     engine = MlxEngine(
@@ -201,7 +202,7 @@ def _worker(
     def decode(token_ids: list[int]) -> str:
         return policy.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    return Worker(engine, Session(identity), io_thread, decode=decode, load=load)
+    return Worker(engine, Session(identity), io_thread, decode=decode, load=load, memory=memory_use)
 
 
 if __name__ == "__main__":

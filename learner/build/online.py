@@ -56,7 +56,7 @@ from protocol.config.settings import (
     narrowed,
 )
 from protocol.errors import ConfigError
-from protocol.messages.messages import PROTOCOL_VERSION, Welcome
+from protocol.messages.messages import Welcome
 from protocol.messages.parts import RewardService, Sampling
 from protocol.model.policy import LoadedPolicy, load_policy
 from protocol.transport.bridge import Bridge
@@ -218,7 +218,6 @@ def _ledger_settings(plan: OnlinePlan) -> LedgerSettings:
 def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
     settings = plan.settings
     return Welcome(
-        protocol_version=PROTOCOL_VERSION,
         run=plan.folder.name,
         incarnation=incarnation,
         model=builtins(plan.model),

@@ -31,6 +31,7 @@ import msgspec
 
 from protocol.messages.parts import (
     Completion,
+    MemoryUse,
     RewardResult,
     RewardService,
     Sampling,
@@ -38,7 +39,7 @@ from protocol.messages.parts import (
     require_valid,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 TaskKind = Literal["train", "eval"]
 
@@ -57,7 +58,7 @@ class Hello(Message, frozen=True, kw_only=True):
     Hello again, with digests, once it has loaded its model. A restarted actor keeps its
     `actor_id` and has a new `actor_incarnation`.
 
-    Example: Hello(protocol_version=2, actor_id="studio-412", actor_incarnation="9f3c", ...)
+    Example: Hello(protocol_version=3, actor_id="studio-412", actor_incarnation="9f3c", ...)
     """
 
     protocol_version: int
@@ -126,14 +127,14 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Actor → learner: a sign of life, every few seconds, with rates for the display.
 
     `progress` counts turns of the actor's main loop; leases are renewed only when it has grown.
-    `oldest_version` is the oldest policy in an unfinished group, -1 if there is none.
+    `groups_held` counts leases in any stage: sampling, scoring, or waiting for an `Ack`.
     """
 
     progress: int
     tokens_sampled: int = 0
     tokens_per_s: float = 0.0
     groups_held: int = 0
-    oldest_version: int = -1
+    memory: MemoryUse = MemoryUse()
 
 
 # ---- learner to actor -------------------------------------------------------------------------
@@ -146,7 +147,6 @@ class Welcome(Message, frozen=True, kw_only=True):
     configuration of its own.
     """
 
-    protocol_version: int
     run: str
     incarnation: str
     model: dict[str, Any]
