@@ -13,7 +13,7 @@ from mlx_lm.generate import GenerationBatch
 from actors.engine.active import ActiveCompletion, StampedDraw
 from actors.engine.base import NO_POLICY
 from actors.engine.prefill import PromptCache
-from actors.engine.sampling import SamplingParameters, draw, token_keys
+from actors.engine.sampling import SamplingParameters, draw, token_uniforms
 
 
 class DecodingBatch(GenerationBatch):
@@ -57,9 +57,9 @@ class BatchSampler:
         """Draw the next tokens (B,) of the B expected completions from log-probs (B, V)."""
         completions = self._expected
         parameters, seeds = self._parameters(completions)
-        keys = token_keys(seeds, np.array([completion.drawn for completion in completions]))
+        indices = np.array([completion.drawn for completion in completions])
 
-        drawn = draw(logprobs, keys, parameters)
+        drawn = draw(logprobs, mx.array(token_uniforms(seeds, indices)), parameters)
         kept = [] if drawn.kept_logmass is None else [drawn.kept_logmass]
         mx.async_eval(drawn.tokens, drawn.logprobs, *kept)
 
