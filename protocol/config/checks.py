@@ -82,6 +82,9 @@ def _check_actors(run: OnlineRun) -> None:
     count, remote = run.actors.count, bool(run.transport.bind)
     rule = "must be at least 1 unless transport.bind lets remote actors connect"
     require(count >= 1 or remote, "actors.count", rule, count)
+    devices = run.actors.devices or []
+    rule = f"must hold at most one GPU for each of the {count} local actors"
+    require(len(devices) <= count, "actors.devices", rule, devices)
 
 
 def _check_objective(grpo: GrpoSettings) -> None:
