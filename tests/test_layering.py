@@ -27,6 +27,7 @@ ROOMS = {
     "protocol.model": {"errors", "config", "messages"},
     "protocol.run_record": {"errors"},
     "actors.engine": set(),
+    "actors.capacity": {"engine"},
     "actors.rewards": set(),
     "actors.bridge_messages": set(),
     "actors.policy_store": set(),

@@ -132,6 +132,8 @@ class Coordinator:
             hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
         )
         self.connected.counters["hellos"] += 1
+        if hello.capacity:
+            log.info("actor %s: %s", hello.actor_id, hello.capacity)
         self.connected.send(peer, self.welcome)
         if self.policy is not None:
             self.connected.send(peer, self.policy)

@@ -56,7 +56,8 @@ class Hello(Message, frozen=True, kw_only=True):
 
     Without digests it only asks for the terms: the learner answers `Welcome`, and the actor sends
     Hello again, with digests, once it has loaded its model. A restarted actor keeps its
-    `actor_id` and has a new `actor_incarnation`.
+    `actor_id` and has a new `actor_incarnation`. `capacity` says how many completions it samples
+    at a time and why, for the user.
 
     Example: Hello(protocol_version=3, actor_id="studio-412", actor_incarnation="9f3c", ...)
     """
@@ -67,6 +68,7 @@ class Hello(Message, frozen=True, kw_only=True):
     host: str = ""
     model_digest: str = ""
     tokenizer_digest: str = ""
+    capacity: str = ""
 
 
 class Request(Message, frozen=True, kw_only=True):
@@ -145,6 +147,12 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     `model` holds the fields of `protocol.config.settings.ModelSettings`, so that an actor needs no
     configuration of its own.
+
+    The rest is what an actor chooses its number of concurrent completions by. The queue holds at
+    most `in_flight_completions`, over `local_actors` that the launcher starts (0: all actors are
+    remote). `max_prompt` are the tokens of the longest prompt, `max_tokens` those of the longest
+    prompt and completion together; of a stream, both are guesses. `learner_bytes` is the learner's
+    estimated peak, on `device` (its CUDA_VISIBLE_DEVICES) of `host`.
     """
 
     run: str
@@ -155,6 +163,14 @@ class Welcome(Message, frozen=True, kw_only=True):
     rewards: list[RewardService]
     heartbeat_s: float
     seed: int
+    in_flight_completions: int = 0
+    local_actors: int = 0
+    num_generations: int = 1
+    max_prompt: int = 0
+    max_tokens: int = 0
+    learner_bytes: int = 0
+    host: str = ""
+    device: str = ""
 
 
 class Refuse(Message, frozen=True, kw_only=True):

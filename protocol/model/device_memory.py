@@ -44,3 +44,8 @@ def memory_use() -> MemoryUse:
         peak_bytes=mx.get_peak_memory(),
         cache_bytes=mx.get_cache_memory(),
     )
+
+
+def visible_device() -> str:
+    """Return the GPUs that this process may use, as the environment says; "" if it does not."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")

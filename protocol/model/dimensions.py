@@ -1,6 +1,7 @@
 """The sizes of a model's layers and weights, for estimates of memory."""
 
-# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
 from collections.abc import Mapping

@@ -37,6 +37,13 @@ def test_hello_then_policy_then_work_within_credit_and_the_bound():
     assert first[0].trainer_state == {"global_step": 0, "max_steps": 3}
 
 
+def test_what_an_actor_samples_at_a_time_is_told_to_the_user(caplog):
+    made = coordinator()
+    with caplog.at_level("INFO"):
+        made.receive(A, hello(capacity="64 completions at a time: as asked"), 0.0)
+    assert "actor a: 64 completions at a time: as asked" in caplog.messages
+
+
 def test_an_enquiry_gets_the_terms_and_no_work():
     made = coordinator()
     made.receive(A, hello(model_digest="", tokenizer_digest=""), 0.0)
