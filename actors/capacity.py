@@ -47,7 +47,7 @@ class ActorMemory:
     slot: int  # per completion: keys and values of its prompt and tokens
     slot_layer: int  # per completion: those of one layer, which are copied now and then
     sampling: int  # per completion: arrays over the vocabulary
-    position: int  # per prompt token: keys and values, until the completions have them
+    position: int  # per prompt token: keys and values as read, and as copied into slots
     token: int  # per prompt token: what one layer holds while it is read
     max_prompt: int  # tokens
     chunk: int  # prompt tokens that are read in one pass, at most
@@ -92,7 +92,7 @@ def estimate_memory(
         slot=slot,
         slot_layer=slot // max(1, shape.layers),
         sampling=_SAMPLING_ARRAYS * shape.vocabulary * 4,
-        position=position,
+        position=2 * position,
         token=token,
         max_prompt=max_prompt,
         chunk=prefill_step_size,
@@ -172,7 +172,7 @@ def capacity_of(
         policy.config,
         max_prompt=welcome.max_prompt,
         max_tokens=welcome.max_tokens,
-        num_generations=welcome.num_generations,
+        num_generations=welcome.min_generations,
         prefill_step_size=prefill_step_size,
     )
     if shares_weights:

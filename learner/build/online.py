@@ -241,7 +241,7 @@ def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length
         seed=settings.run.seed,
         in_flight_completions=(settings.queue.max_staleness + 1) * batch,
         local_actors=settings.actors.count,
-        num_generations=settings.sampling.num_generations,
+        min_generations=1 if plan.prompts.evaluation else settings.sampling.num_generations,
         max_prompt=max(prompt, held_out),
         max_tokens=max(longest, held_out + eval_length if held_out else 0),
         learner_bytes=learner_bytes,

@@ -150,9 +150,10 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     The rest is what an actor chooses its number of concurrent completions by. The queue holds at
     most `in_flight_completions`, over `local_actors` that the launcher starts (0: all actors are
-    remote). `max_prompt` are the tokens of the longest prompt, `max_tokens` those of the longest
-    prompt and completion together; of a stream, both are guesses. `learner_bytes` is the learner's
-    estimated peak, on `device` (its CUDA_VISIBLE_DEVICES) of `host`.
+    remote), and a prompt has at least `min_generations` completions. `max_prompt` are the tokens of
+    the longest prompt, `max_tokens` those of the longest prompt and completion together; of a
+    stream, both are guesses. `learner_bytes` is the learner's estimated peak, on `device` (its
+    CUDA_VISIBLE_DEVICES) of `host`.
     """
 
     run: str
@@ -165,7 +166,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     seed: int
     in_flight_completions: int = 0
     local_actors: int = 0
-    num_generations: int = 1
+    min_generations: int = 1
     max_prompt: int = 0
     max_tokens: int = 0
     learner_bytes: int = 0

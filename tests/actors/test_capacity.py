@@ -69,7 +69,7 @@ def test_what_is_counted_in_a_model():
         slot=64 * position,
         slot_layer=64 * position // 2,
         sampling=3 * 64 * 4,
-        position=position,
+        position=2 * position,
         token=(3 * 32 + 3 * 64) * 4 + 2 * 20 * 4,  # and two heads' scores against the prompt
         max_prompt=20,
         chunk=64,
@@ -169,7 +169,13 @@ SMALL = Case(hidden=128, layers=4, vocab=1024, rows=32, completion=8)
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rows": 64}, {"prompt": 300, "rows": 16}, {"vocab": 8192, "prompt": 16, "rows": 64}],
+    [
+        {},
+        {"rows": 64},
+        {"prompt": 300, "rows": 16},
+        {"group": 1},
+        {"vocab": 8192, "prompt": 16, "rows": 64},
+    ],
     ids=str,
 )
 def test_estimates_are_near_measured_peaks(changes: dict[str, int]):

@@ -18,8 +18,6 @@ from launch.processes.blas import HINT, load_openblas
 if TYPE_CHECKING:
     from actors.capacity import ActorMemory
 
-GROUP = 8
-
 
 @dataclass(frozen=True)
 class Case:
@@ -32,6 +30,7 @@ class Case:
     rows: int = 64
     prompt: int = 111
     completion: int = 32
+    group: int = 8  # completions per prompt
 
 
 VARIANTS: dict[str, dict[str, int]] = {
@@ -41,6 +40,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "long prompts": {"prompt": 1024, "rows": 32},
     "prompts longer than a chunk": {"prompt": 3000, "rows": 16},
     "one group": {"rows": 8},
+    "groups of one, as in evaluation": {"group": 1, "completion": 16},
 }
 
 
@@ -75,8 +75,8 @@ def measure(case: Case) -> "tuple[int, ActorMemory]":
     )
     gc.collect()
     engine.set_policy(lambda: None, 0, "base")
-    sampling = Sampling(num_generations=GROUP, max_completion_length=case.completion)
-    for key in range(2 * case.rows // GROUP):
+    sampling = Sampling(num_generations=case.group, max_completion_length=case.completion)
+    for key in range(2 * case.rows // case.group):
         prompt = [(7 * key + i) % case.vocab for i in range(case.prompt)]
         engine.add(GenerationRequest(key=key, prompt_ids=prompt, sampling=sampling, seed=key))
     while engine.step().made_progress:
@@ -87,7 +87,7 @@ def measure(case: Case) -> "tuple[int, ActorMemory]":
         {**CONFIG, **config},
         max_prompt=case.prompt,
         max_tokens=case.prompt + case.completion,
-        num_generations=GROUP,
+        num_generations=case.group,
         prefill_step_size=2048,
     )
     return mx.get_peak_memory() - others, estimate
@@ -110,7 +110,7 @@ def main() -> None:
         peak, estimate = measure(case)
         total = estimate.total(case.rows)
         print(
-            f"{name:28} peak {peak / 1e6:9.1f} MB  estimate {total / 1e6:9.1f} MB  "
+            f"{name:31} peak {peak / 1e6:9.1f} MB  estimate {total / 1e6:9.1f} MB  "
             f"ratio {total / peak:.2f}  weights {estimate.weights / 1e6:.1f} "
             f"slots {case.rows * estimate.slot / 1e6:.1f} "
             f"sampling {case.rows * estimate.sampling / 1e6:.1f}",

@@ -36,7 +36,7 @@ def test_the_terms_say_what_the_queue_holds_and_what_the_learner_takes(tmp_path:
     flags = ["--queue.max_staleness=1", "--sampling.num_generations=4", "--actors.count=3"]
     told = terms(tmp_path, *flags, "--sampling.max_completion_length=16")
     assert told.in_flight_completions == (1 + 1) * 3 * 4
-    assert (told.local_actors, told.num_generations) == (3, 4)
+    assert (told.local_actors, told.min_generations) == (3, 4)
     assert (told.max_prompt, told.max_tokens) == (5, 5 + 16)
     assert (told.learner_bytes, told.host) == (12_345, platform.node())
 
@@ -45,6 +45,7 @@ def test_held_out_prompts_and_their_answers_count_too(tmp_path: Path):
     flags = ["--sampling.max_completion_length=16", f"--data.eval_path={tmp_path}/held_out.jsonl"]
     told = terms(tmp_path, *flags, eval_length=32)
     assert (told.max_prompt, told.max_tokens) == (7, 7 + 32)
+    assert told.min_generations == 1  # prompts of an evaluation have one answer each
 
 
 def test_a_streams_longest_prompt_is_a_guess(tmp_path: Path):
