@@ -19,6 +19,7 @@ from actors.engine.pending import PendingDraw
 from actors.engine.prefill import Prefiller, PromptCache, merge
 from actors.engine.row_sampling import RowSampling
 from actors.engine.sampling import draw
+from actors.engine.shapes import PREFILL_TOKENS, within_tokens
 from actors.engine.transcript import Drawn
 
 
@@ -88,6 +89,9 @@ class BatchDecoder:
         self._prefiller = Prefiller(model, prefill_step_size, alone=alone)
         self._sampling = RowSampling(rows, vocab_size)
         self._batches: list[_Batch] = []
+
+    def together(self, lengths: Sequence[int]) -> list[int]:
+        return within_tokens(lengths, PREFILL_TOKENS)
 
     def reader(self, prompts: Sequence[Sequence[int]]) -> "WholeReader":
         return WholeReader(self._prefiller, prompts)

@@ -27,6 +27,7 @@ def choose_decoder(
     rows: int,
     vocab_size: int,
     prefill_step_size: int,
+    max_tokens: int,
     deterministic: bool,
 ) -> Decoder:
     """Return the fastest decoder whose trial gives what decoding alone gives; the log says which.
@@ -42,6 +43,7 @@ def choose_decoder(
             layer_shapes(model),
             rows=rows,
             vocab_size=vocab_size,
+            max_tokens=max_tokens,
             shapes=shapes_for(device, deterministic=deterministic),
             stacks=stacks,
             compiled=device.type == mx.DeviceType.gpu,

@@ -44,6 +44,10 @@ class Reader(Protocol):
 class Decoder(Protocol):
     """Decodes completions together. Rows are numbers that the engine gives out."""
 
+    def together(self, lengths: Sequence[int]) -> list[int]:
+        """Return which of the prompts of these lengths to read first, as one reading."""
+        ...
+
     def reader(self, prompts: Sequence[Sequence[int]]) -> Reader:
         """Start to read prompts, given without their last tokens, under the policy in force."""
         ...

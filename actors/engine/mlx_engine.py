@@ -29,7 +29,6 @@ from actors.engine.transcript import Drawn, Transcript
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
-PREFILL_TOKENS = 8192  # most prompt tokens, padding included, of the prompts that are read together
 
 
 @dataclass
@@ -44,8 +43,10 @@ class MlxEngine:
     """An `Engine`, which describes its methods, over an mlx-lm model.
 
     Use it from the thread that owns MLX. At most `max_concurrent_completions` are sampled at once.
+    `max_tokens`: how many tokens the longest prompt and its completion have, where that is known.
+
     With `deterministic`, in float32, a completion's tokens and log-probs are the same bits whatever
-    else is sampled.
+    else is sampled, in all engines with the same `max_concurrent_completions` and `max_tokens`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MlxEngine:
         max_concurrent_completions: int = 32,
         prefill_step_size: int = 2048,
         context_length: int | None = None,
+        max_tokens: int = 0,
         deterministic: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -80,6 +82,7 @@ class MlxEngine:
             rows=max_concurrent_completions,
             vocab_size=vocab_size,
             prefill_step_size=prefill_step_size,
+            max_tokens=max_tokens,
             deterministic=deterministic,
         )
         self._requests: dict[Hashable, ActiveRequest] = {}
@@ -206,9 +209,14 @@ class MlxEngine:
         Returns the prompt tokens read: one chunk at most, so that running rows never wait long.
         """
         chosen = self._choose()
-        prefilled = self._read(chosen)
-        ready = [active for active in chosen if active.prefix is not None]
-        self._join(ready)
+        prefilled = 0
+        while prefilled < self._prefill_step_size:
+            read = self._read(chosen, self._prefill_step_size - prefilled)
+            if not read:
+                break
+            prefilled += read
+
+        self._join([active for active in chosen if active.prefix is not None])
         return prefilled
 
     def _choose(self) -> list[ActiveRequest]:
@@ -223,32 +231,25 @@ class MlxEngine:
                 room -= len(active.waiting)
         return chosen
 
-    def _read(self, chosen: Sequence[ActiveRequest]) -> int:
+    def _read(self, chosen: Sequence[ActiveRequest], chunk: int) -> int:
         """Read a chunk of the prompts of requests that have no prefix yet."""
         if self._reading is None:
-            fresh = self._together([active for active in chosen if active.prefix is None])
+            fresh = [active for active in chosen if active.prefix is None]
             if not fresh:
                 return 0
             prompts = [active.request.prompt_ids[:-1] for active in fresh]
-            self._reading = _Reading(self._decoder.reader(prompts), fresh)
+            first = self._decoder.together([len(prompt) for prompt in prompts])
+            reader = self._decoder.reader([prompts[i] for i in first])
+            self._reading = _Reading(reader, [fresh[i] for i in first])
 
         reader, requests = self._reading.reader, self._reading.requests
-        prefilled = reader.read(self._prefill_step_size)
+        prefilled = reader.read(self._prefill_step_size if self._deterministic else chunk)
         if reader.done:
             for active, prefix in zip(requests, reader.prefixes(), strict=True):
                 active.prefix = prefix
             self._reading = None
             prefilled += len(requests)  # the last tokens of the prompts, which decoding reads
         return prefilled
-
-    def _together(self, fresh: Sequence[ActiveRequest]) -> list[ActiveRequest]:
-        """Return the first requests whose prompts, padded to the longest, make one reading."""
-        longest = 0
-        for count, active in enumerate(fresh):
-            longest = max(longest, len(active.request.prompt_ids))
-            if count and (self._deterministic or longest * (count + 1) > PREFILL_TOKENS):
-                return list(fresh[:count])
-        return list(fresh)
 
     def _join(self, ready: Sequence[ActiveRequest]) -> None:
         """Start as many completions as there are free rows."""

@@ -2,9 +2,10 @@
 
     join ──▶ Block: slots, device tokens ──launch──▶ pending draw ──deliver──▶ Drawn
 
-Ordinarily there is one block for all rows. A deterministic engine decodes in blocks of a fixed
-number of rows and a capacity that depends on the request alone, so that every product a row goes
-through has the same shape whatever else is sampled.
+Ordinarily there is one block, which computes the rows and positions that are needed. With fixed
+shapes there is one for each capacity, which depends on the request alone, and it computes all rows
+and positions, so that every product that a row goes through has the same shape whatever else is
+sampled.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -28,6 +29,12 @@ from actors.engine.slots import LayerShape, Prefix, PromptReader, Slots
 from actors.engine.transcript import Drawn
 
 
+def positions(new: NewCompletion) -> int:
+    """Return how many positions a completion may take in its slot."""
+    # One more than its tokens: the step after its last draw may have been launched.
+    return new.position + new.sampling.max_completion_length + 1
+
+
 class Block:
     """Rows that decode in one pass, each in a slot."""
 
@@ -43,27 +50,11 @@ class Block:
         self._entering: dict[int, int] = {}  # slot: first input
         self._pending: PendingDraw | None = None
 
-    @property
-    def capacity(self) -> int:
-        """Positions per slot."""
-        return self._slots.capacity
-
-    @property
-    def free(self) -> int:
-        """How many slots are free."""
-        return int((self.row_at == FREE).sum())
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is to be launched or delivered."""
-        return self._pending is None and not self._needed().size
-
     def join(self, completions: Sequence[NewCompletion]) -> None:
         """Copy prompts into free slots, the lowest first; raises IndexError if there are none."""
         free = np.flatnonzero(self.row_at == FREE)
         taken = [int(free[i]) for i in range(len(completions))]
-        needed = max(new.position + new.sampling.max_completion_length for new in completions)
-        self._slots.grow(self._shapes.columns(needed + 1))
+        self._slots.grow(self._shapes.capacity(max(positions(new) for new in completions)))
 
         by_reading: dict[int, tuple[list[int], list[Prefix]]] = {}
         for slot, new in zip(taken, completions, strict=True):
@@ -107,10 +98,9 @@ class Block:
         if not needed.size:
             return None
 
-        rows, columns = self._slots.rows, self._slots.capacity
-        if not self._shapes.fixed_rows:
-            rows = self._shapes.rows(int(needed[-1]) + 1, rows)
-            columns = min(columns, self._shapes.columns(int(self._position[needed].max()) + 1))
+        rows = self._shapes.rows(int(needed[-1]) + 1, self._slots.rows)
+        longest = int(self._position[needed].max()) + 1
+        columns = self._shapes.columns(longest, self._slots.capacity)
 
         uniforms, parameters = self._sampling.next(np.arange(rows))
         # A free slot writes where its next completion will, before that one does.
@@ -148,6 +138,7 @@ class SlotDecoder:
         *,
         rows: int,
         vocab_size: int,
+        max_tokens: int,
         shapes: Shapes,
         stacks: Sequence[StackedAdapters],
         compiled: bool,
@@ -156,24 +147,27 @@ class SlotDecoder:
         self._layers = list(layers)
         self._rows = rows
         self._vocab_size = vocab_size
+        self._max_tokens = max_tokens
         self._shapes = shapes
         self._stacks = list(stacks)
         self._step = DecodeStep(model, layers, stacks, compiled=compiled)
         self._blocks: list[Block] = []
+        self._capacities: list[int] = []  # of the blocks
+
+    def together(self, lengths: Sequence[int]) -> list[int]:
+        return self._shapes.together(lengths)
 
     def reader(self, prompts: Sequence[Sequence[int]]) -> PromptReader:
-        return PromptReader(self._model, prompts, [layer.window for layer in self._layers])
+        windows = [layer.window for layer in self._layers]
+        shape = self._shapes.reading(len(prompts[0])) if self._shapes.fixed else None
+        return PromptReader(self._model, prompts, windows, shape=shape)
 
     def join(self, completions: Sequence[NewCompletion]) -> None:
-        if not self._shapes.fixed_rows:
-            if not self._blocks:
-                self._blocks.append(self._block(self._rows))
-            self._blocks[0].join(completions)
-            return
-
+        by_block: dict[int, list[NewCompletion]] = {}
         for new in completions:
-            needed = new.position + new.sampling.max_completion_length + 1
-            self._fixed_block(self._shapes.columns(needed)).join([new])
+            by_block.setdefault(self._block_for(new), []).append(new)
+        for index, joining in by_block.items():
+            self._blocks[index].join(joining)
 
     def leave(self, rows: Iterable[int]) -> None:
         gone = set(rows)
@@ -190,19 +184,19 @@ class SlotDecoder:
 
     def clear(self) -> None:
         self._blocks.clear()
+        self._capacities.clear()
 
     # ---- inside --------------------------------------------------------------------------
 
-    def _block(self, rows: int) -> Block:
-        return Block(Slots(self._layers, rows), self._step, self._shapes, self._vocab_size)
+    def _block_for(self, new: NewCompletion) -> int:
+        """Return the index of the block that a completion joins, made if there is none."""
+        capacity = self._shapes.capacity(max(positions(new), self._max_tokens))
+        if not self._shapes.fixed:
+            capacity = 0  # one block serves all, and grows
 
-    def _fixed_block(self, capacity: int) -> Block:
-        """Return a block of this capacity with a free slot; empty ones of others make room."""
-        for block in self._blocks:
-            if block.capacity == capacity and block.free:
-                return block
-
-        idle = [block for block in self._blocks if block.idle and block.free == len(block.row_at)]
-        self._blocks = [block for block in self._blocks if block not in idle]
-        self._blocks.append(self._block(self._shapes.fixed_rows))
-        return self._blocks[-1]
+        if capacity not in self._capacities:
+            slots = Slots(self._layers, self._rows)
+            slots.grow(self._shapes.capacity(max(positions(new), self._max_tokens)))
+            self._capacities.append(capacity)
+            self._blocks.append(Block(slots, self._step, self._shapes, self._vocab_size))
+        return self._capacities.index(capacity)

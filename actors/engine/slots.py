@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -168,16 +169,23 @@ class Prefix:
 
 
 class PromptReader:
-    """Reads n prompts, padded at the end, a chunk of at most `chunk` tokens at a time."""
+    """Reads prompts together, padded at the end to the longest, or to `shape` (rows, length)."""
 
     def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], windows: Sequence[int | None]
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        windows: Sequence[int | None],
+        *,
+        shape: tuple[int, int] | None = None,
     ) -> None:
         self._model = model
         self._lengths = [len(prompt) for prompt in prompts]
-        longest = max(self._lengths)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        self._tokens = mx.array(padded, dtype=mx.int32)
+        rows, length = shape or (len(prompts), max(self._lengths))
+        padded = np.zeros((rows, length), np.int32)
+        for row, prompt in zip(padded, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        self._tokens = mx.array(padded)
         self._layers = [PromptLayer(window) for window in windows]
 
     @property
@@ -187,9 +195,9 @@ class PromptReader:
 
     def read(self, chunk: int) -> int:
         """Read at most `chunk` more tokens, padding included; return the tokens of prompts read."""
-        count, longest = self._tokens.shape
+        rows, length = self._tokens.shape
         start = self._layers[0].offset
-        stop = min(longest, start + max(1, chunk // count))
+        stop = min(length, start + max(1, chunk // rows))
         if stop == start:
             return 0
 
