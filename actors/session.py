@@ -53,13 +53,14 @@ RESEND_S = 5.0
 
 @dataclass(frozen=True)
 class ActorIdentity:
-    """Who the actor is, and which model and tokenizer it loaded."""
+    """Who the actor is, which model and tokenizer it loaded, and how much it samples at a time."""
 
     actor_id: str
     incarnation: str
     host: str
     model_digest: str
     tokenizer_digest: str
+    capacity: str = ""
 
 
 @dataclass
@@ -107,6 +108,7 @@ class Session:
                 host=self.identity.host,
                 model_digest=self.identity.model_digest,
                 tokenizer_digest=self.identity.tokenizer_digest,
+                capacity=self.identity.capacity,
             )
         )
 

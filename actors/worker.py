@@ -46,6 +46,7 @@ from actors.session import Session
 from protocol.errors import DataError, ModelError
 from protocol.messages.arrays import ids_view
 from protocol.messages.messages import Heartbeat, Task
+from protocol.messages.parts import MemoryUse
 
 RATE_WINDOW_S = 2.0
 
@@ -55,8 +56,8 @@ class Worker:
 
     `decode` turns completion token IDs into text for the rewards. `load(data, digest)` reads a
     snapshot's bytes, checks its digest, and returns a function that puts it into the model; it
-    raises SnapshotError. `heartbeat` is None until the learner has welcomed us; another thread may
-    read it at any time.
+    raises SnapshotError. `memory` says what this process holds. `heartbeat` is None until the
+    learner has welcomed us; another thread may read it at any time.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Worker:
         *,
         decode: Callable[[list[int]], str],
         load: Callable[[bytes, str], Callable[[], None]],
+        memory: Callable[[], MemoryUse] = MemoryUse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.heartbeat: Heartbeat | None = None
@@ -76,6 +78,7 @@ class Worker:
         self._io = io
         self._decode = decode
         self._load = load
+        self._memory = memory
         self._clock = clock
 
         self._policies = PolicyStore(engine.wants_policy)
@@ -206,7 +209,7 @@ class Worker:
             tokens_sampled=self._tokens,
             tokens_per_s=self._rate.update(self._tokens, self._clock()),
             groups_held=self._session.groups_held,
-            oldest_version=self._engine.oldest_version,
+            memory=self._memory(),
         )
 
 

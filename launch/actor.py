@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -47,7 +47,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
     parser.add_argument("--model", default="", metavar="PATH", help="of the model on this machine")
     parser.add_argument(
-        "--max-concurrent-completions", type=int, default=32, metavar="N", help="sampled at once"
+        "--max-concurrent-completions",
+        type=completions,
+        default="auto",
+        metavar="N",
+        help="sampled at once; auto (default): as many as the queue and the memory allow",
     )
     parser.add_argument(
         "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens per pass"
@@ -55,9 +59,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     args = parser.parse_args()
-    if args.max_concurrent_completions < 1 or args.prefill_step_size < 1:
-        parser.error("--max-concurrent-completions and --prefill-step-size must be at least 1")
+    if args.prefill_step_size < 1:
+        parser.error("--prefill-step-size must be at least 1")
     return args
+
+
+def completions(text: str) -> int | Literal["auto"]:
+    """Read a number of completions; raises ArgumentTypeError unless it is auto or at least 1."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"required auto or a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def main() -> int:
@@ -109,17 +122,26 @@ def _work(
     if welcome is None:
         return
 
+    from actors.capacity import capacity_of
     from protocol.model.policy import load_policy
 
     settings = msgspec.convert(welcome.model, ModelSettings)
     if args.model:
         settings = msgspec.structs.replace(settings, path=args.model)
     policy = load_policy(settings, seed=welcome.seed)
+    capacity = capacity_of(
+        args.max_concurrent_completions, welcome, policy, prefill_step_size=args.prefill_step_size
+    )
     identity = ActorIdentity(
-        name, incarnation, platform.node(), policy.model_digest, policy.tokenizer_digest
+        name,
+        incarnation,
+        platform.node(),
+        policy.model_digest,
+        policy.tokenizer_digest,
+        str(capacity),
     )
 
-    worker = _worker(args, policy, identity, io_thread)
+    worker = _worker(args, capacity.completions, policy, identity, io_thread)
     slot.append(worker)  # the I/O thread sends its heartbeats from now on
     worker.start()
 
@@ -173,18 +195,20 @@ def enquire(
 
 def _worker(
     args: argparse.Namespace,
+    max_concurrent_completions: int,
     policy: "LoadedPolicy",
     identity: ActorIdentity,
     io_thread: IoThreadHandle,
 ) -> Worker:
     from actors.engine.mlx_engine import MlxEngine
+    from protocol.model.device_memory import memory_use
     from protocol.model.snapshots import apply_snapshot, read_snapshot
 
     engine = MlxEngine(
         policy.model,
         stop_token_ids=policy.stop_token_ids,
         vocab_size=policy.vocab_size,
-        max_concurrent_completions=args.max_concurrent_completions,
+        max_concurrent_completions=max_concurrent_completions,
         prefill_step_size=args.prefill_step_size,
         context_length=policy.config.get("max_position_embeddings"),
     )
@@ -201,7 +225,7 @@ def _worker(
     def decode(token_ids: list[int]) -> str:
         return policy.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    return Worker(engine, Session(identity), io_thread, decode=decode, load=load)
+    return Worker(engine, Session(identity), io_thread, decode=decode, load=load, memory=memory_use)
 
 
 if __name__ == "__main__":

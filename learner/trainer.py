@@ -15,7 +15,6 @@ from functools import reduce
 from statistics import fmean
 from typing import Any, Generic, TypeVar
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from learner.checkpoint import Checkpoint, save_checkpoint
@@ -24,6 +23,7 @@ from learner.losses.metrics import finish_metrics, merge_metrics, number
 from learner.optim.step import Step
 from learner.records import Records
 from protocol.errors import CheckpointError
+from protocol.model.device_memory import memory_use
 from protocol.model.random_state import random_state, set_random_state
 from protocol.model.snapshots import trainable
 from protocol.run_record import (
@@ -123,8 +123,7 @@ class Trainer(Generic[BatchT]):
             "train_started_at": wall,
             "train_finished_at": wall + (finished - started),
         }
-        if mx.metal.is_available() or mx.default_device().type == mx.DeviceType.gpu:
-            metrics["memory/peak_gb"] = mx.get_peak_memory() / 1e9
+        metrics |= memory_use().metrics("memory/")
 
         self.last_metrics = metrics
         self.records.metrics(self.step, metrics)

@@ -28,6 +28,7 @@ from protocol.run_record import (
 )
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+MEMORY = ("memory/peak_gb", "actors/memory_peak_gb")  # of the learner, and of all actors together
 BRIEF = (
     "loss",
     "reward",
@@ -40,9 +41,10 @@ BRIEF = (
     "staleness/mean",
     "completions/mean_length",
     "step_time",
+    *MEMORY,
 )
 PREFERENCES = ("rewards/accuracies", "rewards/margins")
-UNITS = {"step_time": " s"}
+UNITS = {"step_time": " s"} | dict.fromkeys(MEMORY, " GB")
 HELD_OUT = ("eval/reward", "eval/rewards/accuracies", "eval/loss")  # the first found is shown
 
 
@@ -177,9 +179,9 @@ class Progress(Follower):
         table.add_row("step", f"{self._latest.get('step', '-')} of {total}")
         table.add_row("reward" if "reward" in self._latest else "loss", self._curve(self._rewards))
         table.add_row(self._eval_name, self._curve(self._evals))
-        shown = ("tokens_per_s", "staleness/mean", "staleness/max", *PREFERENCES)
+        shown = ("tokens_per_s", "staleness/mean", "staleness/max", "memory_peak_gb", *PREFERENCES)
         for name, value in sorted(self._latest.items()):
-            if name.endswith(shown) or name.startswith("queue/"):
+            if name.endswith(shown) or name.startswith(("queue/", "memory/")):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
 
         left = self.time_left()

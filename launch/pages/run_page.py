@@ -36,6 +36,12 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "KL and entropy": ("kl", "entropy"),
     "Gradient norm": ("grad_norm",),
     "Time of a step, s": ("step_time",),
+    "Memory of the learner, GB": ("memory/active_gb", "memory/peak_gb", "memory/cache_gb"),
+    "Memory of all actors, GB": (
+        "actors/memory_active_gb",
+        "actors/memory_peak_gb",
+        "actors/memory_cache_gb",
+    ),
 }
 SUMMARY = (
     "reward",

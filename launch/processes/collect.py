@@ -60,6 +60,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     from learner.data.prompts import open_prompts
     from learner.online.commands import Command, Reply
     from learner.online.source import OnlineSource
+    from protocol.model.dimensions import weight_bytes
     from protocol.model.policy import load_policy
     from protocol.transport.bridge import Bridge
 
@@ -79,7 +80,8 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     plan = online.OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    service = online.new_service(plan, online.new_coordinator(plan), bridge)
+    coordinator = online.new_coordinator(plan, weight_bytes(policy.model))
+    service = online.new_service(plan, coordinator, bridge)
     change_state(args.run_dir, "running")
 
     output = Path(settings.pairs.output or args.run_dir / "pairs.jsonl")

@@ -115,8 +115,8 @@ def report_memory(
     length: int,
     completion_length: int,
     shared_prompt: bool = False,
-) -> None:
-    """Log the memory that a step will need; for the arguments see `estimate_memory`."""
+) -> int:
+    """Log the memory that a step will need, and return it in bytes; see `estimate_memory`."""
     estimate = estimate_memory(
         policy.model,
         policy.config,
@@ -130,6 +130,7 @@ def report_memory(
         length_bucket=settings.train.length_bucket,
     )
     warn_if_too_large(estimate)
+    return estimate.total
 
 
 def schedule_of(settings: TrainingRun, total: int) -> Schedule:

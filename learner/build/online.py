@@ -9,8 +9,9 @@ launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `ne
 
 import logging
 import math
+import platform
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,18 @@ import msgspec
 from learner.build.common import (
     Run,
     new_step,
-    report_memory,
     resume_point,
     run_digests,
     schedule_of,
     started_at,
 )
+from learner.build.forward import Forward, choose_forward, longest_prompt
 from learner.checkpoint import Checkpoint
 from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings, ResumeReport
 from learner.model.reference import Reference, make_reference
-from learner.model.trials import choose_head, choose_shared_prompt
 from learner.objectives.grpo import GrpoObjective
 from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
@@ -43,7 +43,6 @@ from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
 from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
-from learner.optim.step import should_compile
 from learner.records import Records
 from learner.trainer import Trainer
 from protocol.config.idle import idle
@@ -56,14 +55,13 @@ from protocol.config.settings import (
     narrowed,
 )
 from protocol.errors import ConfigError
-from protocol.messages.messages import PROTOCOL_VERSION, Welcome
+from protocol.messages.messages import Welcome
 from protocol.messages.parts import RewardService, Sampling
+from protocol.model.device_memory import visible_device
 from protocol.model.policy import LoadedPolicy, load_policy
 from protocol.transport.bridge import Bridge
 
 log = logging.getLogger("pippin.learner")
-
-DEFAULT_PROMPT_LIMIT = 512  # tokens of a streamed prompt without data.max_prompt_length
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,18 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total)
     checkpoint = resume_point(settings.run.resume, policy, reference)
 
-    coordinator = new_coordinator(plan, checkpoint, settings.eval.max_completion_length)
+    prompt = longest_prompt(settings.data, prompts)
+    forward = choose_forward(settings, policy, reference, prompt)
+    coordinator = new_coordinator(
+        plan, forward.peak_bytes, checkpoint, settings.eval.max_completion_length
+    )
     bridge = Bridge[Command, Reply]()
     service = new_service(plan, coordinator, bridge)
 
     for stale in (folder / "policy").glob("policy-*"):
         stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would delete them
     source = OnlineSource(bridge, policy.model, folder / "policy")
-    trainer = _new_trainer(settings, plan, reference, source)
+    trainer = _new_trainer(settings, plan, reference, forward, source)
     if checkpoint is not None:
         trainer.restore(checkpoint)
 
@@ -167,11 +169,15 @@ def new_service(
 
 
 def new_coordinator(
-    plan: OnlinePlan, checkpoint: Checkpoint | None = None, eval_length: int | None = None
+    plan: OnlinePlan,
+    learner_bytes: int,
+    checkpoint: Checkpoint | None = None,
+    eval_length: int | None = None,
 ) -> Coordinator:
     """Return a run's coordinator, restored from `checkpoint` if there is one.
 
-    `eval_length` limits the completions of an evaluation, in tokens; None: as in training.
+    `learner_bytes` is this process's estimated memory, which actors leave it. `eval_length` limits
+    the completions of an evaluation, in tokens; None: as in training.
     """
     incarnation = uuid.uuid4().hex
     limits = _ledger_settings(plan)
@@ -192,7 +198,7 @@ def new_coordinator(
         ledger,
         plan.prompts,
         plan.prompts.evaluation,
-        _welcome(plan, incarnation),
+        _welcome(plan, incarnation, learner_bytes, evaluation.max_completion_length),
         {"train": train, "eval": evaluation},
         plan.policy.vocab_size,
     )
@@ -215,10 +221,13 @@ def _ledger_settings(plan: OnlinePlan) -> LedgerSettings:
     )
 
 
-def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
+def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length: int) -> Welcome:
     settings = plan.settings
+    prompt = longest_prompt(settings.data, plan.prompts)
+    held_out = max((each.length for each in plan.prompts.evaluation), default=0)
+    longest = prompt + settings.sampling.max_completion_length
+    batch = settings.train.batch_size * settings.sampling.num_generations
     return Welcome(
-        protocol_version=PROTOCOL_VERSION,
         run=plan.folder.name,
         incarnation=incarnation,
         model=builtins(plan.model),
@@ -230,6 +239,14 @@ def _welcome(plan: OnlinePlan, incarnation: str) -> Welcome:
         ],
         heartbeat_s=settings.actors.heartbeat_s,
         seed=settings.run.seed,
+        in_flight_completions=(settings.queue.max_staleness + 1) * batch,
+        local_actors=settings.actors.count,
+        min_generations=1 if plan.prompts.evaluation else settings.sampling.num_generations,
+        max_prompt=max(prompt, held_out),
+        max_tokens=max(longest, held_out + eval_length if held_out else 0),
+        learner_bytes=learner_bytes,
+        host=platform.node(),
+        device=visible_device(),
     )
 
 
@@ -251,7 +268,11 @@ def _report_losses(folder: Path, checkpointed: CoordinatorState, report: ResumeR
 
 
 def _new_trainer(
-    settings: GrpoRun, plan: OnlinePlan, reference: Reference | None, source: OnlineSource
+    settings: GrpoRun,
+    plan: OnlinePlan,
+    reference: Reference | None,
+    forward: Forward,
+    source: OnlineSource,
 ) -> Trainer[TrainBatch]:
     policy, weights = plan.policy, settings.rewards.reward_weights
 
@@ -259,7 +280,17 @@ def _new_trainer(
         decoder = cast(Decoder, policy.tokenizer)
         return rollout_line(item, trained_at, decoder, settings.run.log_completions)
 
-    objective = _new_objective(settings, plan, reference, describe)
+    objective = GrpoObjective(
+        settings.objective,
+        settings.train,
+        settings.sampling,
+        settings.rewards,
+        policy.model,
+        forward.head,
+        describe,
+        reference=reference.model if reference is not None else None,
+        share_prompt=forward.share_prompt,
+    )
     updates = plan.total_batches * settings.objective.num_iterations
     return Trainer(
         policy.model,
@@ -270,50 +301,4 @@ def _new_trainer(
         schedule_of(settings, plan.total_batches),
         OnlineEvaluator(source, weights, describe) if plan.prompts.evaluation else None,
         resume_state=run_digests(policy, reference),
-    )
-
-
-def _new_objective(
-    settings: GrpoRun,
-    plan: OnlinePlan,
-    reference: Reference | None,
-    describe: Callable[[PromptGroup, int], dict[str, Any]],
-) -> GrpoObjective:
-    """Return the objective, and log the memory that the longest possible prompts need."""
-    policy, train = plan.policy, settings.train
-    head = choose_head(policy.model, train.head)
-    # A micro-batch that is one group computes its prompt only once.
-    share_prompt = train.micro_batch_size == 1 and choose_shared_prompt(
-        [policy.model] if reference is None else [policy.model, reference.model],
-        train.shared_prompt,
-        head=head,
-        gradient_checkpointing=train.gradient_checkpointing,
-        compiled=should_compile(train.compile),
-    )
-
-    longest_completion = settings.sampling.max_completion_length
-    longest_prompt = plan.prompts.epochs.longest
-    if longest_prompt is None:
-        longest_prompt = settings.data.max_prompt_length or DEFAULT_PROMPT_LIMIT
-    report_memory(
-        settings,
-        policy,
-        reference,
-        head,
-        sequences=train.micro_batch_size * settings.sampling.num_generations,
-        length=longest_completion + longest_prompt,
-        completion_length=longest_completion,
-        shared_prompt=share_prompt,
-    )
-
-    return GrpoObjective(
-        settings.objective,
-        train,
-        settings.sampling,
-        settings.rewards,
-        policy.model,
-        head,
-        describe,
-        reference=reference.model if reference is not None else None,
-        share_prompt=share_prompt,
     )

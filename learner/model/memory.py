@@ -9,8 +9,6 @@ A guide, not a bound: activations are counted from the shapes of a transformer l
 # (mlx is only partly typed)
 
 import logging
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,8 @@ import mlx.nn as nn
 from learner.model.batches import bucketed
 from learner.model.chunked import CHUNK
 from learner.model.logprobs import Head
+from protocol.model.device_memory import device_memory
+from protocol.model.dimensions import LayerShape, compute_itemsize
 from protocol.model.snapshots import named_arrays, trainable
 
 log = logging.getLogger(__name__)
@@ -106,11 +106,11 @@ def estimate_memory(
         length=bucketed(length - prompt, length_bucket),
         completion=bucketed(completion_length, length_bucket),
     )
-    text = {**config, **(config.get("text_config") or {})}
+    shape = LayerShape.of(config)
 
     arrays = named_arrays(model.parameters())
     trained = trainable(model)
-    itemsize = _compute_itemsize(arrays)
+    itemsize = compute_itemsize(model)
     numbers = sum(array.size for array in trained.values())
     lower = sum(array.size for array in trained.values() if array.dtype != mx.float32)
 
@@ -120,60 +120,48 @@ def estimate_memory(
         weights=sum(array.nbytes for array in arrays.values()),
         reference=_reference_bytes(arrays, trained, reference),
         optimizer=12 * numbers + 4 * lower,
-        activations=_activation_bytes(text, batch, itemsize, gradient_checkpointing),
-        head=_head_bytes(text, batch, itemsize, head),
+        activations=_activation_bytes(shape, batch, itemsize, gradient_checkpointing),
+        head=_head_bytes(shape, batch, itemsize, head),
         update=12 * numbers + 2 * lower,
-        machine=machine_memory(),
+        machine=device_memory(),
     )
 
 
 def _activation_bytes(
-    config: Mapping[str, Any], batch: _MicroBatch, itemsize: int, checkpointing: bool
+    shape: LayerShape, batch: _MicroBatch, itemsize: int, checkpointing: bool
 ) -> int:
     """Count what all layers keep for the backward pass, and what one needs while it runs."""
-    layers = int(config.get("num_hidden_layers", 0))
-    layer = _layer(config, batch.sequences, batch.length, batch.prompt) * itemsize
-    prompt_layer = _layer(config, 1, batch.prompt) * itemsize
+    layer = _layer(shape, batch.sequences, batch.length, batch.prompt) * itemsize
+    prompt_layer = _layer(shape, 1, batch.prompt) * itemsize
     if checkpointing:
-        hidden = int(config.get("hidden_size", 0))
         tokens = batch.prompt + batch.sequences * batch.length
-        kept = layers * tokens * hidden * itemsize  # each layer's input
+        kept = shape.layers * tokens * shape.hidden * itemsize  # each layer's input
         return int(kept + _BACKWARD_CHECKPOINTED * max(layer, prompt_layer))
 
     # The last layer makes only keys and values of a shared prompt.
-    return int((layers + _BACKWARD) * layer + (layers - 1) * prompt_layer)
+    return int((shape.layers + _BACKWARD) * layer + (shape.layers - 1) * prompt_layer)
 
 
-def _head_bytes(config: Mapping[str, Any], batch: _MicroBatch, itemsize: int, head: Head) -> int:
+def _head_bytes(shape: LayerShape, batch: _MicroBatch, itemsize: int, head: Head) -> int:
     """Count the (tokens, V) arrays that exist at once, and the hidden states of completions."""
-    hidden = int(config.get("hidden_size", 0))
-    vocabulary = int(config.get("vocab_size", 0))
     if head == "full":
-        return batch.sequences * batch.length * vocabulary * 4 * _FULL_HEAD_ARRAYS
+        return batch.sequences * batch.length * shape.vocabulary * 4 * _FULL_HEAD_ARRAYS
 
     tokens = batch.sequences * batch.completion
-    chunk = min(CHUNK, tokens) * vocabulary * 4 * _HEAD_ARRAYS
-    return chunk + tokens * hidden * itemsize * 2
+    chunk = min(CHUNK, tokens) * shape.vocabulary * 4 * _HEAD_ARRAYS
+    return chunk + tokens * shape.hidden * itemsize * 2
 
 
-def _layer(config: Mapping[str, Any], sequences: int, length: int, prompt: int = 0) -> float:
+def _layer(shape: LayerShape, sequences: int, length: int, prompt: int = 0) -> float:
     """Count the numbers that one layer keeps for its backward pass.
 
     The sequences continue `prompt` tokens whose keys and values exist already.
     """
-    hidden = int(config.get("hidden_size", 0))
-    heads = int(config.get("num_attention_heads") or 1)
-    size = int(config.get("head_dim") or hidden // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    mlp = int(config.get("intermediate_size") or 4 * hidden)
-    if config.get("moe_intermediate_size"):
-        experts = int(config.get("num_experts_per_tok") or 1)
-        mlp = int(config["moe_intermediate_size"]) * experts
-
-    token = _HIDDEN_ARRAYS * hidden + _MLP_ARRAYS * mlp
-    token += (_QUERY_ARRAYS * heads + _KEY_ARRAYS * kv_heads) * size
-    sequence = length * (token + _SCORE_ARRAYS * heads * (prompt + length))
-    sequence += 2 * kv_heads * size * (prompt + length if prompt else 0)  # keys and values, joined
+    token = _HIDDEN_ARRAYS * shape.hidden + _MLP_ARRAYS * shape.mlp
+    token += (_QUERY_ARRAYS * shape.heads + _KEY_ARRAYS * shape.kv_heads) * shape.head_size
+    sequence = length * (token + _SCORE_ARRAYS * shape.heads * (prompt + length))
+    if prompt:  # keys and values, joined
+        sequence += 2 * shape.kv_heads * shape.head_size * (prompt + length)
     return sequences * sequence
 
 
@@ -194,25 +182,6 @@ def warn_if_too_large(estimate: MemoryEstimate) -> bool:
         estimate.machine / 2**30,
     )
     return True
-
-
-def machine_memory() -> int:
-    """Return the bytes that the default device may use: a GPU's working set, or physical memory."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
-            if info.get(key):
-                return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _compute_itemsize(arrays: dict[str, mx.array]) -> int:
-    """Return the bytes per number that most weights, and so activations, have."""
-    sizes: dict[int, int] = {}
-    for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and "lora_" not in name:
-            sizes[array.itemsize] = sizes.get(array.itemsize, 0) + array.size
-    return max(sizes, key=lambda size: sizes[size]) if sizes else 4
 
 
 def _reference_bytes(

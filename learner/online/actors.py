@@ -8,6 +8,7 @@ from learner.ledger.types import EndedLease
 from protocol.messages.messages import (
     PROTOCOL_VERSION,
     Cancel,
+    Heartbeat,
     Hello,
     LearnerMessage,
     Refuse,
@@ -23,6 +24,7 @@ class ConnectedActor:
 
     `oldest_needed` is the oldest policy version whose snapshot it may still fetch. `stalled`: its
     leases expired, and it gets no others until its main thread is known to make progress again.
+    `beat` is its last heartbeat.
     """
 
     actor_id: str
@@ -31,9 +33,7 @@ class ConnectedActor:
     oldest_needed: int
     credit: int = 0
     stalled: bool = False
-    progress: int = -1
-    tokens_per_s: float = 0.0
-    tokens_sampled: int = 0
+    beat: Heartbeat = field(default_factory=lambda: Heartbeat(progress=-1))
 
 
 @dataclass

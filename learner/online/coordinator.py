@@ -132,6 +132,8 @@ class Coordinator:
             hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
         )
         self.connected.counters["hellos"] += 1
+        if hello.capacity:
+            log.info("actor %s: %s", hello.actor_id, hello.capacity)
         self.connected.send(peer, self.welcome)
         if self.policy is not None:
             self.connected.send(peer, self.policy)
@@ -142,12 +144,10 @@ class Coordinator:
             self.connected.send(peer, self._task(lease))
 
     def _heartbeat(self, actor: ConnectedActor, beat: Heartbeat, now: float) -> None:
-        if beat.progress != actor.progress:
+        if beat.progress != actor.beat.progress:
             actor.stalled = False
             self.ledger.renew_leases(actor.actor_id, now)
-        actor.progress = beat.progress
-        actor.tokens_per_s = beat.tokens_per_s
-        actor.tokens_sampled = beat.tokens_sampled
+        actor.beat = beat
 
     def _group(self, peer: bytes, actor: ConnectedActor, group: Group, now: float) -> None:
         task, attempt = group.task, group.attempt

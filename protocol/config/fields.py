@@ -112,9 +112,14 @@ def value_of(section: Section, path: str) -> object:
     return value
 
 
+def is_union(annotation: object) -> bool:
+    """Whether a type is `A | B`."""
+    return get_origin(annotation) in (Union, UnionType)
+
+
 def without_none(annotation: object) -> tuple[Any, bool]:
     """Split `T | None` into (T, True); any other type gives (T, False)."""
-    if get_origin(annotation) in (Union, UnionType):
+    if is_union(annotation):
         rest = [arm for arm in get_args(annotation) if arm is not NoneType]
         if len(rest) == 1:
             return rest[0], True
@@ -122,10 +127,12 @@ def without_none(annotation: object) -> tuple[Any, bool]:
 
 
 def metas(annotation: object) -> list[Meta]:
-    """Return the `Meta` of a type, of T in `T | None`, and of a list's items."""
+    """Return the `Meta` of a type, of the arms of a union, and of a list's items."""
     inner, _ = without_none(annotation)
     if get_origin(inner) is Annotated:
         return [*metas(get_args(inner)[0]), *inner.__metadata__]
+    if is_union(inner):
+        return [meta for arm in get_args(inner) for meta in metas(arm)]
     return metas(get_args(inner)[0]) if get_origin(inner) is list else []
 
 
@@ -142,6 +149,8 @@ def _type_name(plain: object) -> str:
     origin = get_origin(inner)
     if origin is Literal:
         name = "|".join(str(choice) for choice in get_args(inner))
+    elif is_union(inner):
+        name = "|".join(_type_name(arm) for arm in get_args(inner))
     elif origin is list:
         name = f"list of {_type_name(get_args(inner)[0])}"
     elif origin is dict:

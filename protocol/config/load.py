@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import msgspec
 
 from protocol.config.checks import check
-from protocol.config.fields import Section, check_value, leaf_fields, without_none
+from protocol.config.fields import Section, check_value, is_union, leaf_fields, without_none
 from protocol.config.settings import PROGRAMS, AnyRun
 from protocol.config.unknown_keys import unknown_key
 from protocol.errors import ConfigError
@@ -143,6 +143,10 @@ def _parse_text(key: str, text: str, annotation: object) -> object:
         return None
     if origin is Literal:
         return next((choice for choice in get_args(inner) if str(choice) == text), text)
+    if is_union(inner):
+        # What no arm reads stays text, which is the value of an arm such as "auto".
+        read = (_parse_text(key, text, arm) for arm in get_args(inner))
+        return next((value for value in read if value != text), text)
     if origin is list:
         item = get_args(inner)[0]
         if text.lstrip().startswith("["):

@@ -69,7 +69,13 @@ class ActorSettings(Section, frozen=True, kw_only=True):
     """The local actors."""
 
     count: Annotated[Count, doc("Local actors; 0: only remote ones, by `transport.bind`.")] = 1
-    max_concurrent_completions: Annotated[PositiveInt, doc("Completions per actor at a time.")] = 32
+    max_concurrent_completions: Annotated[
+        PositiveInt | Literal["auto"],
+        doc(
+            "Completions per actor at a time; auto: as many as the queue can hold in flight, where "
+            "the memory is enough."
+        ),
+    ] = "auto"
     prefill_step_size: Annotated[PositiveInt, doc("Prompt tokens per forward pass.")] = 2048
     devices: Annotated[
         Annotated[list[Count], Meta(min_length=1)] | None,

@@ -31,6 +31,7 @@ import msgspec
 
 from protocol.messages.parts import (
     Completion,
+    MemoryUse,
     RewardResult,
     RewardService,
     Sampling,
@@ -38,7 +39,7 @@ from protocol.messages.parts import (
     require_valid,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 TaskKind = Literal["train", "eval"]
 
@@ -55,9 +56,10 @@ class Hello(Message, frozen=True, kw_only=True):
 
     Without digests it only asks for the terms: the learner answers `Welcome`, and the actor sends
     Hello again, with digests, once it has loaded its model. A restarted actor keeps its
-    `actor_id` and has a new `actor_incarnation`.
+    `actor_id` and has a new `actor_incarnation`. `capacity` says how many completions it samples
+    at a time and why, for the user.
 
-    Example: Hello(protocol_version=2, actor_id="studio-412", actor_incarnation="9f3c", ...)
+    Example: Hello(protocol_version=3, actor_id="studio-412", actor_incarnation="9f3c", ...)
     """
 
     protocol_version: int
@@ -66,6 +68,7 @@ class Hello(Message, frozen=True, kw_only=True):
     host: str = ""
     model_digest: str = ""
     tokenizer_digest: str = ""
+    capacity: str = ""
 
 
 class Request(Message, frozen=True, kw_only=True):
@@ -126,14 +129,14 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Actor → learner: a sign of life, every few seconds, with rates for the display.
 
     `progress` counts turns of the actor's main loop; leases are renewed only when it has grown.
-    `oldest_version` is the oldest policy in an unfinished group, -1 if there is none.
+    `groups_held` counts leases in any stage: sampling, scoring, or waiting for an `Ack`.
     """
 
     progress: int
     tokens_sampled: int = 0
     tokens_per_s: float = 0.0
     groups_held: int = 0
-    oldest_version: int = -1
+    memory: MemoryUse = MemoryUse()
 
 
 # ---- learner to actor -------------------------------------------------------------------------
@@ -144,9 +147,15 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     `model` holds the fields of `protocol.config.settings.ModelSettings`, so that an actor needs no
     configuration of its own.
+
+    The rest is what an actor chooses its number of concurrent completions by. The queue holds at
+    most `in_flight_completions`, over `local_actors` that the launcher starts (0: all actors are
+    remote), and a prompt has at least `min_generations` completions. `max_prompt` are the tokens of
+    the longest prompt, `max_tokens` those of the longest prompt and completion together; of a
+    stream, both are guesses. `learner_bytes` is the learner's estimated peak, on `device` (its
+    CUDA_VISIBLE_DEVICES) of `host`.
     """
 
-    protocol_version: int
     run: str
     incarnation: str
     model: dict[str, Any]
@@ -155,6 +164,14 @@ class Welcome(Message, frozen=True, kw_only=True):
     rewards: list[RewardService]
     heartbeat_s: float
     seed: int
+    in_flight_completions: int = 0
+    local_actors: int = 0
+    min_generations: int = 1
+    max_prompt: int = 0
+    max_tokens: int = 0
+    learner_bytes: int = 0
+    host: str = ""
+    device: str = ""
 
 
 class Refuse(Message, frozen=True, kw_only=True):

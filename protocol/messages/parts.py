@@ -127,3 +127,26 @@ class RewardService(Part, frozen=True, kw_only=True):
 
     endpoints: list[str]
     timeout_s: float
+
+
+class MemoryUse(Part, frozen=True, kw_only=True):
+    """Memory that MLX holds in a process: in arrays now, in arrays at most so far, in its cache."""
+
+    active_bytes: int = 0
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return the three in GB (10⁹ bytes), such as `<prefix>peak_gb`."""
+        return {
+            f"{prefix}active_gb": self.active_bytes / 1e9,
+            f"{prefix}peak_gb": self.peak_bytes / 1e9,
+            f"{prefix}cache_gb": self.cache_bytes / 1e9,
+        }
+
+    def __add__(self, other: "MemoryUse") -> "MemoryUse":
+        return MemoryUse(
+            active_bytes=self.active_bytes + other.active_bytes,
+            peak_bytes=self.peak_bytes + other.peak_bytes,
+            cache_bytes=self.cache_bytes + other.cache_bytes,
+        )

@@ -20,6 +20,7 @@ from protocol.config.settings import ModelSettings
 from protocol.errors import ModelError
 from protocol.model.adapters import AdapterConfig, attach_adapters
 from protocol.model.base_model import load_base, load_tokenizer, model_folder
+from protocol.model.device_memory import limit_buffer_cache
 from protocol.model.digests import folder_digest, model_digest, tokenizer_digest
 from protocol.model.random_state import seeded
 from protocol.model.snapshots import named_arrays, trainable
@@ -49,8 +50,10 @@ class LoadedPolicy:
 def load_policy(settings: ModelSettings, *, seed: int) -> LoadedPolicy:
     """Load the policy that `settings` describe; the same `seed` gives the same adapters.
 
-    Raises ModelError if it cannot be loaded. The global random state is left as it was.
+    Raises ModelError if it cannot be loaded. The global random state is left as it was; MLX's
+    buffer cache is bounded from now on, in every process that has a policy.
     """
+    limit_buffer_cache()
     folder = model_folder(settings.path, settings.revision)
     with seeded(seed):
         model, config = load_base(settings, folder)

@@ -78,7 +78,7 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     session = Session(identity())
     session.hello(0.0)
     (hello,) = said(session)
-    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 2)
+    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 3)
     session.credit(8)
     session.tick(4.9)
     assert said(session) == []

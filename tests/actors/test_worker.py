@@ -36,6 +36,7 @@ from protocol.messages.messages import (
     Request,
     Stop,
 )
+from protocol.messages.parts import MemoryUse
 from tests.protocol.builders import a_completion, a_policy, a_reward, a_task, a_welcome
 
 
@@ -122,6 +123,7 @@ class House:
             self.io,
             decode=lambda ids: " ".join(str(i) for i in ids),
             load=self.load,
+            memory=lambda: MemoryUse(active_bytes=int(self.now), peak_bytes=9),
             clock=lambda: self.now,
         )
         self.worker.start()
@@ -203,6 +205,7 @@ def test_a_group_from_lease_to_acknowledgement():
     assert house.io.take() == []
     assert house.beat.groups_held == 0
     assert house.beat.tokens_sampled == 4
+    assert house.beat.memory == MemoryUse(active_bytes=50, peak_bytes=9)
 
 
 def test_what_fails_here_is_reported_and_the_rest_goes_on():

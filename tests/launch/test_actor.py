@@ -163,7 +163,7 @@ def test_an_actor_joins_samples_and_leaves_at_the_end_of_the_run(tmp_path):
 def test_a_refused_actor_says_why_and_fails():
     async def learner(server: Server) -> None:
         peer, hello = await next_of(server, Hello)
-        assert hello.protocol_version == 2
+        assert hello.protocol_version == 3
         reason = "the learner speaks protocol version 3, actor a0 speaks 2"
         server.send(peer, Refuse(code="protocol_version", reason=reason, fatal=True))
         await anyio.sleep_forever()

@@ -11,7 +11,7 @@ from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.online.coordinator import Coordinator
 from protocol.config.settings import DataSettings
-from protocol.messages.messages import Group, Hello, Request, Task, TaskKind
+from protocol.messages.messages import PROTOCOL_VERSION, Group, Hello, Request, Task, TaskKind
 from protocol.messages.parts import Sampling
 from tests.protocol.builders import a_completion, a_group, a_policy, a_welcome
 
@@ -57,7 +57,12 @@ def coordinator(*, eval_rows: int = 0) -> Coordinator:
 
 def hello(name: str = "a", incarnation: str = "1", **changes: object) -> Hello:
     """Make an actor's first word."""
-    fields = {"protocol_version": 2, "model_digest": "m", "tokenizer_digest": "t", **changes}
+    fields = {
+        "protocol_version": PROTOCOL_VERSION,
+        "model_digest": "m",
+        "tokenizer_digest": "t",
+        **changes,
+    }
     return Hello(actor_id=name, actor_incarnation=incarnation, **fields)  # type: ignore[arg-type]
 
 

@@ -26,7 +26,6 @@ def task_id(number: int = 1, incarnation: str = "L1") -> TaskId:
 def a_welcome(incarnation: str = "L1", **changes: Any) -> Welcome:
     """Make the terms of a run with one reward service."""
     fields: dict[str, Any] = {
-        "protocol_version": 1,
         "run": "r",
         "incarnation": incarnation,
         "model": {},

@@ -48,7 +48,7 @@ GROUP = a_group(
     ),
 )
 ACTOR_MESSAGES: list[ActorMessage] = [
-    Hello(protocol_version=2, actor_id="a", actor_incarnation="x"),
+    Hello(protocol_version=3, actor_id="a", actor_incarnation="x"),
     Request(free_completions=8),
     Release(reason="bye"),
     GROUP,

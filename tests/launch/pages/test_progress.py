@@ -75,12 +75,14 @@ def test_offline_lines_show_held_out_figures_and_the_time_of_a_step(tmp_path: Pa
         metrics.write_text(
             '{"step": 0, "eval/loss": 0.7, "eval/rewards/accuracies": 0.5, '
             '"eval/rewards/margins": 0.01}\n'
-            '{"step": 1, "loss": 0.6, "rewards/margins": -0.25, "step_time": 1.23456}\n'
+            '{"step": 1, "loss": 0.6, "rewards/margins": -0.25, "step_time": 1.23456, '
+            '"memory/peak_gb": 9.04, "actors/memory_peak_gb": 4.2}\n'
         )
         progress.update()
     assert out.getvalue().splitlines()[1:] == [
         "step 0/2  eval/loss 0.7  eval/rewards/accuracies 0.5  eval/rewards/margins 0.01",
-        "step 1/2  loss 0.6  rewards/margins -0.25  step_time 1.235 s",
+        "step 1/2  loss 0.6  rewards/margins -0.25  step_time 1.235 s  "
+        "memory/peak_gb 9.04 GB  actors/memory_peak_gb 4.2 GB",
     ]
 
 

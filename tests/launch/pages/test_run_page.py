@@ -33,7 +33,8 @@ def group(step: int, text: str, kind: str = "train") -> str:
 
 def test_report_is_whole_escaped_and_self_contained(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "reward": 0.25, "actors/a<b>/tokens_per_s": 5}\n[1]\nbroken\n'
+        '{"step": 1, "reward": 0.25, "actors/a<b>/tokens_per_s": 5, '
+        '"memory/peak_gb": 9.5}\n[1]\nbroken\n'
         '{"step": 2, "reward": 0.75, "eval/reward": null, "kl": "x"}\n{"step": 3, "rew'
     )
     lines = [group(i, f"answer {i} & <b>") for i in range(9)]
@@ -47,6 +48,8 @@ def test_report_is_whole_escaped_and_self_contained(tmp_path: Path):
     assert "answer 4 &amp;" not in page
     assert "f 1.0\ng None" in page
     assert "Throughput" in page
+    assert "memory/peak_gb 9.5" in page
+    assert "Memory of all actors" not in page
     assert "Staleness" not in page
     assert not re.search(r"(?:src|href)=|https?://|url\(|@import", page)
 

@@ -199,6 +199,8 @@ def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(t
             "step_time",
             "sampling/sampling_logp_difference/max",
             "actors/tokens_per_s",
+            "actors/memory_peak_gb",
+            "memory/peak_gb",
             "learner/waiting_share",
             "clip_ratio/region_mean",
             "num_tokens",

@@ -164,7 +164,7 @@ def test_a_resume_is_refused_where_the_adapter_file_was_swapped(bench):
 
 
 def test_the_memory_of_a_step_is_estimated_before_the_first(bench, caplog, monkeypatch):
-    monkeypatch.setattr("learner.model.memory.machine_memory", lambda: 1024)
+    monkeypatch.setattr("learner.model.memory.device_memory", lambda: 1024)
     bench.dpo("--train.max_steps=1")
     assert "A step needs about" in caplog.text
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from learner.model.memory import MemoryEstimate, estimate_memory, machine_memory, warn_if_too_large
+from learner.model.memory import MemoryEstimate, estimate_memory, warn_if_too_large
 from learner.model.reference import view
 from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.model.adapters import attach_adapters
@@ -102,15 +102,3 @@ def test_a_machine_that_is_too_small_is_named(caplog, machine, warns, update):
         assert warn_if_too_large(estimate) is warns
     assert ("train.micro_batch_size" in caplog.text) is warns
     assert ("update" in caplog.text) is (update == 90)
-
-
-def test_a_gpu_says_what_it_may_use(monkeypatch):
-    class Gpu:
-        type = mx.DeviceType.gpu
-
-    info = {"device_name": "CUDA", "total_memory": 150_000_000_000}
-    monkeypatch.setattr(mx, "default_device", Gpu)
-    monkeypatch.setattr(mx, "device_info", lambda: info)
-    assert machine_memory() == 150_000_000_000
-    info["max_recommended_working_set_size"] = 100
-    assert machine_memory() == 100

@@ -16,7 +16,7 @@ from protocol.messages.messages import (
     Request,
     Welcome,
 )
-from protocol.messages.parts import PolicySpan
+from protocol.messages.parts import MemoryUse, PolicySpan
 from tests.learner.small_run import A, B, G, coordinator, group, hello, join, said, tasks
 from tests.protocol.builders import a_completion, a_policy, a_reward, task_id
 
@@ -37,6 +37,13 @@ def test_hello_then_policy_then_work_within_credit_and_the_bound():
     assert first[0].trainer_state == {"global_step": 0, "max_steps": 3}
 
 
+def test_what_an_actor_samples_at_a_time_is_told_to_the_user(caplog):
+    made = coordinator()
+    with caplog.at_level("INFO"):
+        made.receive(A, hello(capacity="64 completions at a time: as asked"), 0.0)
+    assert "actor a: 64 completions at a time: as asked" in caplog.messages
+
+
 def test_an_enquiry_gets_the_terms_and_no_work():
     made = coordinator()
     made.receive(A, hello(model_digest="", tokenizer_digest=""), 0.0)
@@ -51,7 +58,7 @@ def test_an_enquiry_gets_the_terms_and_no_work():
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"protocol_version": 9}, "protocol_version", ("version 2", "speaks 9")),
+        ({"protocol_version": 9}, "protocol_version", ("version 3", "speaks 9")),
         ({"model_digest": "x"}, "model", ("digest m", "has x")),
         ({"tokenizer_digest": "y"}, "tokenizer", ("digest t", "has y")),
     ],
@@ -124,6 +131,21 @@ def test_progress_renews_leases_and_its_lack_ends_them():
     made.receive(A, Heartbeat(progress=1), 90.0)  # alive, but the main thread did not move
     made.tick(110.0)
     assert said(made, A) == [Cancel(task=first.task, attempt=1)]
+
+
+def test_what_the_last_heartbeats_say_is_reported_per_actor_and_in_sum():
+    made = coordinator()
+    join(made, A)
+    join(made, B, "b")
+    memory = MemoryUse(active_bytes=10**9, peak_bytes=3 * 10**9, cache_bytes=5 * 10**8)
+    made.receive(A, Heartbeat(progress=1, groups_held=2, tokens_per_s=5.0, memory=memory), 1.0)
+    made.receive(B, Heartbeat(progress=1, groups_held=1, tokens_per_s=7.0, memory=memory), 1.0)
+    metrics = made.metrics()
+    assert metrics["actors/groups_held"] == 3
+    assert metrics["actors/tokens_per_s"] == 12.0
+    names = [f"memory_{name}_gb" for name in ("active", "peak", "cache")]
+    assert [metrics[f"actors/b/{name}"] for name in names] == [1.0, 3.0, 0.5]
+    assert [metrics[f"actors/{name}"] for name in names] == [2.0, 6.0, 1.0]
 
 
 def test_an_actor_whose_leases_ran_out_gets_others_only_once_it_moves():

@@ -48,6 +48,8 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path):
         ("--train.max_steps=-1", "train.max_steps", -1),
         ("--eval.at_start=false", "eval.at_start", False),
         ("--model.quantize_bits=4", "model.quantize_bits", 4),
+        ("--actors.max_concurrent_completions=7", "actors.max_concurrent_completions", 7),
+        ("--actors.max_concurrent_completions=auto", "actors.max_concurrent_completions", "auto"),
         ("--optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
         ("--data.system_prompt=a=b --c", "data.system_prompt", "a=b --c"),
     ],
@@ -121,6 +123,14 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
         (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
         (["--train.max_steps=0"], "--train.max_steps must be -1 or at least 1, got 0"),
+        (
+            ["--actors.max_concurrent_completions=0"],
+            "--actors.max_concurrent_completions must be at least 1, got 0",
+        ),
+        (
+            ["--actors.max_concurrent_completions=all"],
+            r"--actors.max_concurrent_completions must be int\|auto, got 'all'",
+        ),
         (
             ["--model.lora.num_layers=-2"],
             "--model.lora.num_layers must be -1 or at least 1, got -2",

@@ -15,7 +15,7 @@ from protocol.transport.curve_keys import make_keys
 from protocol.transport.endpoints import check_endpoint, ipc_folder, is_loopback
 
 pytestmark = pytest.mark.anyio
-HELLO = Hello(protocol_version=2, actor_id="a", actor_incarnation="i")
+HELLO = Hello(protocol_version=3, actor_id="a", actor_incarnation="i")
 
 
 async def greet(server, client):
