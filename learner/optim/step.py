@@ -146,6 +146,17 @@ class Step:
         self._gradients, self._running = {}, []
         return Update(grad_norm=0.0, learning_rate=self._next_rate(), applied=False)
 
+    def rehearse(self, micro: Sequence[ArraysT], loss_fn: LossFn[ArraysT, MetricsT]) -> None:
+        """Build the kernels of the gradients of such micro-batches, and drop the results.
+
+        Weights, moments and schedule stay as they are; compiled dropout draws from MLX's random
+        state.
+        """
+        for arrays in micro:
+            self.accumulate(arrays, loss_fn)
+        mx.eval(self._running)
+        self._gradients, self._running = {}, []
+
     def gradients(self) -> Tensors:
         """Return the accumulated gradients by name, float32."""
         return dict(self._gradients)
