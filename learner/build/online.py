@@ -40,6 +40,7 @@ from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
 from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
+from learner.online.rehearsal import rehearsal_batch
 from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
@@ -96,8 +97,13 @@ class OnlinePlan:
 
 
 @contextmanager
-def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
-    """Build the GRPO run of `folder`, and serve its actors inside the context."""
+def assemble_online(
+    folder: Path, addresses: OnlineAddresses, done: Callable[[str], None] = lambda _: None
+) -> Generator[Run]:
+    """Build the GRPO run of `folder`, and serve its actors inside the context.
+
+    `done` is told of each stage that has ended, by name.
+    """
     settings = load(GrpoRun, folder / "config.toml")
     for line in idle(settings):
         log.warning(line)
@@ -105,6 +111,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     mx.random.seed(settings.run.seed)  # for dropout
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
+    done("model")
     prompts = open_prompts(
         settings.data,
         policy.tokenizer,
@@ -113,6 +120,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
         batch_size=settings.train.batch_size,
         repeat_sampler=True,
     )
+    done("data")
     total = total_batches(settings, prompts)
     model = narrowed(settings.model, ModelSettings)
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total)
@@ -132,8 +140,26 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     with bridge:
         bridge.start(lambda _: service.run())
         source.publish(trainer.step)
-        yield Run(trainer, policy, folder, settings.model.path)
+        done("preparation")
+        yield Run(trainer, policy, folder, settings.model.path, _rehearsal(settings, plan, trainer))
         source.finish("the run is over")
+
+
+def _rehearsal(
+    settings: GrpoRun, plan: OnlinePlan, trainer: Trainer[TrainBatch]
+) -> Callable[[], None] | None:
+    """Return what builds the kernels of a step while the first groups are sampled, if it pays."""
+    if not should_compile(settings.train.compile):
+        return None
+    batch = rehearsal_batch(
+        # The first micro-batch of a step is traced apart from the others.
+        groups=min(settings.train.batch_size, 2 * settings.train.micro_batch_size),
+        completions=settings.sampling.num_generations,
+        rewards=len(settings.rewards.functions),
+        prompt_length=plan.prompts.epochs.longest or DEFAULT_PROMPT_LIMIT,
+        completion_length=settings.sampling.max_completion_length,
+    )
+    return lambda: trainer.rehearse(batch)
 
 
 def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
