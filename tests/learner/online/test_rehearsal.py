@@ -57,9 +57,9 @@ class OneBatch:
         return b""
 
 
-def trainer_of(model: Path, folder: Path, *, dropout: float = 0.25) -> Trainer[TrainBatch]:
+def trainer_of(model: Path, folder: Path, *, compiled: bool = False) -> Trainer[TrainBatch]:
     settings = ModelSettings(
-        path=str(model), dtype="float32", lora=LoraSettings(rank=4, dropout=dropout)
+        path=str(model), dtype="float32", lora=LoraSettings(rank=4, dropout=0.25)
     )
     policy = load_policy(settings, seed=3)
     mx.random.seed(11)
@@ -68,7 +68,8 @@ def trainer_of(model: Path, folder: Path, *, dropout: float = 0.25) -> Trainer[T
         grpo, GrpoTrain(length_bucket=8), SamplingSettings(num_generations=2),
         GrpoRewards(reward_weights=[1.0]), policy.model, "chunked", lambda item, at: {},
     )  # fmt: skip
-    step = Step(policy.model, OptimizerSettings(learning_rate=1e-2), total_steps=4, compiled=False)
+    optimizer = OptimizerSettings(learning_rate=1e-2)
+    step = Step(policy.model, optimizer, total_steps=4, compiled=compiled)
     schedule = Schedule(2, 0, 1, 0, eval_at_start=False)
     return Trainer(policy.model, OneBatch(), objective, step, Records(folder, 0.0), schedule)
 
@@ -83,11 +84,12 @@ def outcome(trainer: Trainer[TrainBatch]) -> dict[str, np.ndarray]:
     return arrays | {"random": np.array(random_state())}
 
 
-def test_a_rehearsal_changes_nothing(tmp_path: Path):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_rehearsal_changes_nothing(tmp_path: Path, compiled: bool):
     model = write_model_folder(tmp_path / "model")
     found: list[dict[str, np.ndarray]] = []
     for name in ("plain", "rehearsed"):
-        trainer = trainer_of(model, tmp_path / name)
+        trainer = trainer_of(model, tmp_path / name, compiled=compiled)
         if name == "rehearsed":
             before = outcome(trainer)
             batch = rehearsal_batch(
