@@ -28,6 +28,7 @@ from learner.build.common import (
     schedule_of,
     started_at,
 )
+from learner.build.rehearsal import rehearsal
 from learner.checkpoint import Checkpoint
 from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
@@ -40,7 +41,6 @@ from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
 from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
-from learner.online.rehearsal import rehearsal_batch
 from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
@@ -141,25 +141,9 @@ def assemble_online(
         bridge.start(lambda _: service.run())
         source.publish(trainer.step)
         done("preparation")
-        yield Run(trainer, policy, folder, settings.model.path, _rehearsal(settings, plan, trainer))
+        rehearse = rehearsal(settings, prompts.epochs.longest, trainer)
+        yield Run(trainer, policy, folder, settings.model.path, rehearse)
         source.finish("the run is over")
-
-
-def _rehearsal(
-    settings: GrpoRun, plan: OnlinePlan, trainer: Trainer[TrainBatch]
-) -> Callable[[], None] | None:
-    """Return what builds the kernels of a step while the first groups are sampled, if it pays."""
-    if not should_compile(settings.train.compile):
-        return None
-    batch = rehearsal_batch(
-        # The first micro-batch of a step is traced apart from the others.
-        groups=min(settings.train.batch_size, 2 * settings.train.micro_batch_size),
-        completions=settings.sampling.num_generations,
-        rewards=len(settings.rewards.functions),
-        prompt_length=plan.prompts.epochs.longest or DEFAULT_PROMPT_LIMIT,
-        completion_length=settings.sampling.max_completion_length,
-    )
-    return lambda: trainer.rehearse(batch)
 
 
 def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:

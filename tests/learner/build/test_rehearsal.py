@@ -6,15 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from learner.build.rehearsal import LONGEST, rehearsal, rehearsal_batch
 from learner.data.prompts import Prompt
 from learner.objectives.grpo import GrpoObjective
 from learner.online.experience import PromptGroup, TrainBatch
-from learner.online.rehearsal import LONGEST, rehearsal_batch
 from learner.optim.step import Step
 from learner.records import Records
 from learner.trainer import Schedule, Trainer
+from protocol.config.load import load
 from protocol.config.settings import (
     GrpoRewards,
+    GrpoRun,
     GrpoSettings,
     GrpoTrain,
     LoraSettings,
@@ -27,6 +29,7 @@ from protocol.model.policy import load_policy
 from protocol.model.random_state import random_state
 from protocol.model.snapshots import trainable
 from tests.protocol.builders import a_completion, a_group, a_reward
+from tests.protocol.config.recipes import FLAGS
 from tests.tiny import write_model_folder
 
 
@@ -133,3 +136,22 @@ def test_the_batch_has_the_asked_shape_and_rewards_that_differ(asked: int, got: 
     group = batch.groups[0].group
     assert [len(ids_view(each.token_ids)) for each in group.completions] == [got] * 4
     assert floats_view(group.reward.rewards).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_only_compiled_runs_rehearse_as_many_groups_as_a_step_has_kinds_of_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = trainer_of(write_model_folder(tmp_path / "model"), tmp_path / "run")
+    seen: list[TrainBatch] = []
+    monkeypatch.setattr(trainer, "rehearse", seen.append)
+    flags = [*FLAGS[GrpoRun], "--train.batch_size=8", "--sampling.max_completion_length=9"]
+    assert rehearsal(load(GrpoRun, None, [*flags, "--train.compile=off"]), 6, trainer) is None
+
+    run = load(GrpoRun, None, [*flags, "--train.compile=on", "--train.micro_batch_size=3"])
+    rehearse = rehearsal(run, 6, trainer)
+    assert rehearse is not None
+    rehearse()
+    (batch,) = seen
+    assert [len(item.prompt.prompt_ids) for item in batch.groups] == [6] * 6
+    completions = batch.groups[0].group.completions
+    assert [len(ids_view(each.token_ids)) for each in completions] == [9] * 8
