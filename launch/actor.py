@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -21,11 +22,14 @@ from actors.bridge_messages import Command, Event, MessageReceived, Send
 from actors.io import ActorIo, IoThreadHandle
 from actors.session import ActorIdentity, Session
 from actors.worker import Worker
+from launch.processes.early_load import EarlyPolicy, load_early
+from launch.processes.stages import Stages
 from launch.processes.start import Lifeline, start_process
 from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
 from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
 from protocol.messages.parts import RewardService
+from protocol.run_record import record_event
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Client
 from protocol.transport.endpoints import reachable
@@ -57,6 +61,9 @@ def arguments() -> argparse.Namespace:
         "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens per pass"
     )
     parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="of the run, for an actor beside its learner"
+    )
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     args = parser.parse_args()
     if args.prefill_step_size < 1:
@@ -117,21 +124,22 @@ def _work(
 ) -> None:
     """Load the model that the learner names, then advance the worker until the run is over."""
     name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
+    stages = Stages(name)
+    early = load_early(args.run_dir, stages)
     incarnation = uuid.uuid4().hex
     welcome = enquire(io_thread, name, incarnation, args.connect, lifeline)
+    stages.done("welcome")
     if welcome is None:
         return
 
     from actors.capacity import capacity_of
-    from protocol.model.policy import load_policy
 
-    settings = msgspec.convert(welcome.model, ModelSettings)
-    if args.model:
-        settings = msgspec.structs.replace(settings, path=args.model)
-    policy = load_policy(settings, seed=welcome.seed)
+    policy = _policy(args, welcome, early)
+    early = None  # not to keep a model that does not fit
     capacity = capacity_of(
         args.max_concurrent_completions, welcome, policy, prefill_step_size=args.prefill_step_size
     )
+    stages.done("model")
     identity = ActorIdentity(
         name,
         incarnation,
@@ -142,20 +150,48 @@ def _work(
     )
 
     worker = _worker(args, capacity.completions, policy, identity, io_thread)
+    stages.done("engine")
     slot.append(worker)  # the I/O thread sends its heartbeats from now on
     worker.start()
 
     log.info("actor %s joins run %s at %s", name, welcome.run, args.connect)
+    started = False
     try:
         while worker.stopped is None and not lifeline.stop_requested:
             if not worker.advance():
                 io_thread.wait(IDLE_S)
+            if not started and worker.heartbeat is not None and worker.heartbeat.tokens_sampled:
+                started = True
+                stages.done("first tokens")
+                _report_start(args, stages)
     except KeyboardInterrupt:
         log.info("interrupted: leaving")
 
     reason = worker.stopped or "asked to leave"
     log.info("actor %s leaves: %s", name, reason)
     worker.leave(reason)
+
+
+def _policy(
+    args: argparse.Namespace, welcome: Welcome, early: EarlyPolicy | None
+) -> "LoadedPolicy":
+    """Return the policy that the learner trains: the one loaded early, if it is the same."""
+    from protocol.model.policy import load_policy
+
+    settings = msgspec.convert(welcome.model, ModelSettings)
+    if args.model:
+        settings = msgspec.structs.replace(settings, path=args.model)
+    if early is not None and (early.settings, early.seed) == (settings, welcome.seed):
+        return early.policy
+    return load_policy(settings, seed=welcome.seed)
+
+
+def _report_start(args: argparse.Namespace, stages: Stages) -> None:
+    """Say how long it took to the first tokens: in the run's events, if its folder is here."""
+    if args.run_dir is not None:
+        record_event(args.run_dir, stages.event())
+    else:
+        log.info("%s", stages.event().text)
 
 
 def enquire(

@@ -24,7 +24,7 @@ from learner.optim.step import Step
 from learner.records import Records
 from protocol.errors import CheckpointError
 from protocol.model.device_memory import memory_use
-from protocol.model.random_state import random_state, set_random_state
+from protocol.model.random_state import random_state, seeded, set_random_state
 from protocol.model.snapshots import trainable
 from protocol.run_record import (
     CheckpointFailed,
@@ -260,6 +260,16 @@ class Trainer(Generic[BatchT]):
             if required:
                 raise
             self.records.event(CheckpointFailed(step=self.step, reason=str(error)))
+
+    def rehearse(self, batch: BatchT) -> None:
+        """Build the kernels of a step over a batch like this one; nothing of the run changes."""
+        with seeded(0):
+            prepared = self.objective.prepare(batch)
+            self.model.train()
+            try:
+                self.updater.rehearse(prepared.micro, self.objective.loss)
+            finally:
+                self.model.eval()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint whose tensors are already in the model."""

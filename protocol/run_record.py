@@ -134,6 +134,19 @@ class Restart(Event, frozen=True, kw_only=True):
         )
 
 
+class StartUp(Event, frozen=True, kw_only=True):
+    """A process came to its first result, the last of `parts`: seconds of each stage, in order."""
+
+    process: str
+    parts: dict[str, float]
+
+    @property
+    def text(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+        total, result = sum(self.parts.values()), next(reversed(self.parts), "start")
+        return f"{self.process}: {result} after {total:.1f} s ({parts})"
+
+
 class Notice(Event, frozen=True, kw_only=True):
     """A message of the learner to the user."""
 
@@ -153,6 +166,7 @@ AnyEvent = (
     | CheckpointFailed
     | Fault
     | Restart
+    | StartUp
     | Notice
 )
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)

@@ -24,6 +24,7 @@ from protocol.run_record import (
     EvaluationFinished,
     EvaluationStarted,
     Notice,
+    StartUp,
     read_run,
 )
 
@@ -119,9 +120,9 @@ class Progress(Follower):
             self.say(f"evaluating step {self._evaluating}")
 
     def on_event(self, event: AnyEvent) -> None:
-        """Show notices and failed checkpoints, and note evaluations."""
+        """Show notices, failed checkpoints and times of start, and note evaluations."""
         match event:
-            case Notice() | CheckpointFailed():
+            case Notice() | CheckpointFailed() | StartUp():
                 self.say(event.text)
             case EvaluationStarted():
                 self._evaluating = event.step

@@ -18,6 +18,7 @@ from protocol.run_record import (
     CheckpointFailed,
     Fault,
     Restart,
+    StartUp,
     parse_events,
     read_run,
     replace_file,
@@ -65,7 +66,7 @@ def write_report(folder: Path) -> Path:
     config = _bytes(folder / "config.toml").decode("utf-8", errors="replace")
     text = page(
         folder.name,
-        f"{_about(folder)}{_troubles(folder)}{_summary(metrics)}"
+        f"{_about(folder)}{_start(folder)}{_troubles(folder)}{_summary(metrics)}"
         f'<div class="charts">{shown}</div>{_samples(folder)}'
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>",
     )
@@ -86,6 +87,13 @@ def _about(folder: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     state = record.state.replace("_", " ")
     return f"<p>{escape(f'{record.program} run{steps}, {state}; {versions}')}</p>"
+
+
+def _start(folder: Path) -> str:
+    """Return how long each process took to its first result, and in which stages."""
+    events = parse_events(_bytes(folder / EVENTS))
+    found = [escape(each.text) for each in events if isinstance(each, StartUp)]
+    return f"<p>{'<br>'.join(found)}</p>" if found else ""
 
 
 def _troubles(folder: Path) -> str:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from launch.processes.learner_program import run_learner
 from launch.processes.run_lock import hold_run_folder
+from launch.processes.stages import Stages
 from launch.processes.start import Lifeline
 from launch.run_folder.resume import accept_settings
 from protocol.errors import RewardError
-from protocol.run_record import State, change_state, read_run
+from protocol.run_record import State, change_state, read_run, record_event
 
 if TYPE_CHECKING:
     from learner.build.common import Run
@@ -29,10 +30,12 @@ POLL_S = 0.2
 
 def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Build the run and advance it to its end; return how it ended."""
-    with hold_run_folder(args.run_dir), _assembled(args, lifeline) as run:
+    stages = Stages("learner")
+    with hold_run_folder(args.run_dir), _assembled(args, lifeline, stages) as run:
         accept_settings(args.run_dir)
         _announce(run.trainer, args.run_dir)
         try:
+            _to_first_step(run, args.run_dir, lifeline, stages)
             _advance(run.trainer, args.run_dir, lifeline)
         except RewardError:
             # The run can be resumed from here once the reward functions are fixed.
@@ -46,19 +49,21 @@ def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
 
 
 @contextmanager
-def _assembled(args: argparse.Namespace, lifeline: Lifeline) -> "Generator[Run]":
+def _assembled(args: argparse.Namespace, lifeline: Lifeline, stages: Stages) -> "Generator[Run]":
     """Build the run, as its program requires; MLX is loaded only here."""
     program = read_run(args.run_dir).program
     if program == "grpo":
         from learner.build.online import OnlineAddresses, assemble_online
 
+        stages.done("imports")
         addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
-        with assemble_online(args.run_dir, addresses) as run:
+        with assemble_online(args.run_dir, addresses, stages.done) as run:
             yield run
     else:
         from learner.build.offline import assemble_offline
 
-        yield assemble_offline(args.run_dir, program, lambda: lifeline.stop_requested)
+        stages.done("imports")
+        yield assemble_offline(args.run_dir, program, lambda: lifeline.stop_requested, stages.done)
 
 
 def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
@@ -75,12 +80,32 @@ def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
         )
 
 
+def _to_first_step(run: "Run", folder: Path, lifeline: Lifeline, stages: Stages) -> None:
+    """Advance until the first step is taken, and record how long it took to come there."""
+    trainer, before = run.trainer, run.trainer.step
+    _advance_once(trainer, folder, lifeline)  # asks for the first groups
+    if run.rehearse is not None and not trainer.stopping and trainer.step == before:
+        run.rehearse()
+        stages.done("kernels")
+
+    while not trainer.done and trainer.step == before:
+        _advance_once(trainer, folder, lifeline)
+    if trainer.step > before:
+        stages.done("first batch", ago_s=trainer.last_metrics["step_time"])
+        stages.done("first step")
+        record_event(folder, stages.event())
+
+
 def _advance(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline) -> None:
     while not trainer.done:
-        if lifeline.stop_requested and not trainer.stopping:
-            change_state(folder, "stopping")
-            trainer.stopping = True
-        trainer.advance(timeout_s=POLL_S)
+        _advance_once(trainer, folder, lifeline)
+
+
+def _advance_once(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline) -> None:
+    if lifeline.stop_requested and not trainer.stopping:
+        change_state(folder, "stopping")
+        trainer.stopping = True
+    trainer.advance(timeout_s=POLL_S)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     required = {"reward server"} if servers else set[str]()
     if not run.transport.bind:
         required.add("actor")
-    helpers = [*servers, *actor_specs(run, endpoint)]
+    helpers = [*servers, *actor_specs(run, folder, endpoint)]
     return place(Processes(learner, helpers, frozenset(required)), run, visible_gpus())
 
 
@@ -73,10 +73,10 @@ def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[Chil
     return services, servers if local else []
 
 
-def actor_specs(run: OnlineRun, endpoint: str) -> list[ChildSpec]:
+def actor_specs(run: OnlineRun, folder: Path, endpoint: str) -> list[ChildSpec]:
     """Return the local actors to start; `endpoint` is the learner's."""
     settings = run.actors
-    common = ["--connect", endpoint, "--child"]
+    common = ["--connect", endpoint, "--run-dir", str(folder), "--child"]
     common += ["--max-concurrent-completions", str(settings.max_concurrent_completions)]
     common += ["--prefill-step-size", str(settings.prefill_step_size), *_keys(run)]
     names = [f"actor-{i}" for i in range(settings.count)]

@@ -6,6 +6,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ log = logging.getLogger("pippin.learner")
 
 @dataclass
 class Run:
-    """A learner that is ready to advance. `base` is the path of the base model."""
+    """A learner that is ready to advance. `base` is the path of the base model.
+
+    `rehearse` builds the kernels of a step, without any effect on the run: call it once while the
+    first batch is waited for. None where that saves nothing.
+    """
 
     trainer: Trainer[Any]
     policy: LoadedPolicy
     folder: Path
     base: str
+    rehearse: Callable[[], None] | None = None
 
     def complete(self) -> None:
         """Write the result in mlx-lm's format: `adapters/`, or `model/` after full fine-tuning."""

@@ -41,10 +41,16 @@ log = logging.getLogger("pippin.learner")
 DEFAULT_LIMIT = 1024  # tokens per row of a stream without data.max_length, to estimate memory
 
 
-def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lambda: False) -> Run:
+def assemble_offline(
+    folder: Path,
+    kind: str,
+    stopped: Callable[[], bool] = lambda: False,
+    done: Callable[[str], None] = lambda _: None,
+) -> Run:
     """Build the offline run of `folder`: "sft" or "preference".
 
-    If `stopped` interrupts what comes before the first step, the run only saves.
+    If `stopped` interrupts what comes before the first step, the run only saves. `done` is told of
+    each stage that has ended, by name.
     """
     path = folder / "config.toml"
     settings: OfflineRun = load(SftRun, path) if kind == "sft" else load(PreferenceRun, path)
@@ -57,7 +63,9 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     reference = None
     if isinstance(settings, PreferenceRun) and method.needs_reference(settings):
         reference = make_reference(policy, settings.model)
+    done("model")
     source = open_examples(settings, policy)
+    done("data")
     total = source.total
     if total is None:
         raise ConfigError("a streamed dataset has no length: set train.max_steps")
@@ -92,6 +100,7 @@ def assemble_offline(folder: Path, kind: str, stopped: Callable[[], bool] = lamb
     if checkpoint is not None:
         source.restore(checkpoint.source)
         trainer.restore(checkpoint)
+    done("preparation")
     return Run(trainer, policy, folder, settings.model.path)
 
 

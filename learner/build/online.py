@@ -11,7 +11,7 @@ import logging
 import math
 import platform
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from learner.build.common import (
     started_at,
 )
 from learner.build.forward import Forward, choose_forward, longest_prompt
+from learner.build.rehearsal import rehearsal
 from learner.checkpoint import Checkpoint
 from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
@@ -94,8 +95,13 @@ class OnlinePlan:
 
 
 @contextmanager
-def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
-    """Build the GRPO run of `folder`, and serve its actors inside the context."""
+def assemble_online(
+    folder: Path, addresses: OnlineAddresses, done: Callable[[str], None] = lambda _: None
+) -> Generator[Run]:
+    """Build the GRPO run of `folder`, and serve its actors inside the context.
+
+    `done` is told of each stage that has ended, by name.
+    """
     settings = load(GrpoRun, folder / "config.toml")
     for line in idle(settings):
         log.warning(line)
@@ -103,6 +109,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     mx.random.seed(settings.run.seed)  # for dropout
     policy = load_policy(settings.model, seed=settings.run.seed)
     reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
+    done("model")
     prompts = open_prompts(
         settings.data,
         policy.tokenizer,
@@ -111,6 +118,7 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
         batch_size=settings.train.batch_size,
         repeat_sampler=True,
     )
+    done("data")
     total = total_batches(settings, prompts)
     model = narrowed(settings.model, ModelSettings)
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total)
@@ -134,7 +142,9 @@ def assemble_online(folder: Path, addresses: OnlineAddresses) -> Generator[Run]:
     with bridge:
         bridge.start(lambda _: service.run())
         source.publish(trainer.step)
-        yield Run(trainer, policy, folder, settings.model.path)
+        done("preparation")
+        rehearse = rehearsal(settings, prompts.epochs.longest, trainer)
+        yield Run(trainer, policy, folder, settings.model.path, rehearse)
         source.finish("the run is over")
 
 

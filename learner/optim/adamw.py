@@ -89,6 +89,14 @@ class MasterAdamW:
         self._masters = {name: new[name] for name in self._masters}
         return rounded, norm
 
+    def rehearse(self, gradients: Tensors, parameters: Tensors) -> None:
+        """Build the kernels of `step` and drop its results: nothing changes.
+
+        New weights and moments are held beside the old ones meanwhile.
+        """
+        state = {**self._state, "learning_rate": mx.array(0.0, mx.float32)}
+        mx.eval(self._apply(gradients, {**parameters, **self._masters}, state))
+
     def arrays(self) -> list[Any]:
         """Return what a step changes in the optimiser: moments, masters and the step count."""
         return [self._masters, self._state]

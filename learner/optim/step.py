@@ -29,6 +29,7 @@ from protocol.model.snapshots import trainable
 
 log = logging.getLogger(__name__)
 
+SMALL_BYTES = 1 << 30  # trainable tensors below this are updated in a rehearsal too
 MAX_SKIPS = 10  # updates in a row without a finite gradient that end the run
 
 # A micro-batch and its metrics are trees (dicts, TypedDicts, lists, tuples) of mx.array.
@@ -145,6 +146,21 @@ class Step:
         """Drop the accumulated gradient; only the schedule moves on, not weights or moments."""
         self._gradients, self._running = {}, []
         return Update(grad_norm=0.0, learning_rate=self._next_rate(), applied=False)
+
+    def rehearse(self, micro: Sequence[ArraysT], loss_fn: LossFn[ArraysT, MetricsT]) -> None:
+        """Build the kernels of an update over such micro-batches, and drop its results.
+
+        Weights, moments and schedule stay as they are; dropout draws from MLX's random state.
+        """
+        for arrays in micro:
+            self.accumulate(arrays, loss_fn)
+        mx.eval(self._running)
+
+        # A second set of weights and moments is held meanwhile: adapters are small enough for it.
+        parameters = trainable(self._model)
+        if self._gradients and sum(array.nbytes for array in parameters.values()) < SMALL_BYTES:
+            self._optimizer.rehearse(self._gradients, parameters)
+        self._gradients, self._running = {}, []
 
     def gradients(self) -> Tensors:
         """Return the accumulated gradients by name, float32."""

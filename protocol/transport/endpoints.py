@@ -30,6 +30,8 @@ MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"
 HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 20_000
+RECONNECT_MS = 100
+RECONNECT_TCP_MS = 2_000  # the longest, to which it doubles
 
 
 @contextmanager
@@ -95,8 +97,6 @@ def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bou
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
 
 
 def bind_all(
@@ -166,6 +166,10 @@ def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) 
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    # A local learner that is still starting is asked again at once: only tcp backs off.
+    longest = RECONNECT_TCP_MS if endpoint.startswith("tcp://") else 0
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, longest)
 
     try:
         socket.connect(endpoint)

@@ -162,7 +162,7 @@ def measure(run: Path, began: float, warmup: int) -> dict[str, Any]:
         "first_step_s": round(first["train_finished_at"] - began, 2),
         "start_up": start_up(run),
         "first_update_s": round(first["time/update_s"], 2),
-        "memory": {name: value for name, value in last.items() if "memory/" in name},
+        "memory": {name: value for name, value in last.items() if "memory" in name},
         # Before the first update, the policy is the one that sampled.
         "logp_difference_first": {
             name.rpartition("/")[2]: value

@@ -172,7 +172,10 @@ def test_processes_of_a_run(tmp_path: Path):
         "ipc:///s/reward-1",
         "--child",
     ]
-    assert [spec.name for spec in actor_specs(run, "ipc:///s/l")] == ["actor-0", "actor-1"]
+    assert [spec.name for spec in actor_specs(run, tmp_path, "ipc:///s/l")] == [
+        "actor-0",
+        "actor-1",
+    ]
     offline = offline_processes(load(SftRun, None, OFFLINE), tmp_path)
     assert offline.learner.command[2:] == [str(tmp_path), "--child"]
     assert offline.required == frozenset()

@@ -163,7 +163,7 @@ def test_grpo_reads_every_key_that_it_takes(
     for number, flags in enumerate((*GRPO, STREAM)):
         run, folder = read_command_line(GrpoRun, [*common, f"--run.name=g{number}", *flags], "")
         reward_services(run, folder)
-        actor_specs(run, "ipc://x")
+        actor_specs(run, folder, "ipc://x")
         endpoint = f"ipc://{folder}/s"
         addresses = OnlineAddresses([endpoint], f"{endpoint}2", ["ipc://x"])
         with assemble_online(folder, addresses) as assembled:

@@ -13,6 +13,7 @@ from protocol.run_record import (
     EvaluationStarted,
     Notice,
     RunRecord,
+    StartUp,
     record_event,
     write_run,
 )
@@ -93,6 +94,7 @@ def test_the_learner_says_how_many_steps_there_are_and_its_notices_are_shown(tmp
     with Progress(tmp_path, out=out) as progress:
         message = "rows.jsonl: 8 rows kept, 0 dropped, 0 truncated"
         record_event(tmp_path, Notice(level="info", message=message))
+        record_event(tmp_path, StartUp(process="a", parts={"model": 1.25, "first tokens": 2.0}))
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 2.0, "loss": 1.5}\n')
         progress.update()
         announce(tmp_path, 4)
@@ -100,6 +102,7 @@ def test_the_learner_says_how_many_steps_there_are_and_its_notices_are_shown(tmp
             file.write('{"step": 2, "time_s": 5.0, "loss": 1.25}\n')
     assert out.getvalue().splitlines()[1:] == [
         "rows.jsonl: 8 rows kept, 0 dropped, 0 truncated",
+        "a: first tokens after 3.2 s (model 1.2, first tokens 2.0)",
         "step 1  loss 1.5",
         "step 2/4  loss 1.25  left 0:06",
     ]

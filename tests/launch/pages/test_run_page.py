@@ -17,6 +17,7 @@ from protocol.run_record import (
     Notice,
     Restart,
     RunRecord,
+    StartUp,
     record_event,
     write_run,
 )
@@ -71,6 +72,8 @@ def test_the_page_says_what_ran_how_it_ended_and_what_went_wrong(tmp_path: Path)
     record = RunRecord(program="grpo", state="stopped", total_steps=9, versions=versions)
     write_run(tmp_path, record)
     record_event(tmp_path, Notice(level="info", message="seven rows"))
+    record_event(tmp_path, StartUp(process="a", parts={"model": 1.5, "first tokens": 2.0}))
+    record_event(tmp_path, StartUp(process="<b>", parts={"model": 1.0, "first step": 3.0}))
     record_event(tmp_path, CheckpointFailed(step=4, reason="<full>"))
     record_event(
         tmp_path,
@@ -81,6 +84,10 @@ def test_the_page_says_what_ran_how_it_ended_and_what_went_wrong(tmp_path: Path)
     assert (
         "<ul><li>step 4: training goes on without this checkpoint: &lt;full&gt;</li>"
         "<li>actor-1 ended with SIGKILL; restart 1 of 3 in 0.5 s</li></ul>"
+    ) in page
+    assert (
+        "<p>a: first tokens after 3.5 s (model 1.5, first tokens 2.0)<br>"
+        "&lt;b&gt;: first step after 4.0 s (model 1.0, first step 3.0)</p>"
     ) in page
     assert "seven rows" not in page
 

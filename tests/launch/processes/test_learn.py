@@ -18,6 +18,7 @@ from protocol.run_record import (
     EvaluationFinished,
     Fault,
     RunRecord,
+    StartUp,
     StateChanged,
     parse_events,
     read_run,
@@ -114,6 +115,7 @@ heartbeat_s = 0.2
             "launch/actor.py",
             f"--connect=ipc://{self.sockets}/learner",
             "--name=a0",
+            f"--run-dir={self.folder}",
             "--max-concurrent-completions=16",
         )
 
@@ -183,6 +185,17 @@ def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(t
         run.settle(learner)
         run.settle(actor)
         assert run.steps() == [1, 2, 3, 4, 5, 6]
+        events = parse_events((run.folder / "events.jsonl").read_bytes())
+        starts = [each for each in events if isinstance(each, StartUp)]
+        sampling = ("a0", ["imports", "model", "welcome", "engine", "first tokens"])
+        stages = ["imports", "model", "data", "preparation", "first batch", "first step"]
+        assert sorted((each.process, list(each.parts)) for each in starts) == [
+            sampling,
+            sampling,
+            ("learner", stages),
+        ]
+        # The learner took the model that each actor had loaded meanwhile.
+        assert (run.folder / "actor.log").read_text().count("Training lora: ") == 2
         numbers = [line["task"] for line in trained(run)]
         assert len(numbers) == len(set(map(str, numbers))) == 12
         assert len({str(line["incarnation"]) for line in run.lines("ledger.jsonl")}) == 1
