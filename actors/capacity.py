@@ -20,8 +20,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from actors.engine.mlx_engine import PREFILL_TOKENS
-from actors.engine.shapes import shapes_for
+from actors.engine.shapes import PREFILL_TOKENS, shapes_for
 from actors.engine.sizes import bytes_per_position
 from protocol.messages.messages import Welcome
 from protocol.model.device_memory import device_memory, visible_device
@@ -82,7 +81,7 @@ def estimate_memory(
     """
     shape, itemsize = LayerShape.of(config), compute_itemsize(model)
     position = bytes_per_position(model)
-    columns = shapes_for(mx.default_device(), deterministic=False).columns(max_tokens)
+    columns = shapes_for(mx.default_device(), deterministic=False).capacity(max_tokens)
     slot = columns * position
     token = (_HIDDEN_ARRAYS * shape.hidden + _MLP_ARRAYS * shape.mlp) * itemsize
     if mx.default_device().type == mx.DeviceType.cpu:  # where attention is not fused
