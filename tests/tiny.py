@@ -39,15 +39,20 @@ def tiny_model(seed: int = 0, **changes: object) -> nn.Module:
     return random_model({**CONFIG, **changes}, seed)
 
 
-def random_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """Make a model of mlx-lm's `config` with random weights, in float32 and eval mode."""
+def random_model(
+    config: dict[str, Any], seed: int = 0, *, most: int = MOST_PARAMETERS
+) -> nn.Module:
+    """Make a model of mlx-lm's `config` with random weights, in float32 and eval mode.
+
+    Raises ValueError if it has more than `most` parameters.
+    """
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)
     # Some types write into what they are given.
     model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
 
     size = sum(array.size for array in tensors(model).values())
-    if size > MOST_PARAMETERS:  # a setting kept its default; nothing is allocated yet
+    if size > most:  # a setting kept its default; nothing is allocated yet
         raise ValueError(f"a tiny {config['model_type']} has {size:,} parameters")
 
     # Small weights give nearly equal logits, which hide faults.

@@ -55,15 +55,15 @@ def measure(case: Case) -> "tuple[int, ActorMemory]":
     from protocol.messages.parts import Sampling
     from protocol.model.adapters import attach_adapters
     from tests.benchmarks.memory_estimate import Case as Shape
-    from tests.tiny import CONFIG, tiny_model
+    from tests.tiny import CONFIG, random_model
 
     gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory()
 
     shape = Shape(hidden=case.hidden, layers=case.layers, vocab=case.vocab)
-    config = {**shape.config, "max_position_embeddings": 8192}
-    model = tiny_model(**config)
+    config = {**CONFIG, **shape.config, "max_position_embeddings": 8192}
+    model = random_model(config, most=10**12)
     model.set_dtype(getattr(mx, case.dtype))
     attach_adapters(model, ModelSettings())
     mx.eval(model.parameters())
@@ -84,7 +84,7 @@ def measure(case: Case) -> "tuple[int, ActorMemory]":
 
     estimate = estimate_memory(
         model,
-        {**CONFIG, **config},
+        config,
         max_prompt=case.prompt,
         max_tokens=case.prompt + case.completion,
         num_generations=case.group,

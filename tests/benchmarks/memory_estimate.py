@@ -80,12 +80,12 @@ def measure(case: Case) -> "tuple[int, MemoryEstimate]":
     from learner.optim.step import Step, should_compile
     from protocol.config.settings import ModelSettings, OptimizerSettings
     from protocol.model.adapters import attach_adapters
-    from tests.tiny import CONFIG, tiny_model
+    from tests.tiny import CONFIG, random_model
 
     gc.collect()
     others = mx.get_active_memory()
 
-    model = tiny_model(**case.config)
+    model = random_model({**CONFIG, **case.config}, most=10**12)
     model.set_dtype(getattr(mx, case.dtype))
     if case.bits:
         nn.quantize(model, 32, case.bits)
