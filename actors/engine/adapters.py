@@ -12,6 +12,7 @@ replaced. Each layer's own weight becomes a slice of the stack, so the weights e
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (mlx and mlx-lm are only partly typed)
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, cast
@@ -160,26 +161,30 @@ def unstack_adapters(model: nn.Module) -> None:
             object.__delattr__(module, "_stack")
 
 
+class _RecordedLoRA(LoRALinear):
+    """A LoRALinear that notes what it is called on, in the list that stands in for its stack."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        cast(Any, self)._calls.append((self, x))
+        return super().__call__(x)
+
+
 def _shared_inputs(model: nn.Module) -> list[list[LoRALinear]]:
     """Return the plain LoRA layers by the array that they are called on in a forward pass."""
     calls: list[tuple[LoRALinear, mx.array]] = []
-
-    class Recorder(LoRALinear):
-        def __call__(self, x: mx.array) -> mx.array:
-            calls.append((self, x))
-            return LoRALinear.__call__(self, x)
-
     layers = [module for module in model.modules() if type(module) is LoRALinear]
     try:
         for layer in layers:
-            layer.__class__ = Recorder
+            object.__setattr__(layer, "_calls", calls)
+            layer.__class__ = _RecordedLoRA
         model(mx.array([[0]]))
     finally:
         for layer in layers:
             layer.__class__ = LoRALinear
+            object.__delattr__(layer, "_calls")
 
     # A layer that is called more than once, such as one shared by several blocks, stays as it is.
-    times = {id(layer): sum(other is layer for other, _ in calls) for layer, _ in calls}
+    times = Counter(id(layer) for layer, _ in calls)
     groups: dict[tuple[int, object], list[LoRALinear]] = {}
     for layer, x in calls:
         if times[id(layer)] == 1:

@@ -9,14 +9,14 @@ import logging
 import mlx.core as mx
 import mlx.nn as nn
 
-from actors.engine.adapters import StackedAdapters
 from actors.engine.batch_decoder import BatchDecoder
 from actors.engine.decoder import Decoder
-from actors.engine.shapes import shapes_for
+from actors.engine.shapes import Shapes, shapes_for
 from actors.engine.slot_decoder import SlotDecoder
 from actors.engine.slots import layer_shapes
-from actors.engine.trials import decoding_path, stacked_adapters
+from actors.engine.trials import Path, decoding_path, place_matters, stacked_adapters
 from protocol.errors import ModelError
+from protocol.model.snapshots import named_arrays
 
 log = logging.getLogger("pippin.actor")
 
@@ -35,25 +35,24 @@ def choose_decoder(
     Raises ModelError if `deterministic` is asked of a model that cannot decode in slots.
     """
     path, reason = decoding_path(model)
+    device = mx.default_device()
+    shapes = shapes_for(device, deterministic=deterministic)
+    if deterministic:
+        _require_deterministic(model, path, reason, shapes, rows)
+
     if path == "slots":
-        stacks: list[StackedAdapters] = stacked_adapters(model)
-        device = mx.default_device()
+        stacks = stacked_adapters(model)
         return SlotDecoder(
             model,
             layer_shapes(model),
             rows=rows,
             vocab_size=vocab_size,
             max_tokens=max_tokens,
-            shapes=shapes_for(device, deterministic=deterministic),
+            shapes=shapes,
             stacks=stacks,
             compiled=device.type == mx.DeviceType.gpu,
         )
 
-    if deterministic and path == "batched":
-        raise ModelError(
-            f"run.deterministic needs a model that decodes in slots, and {type(model).__module__} "
-            f"does not: {reason}. Set run.deterministic = false"
-        )
     log.info(
         "%s decodes %s, which takes more time and memory than slots: %s",
         type(model).__module__,
@@ -67,3 +66,26 @@ def choose_decoder(
         prefill_step_size=prefill_step_size,
         alone=path == "alone",
     )
+
+
+def _require_deterministic(
+    model: nn.Module, path: Path, reason: str, shapes: Shapes, rows: int
+) -> None:
+    """Raise ModelError where bits would depend on what else is sampled."""
+    types = {array.dtype for array in named_arrays(model.parameters()).values()}
+    if types & {mx.bfloat16, mx.float16}:
+        raise ModelError(
+            "run.deterministic needs weights in float32, because the kernels of shorter types "
+            'differ by shape; set model.dtype = "float32", or run.deterministic = false'
+        )
+    if path == "batched":
+        raise ModelError(
+            f"run.deterministic needs a model that decodes in slots, and {type(model).__module__} "
+            f"does not: {reason}. Set run.deterministic = false"
+        )
+    if path == "slots" and place_matters(model, shapes, rows):
+        raise ModelError(
+            "run.deterministic: the matrix products on this machine give a completion other bits "
+            "in another row of the batch. With OpenBLAS, set OPENBLAS_CORETYPE=Sandybridge in the "
+            "actor's environment; otherwise set run.deterministic = false"
+        )

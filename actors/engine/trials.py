@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from actors.engine.adapters import StackedAdapters, stack_adapters, unstack_adapters
 from actors.engine.prefill import Prefiller, merge, mergeable
+from actors.engine.shapes import Shapes
 from actors.engine.slots import PromptReader, Slots, layer_shapes
 from protocol.errors import ModelError
 from protocol.model.snapshots import named_arrays
@@ -71,6 +72,30 @@ def stacked_adapters(model: nn.Module) -> list[StackedAdapters]:
     unstack_adapters(model)
     log.warning("Adapters are computed layer by layer: with several at once %s", reason)
     return []
+
+
+def place_matters(model: nn.Module, shapes: Shapes, rows: int) -> bool:
+    """Whether a completion's bits depend on its row, or on that of its prompt in a reading.
+
+    Products of fixed shapes are not enough: some kernels compute the last rows of a tile otherwise.
+    """
+    layers = layer_shapes(model)
+    count, length = shapes.reading(len(_PROMPTS[0]))
+    reader = PromptReader(
+        model, [_PROMPTS[0]] * count, [each.window for each in layers], shape=(count, length)
+    )
+    reader.read(count * length)
+    prefix = reader.prefixes()[0]
+
+    slots = Slots(layers, rows)
+    slots.grow(length)
+    position = mx.full((rows,), 0, dtype=mx.int32)
+    cache = slots.layers(position, columns=length)
+    logits = model(mx.full((rows, 1), 1, dtype=mx.int32), cache=cache)[:, -1]
+    return any(
+        not mx.array_equal(array, mx.broadcast_to(array[:1], array.shape)).item()
+        for array in (logits, *prefix.keys, *prefix.values)
+    )
 
 
 # ---- inside --------------------------------------------------------------------------------------

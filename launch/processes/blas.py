@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -35,12 +36,22 @@ def load_openblas() -> bool:
     return True
 
 
+def deterministic_kernels() -> dict[str, str]:
+    """Return environment variables under which OpenBLAS gives a row the same bits in any place.
+
+    Its kernels for AVX-512 do, and those for Sandy Bridge, which run wherever there is AVX; those
+    for Haswell compute the last rows of a tile otherwise.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return {}
+    return {"OPENBLAS_CORETYPE": "SkylakeX" if _has_avx512() else "Sandybridge"}
+
+
 def _has_avx512() -> bool:
     """Whether OpenBLAS's kernels for AVX-512 run on this CPU.
 
     Versions that do not know a CPU take older kernels for it: Debian 12's takes Haswell's on recent
-    AMD CPUs, which are 1.7 times slower there (128 x 1024 x 1024) and whose results for a row
-    depend on where in the batch it stands, which `run.deterministic` cannot have.
+    AMD CPUs, which are 1.7 times slower there (128 x 1024 x 1024).
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -12,6 +12,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from actors.engine.base import GenerationRequest
 from actors.engine.mlx_engine import MlxEngine
+from actors.engine.shapes import Shapes
+from actors.engine.trials import place_matters
 from protocol.errors import ModelError
 from protocol.messages.parts import Completion, Sampling
 from tests.actors.engine.engines import engine_of
@@ -119,6 +121,13 @@ def test_a_completion_is_the_same_bits_alone_and_among_64():
         assert among.sampling_logprobs == alone.sampling_logprobs
 
 
+def test_weights_below_float32_cannot_be_deterministic():
+    model = adapted_model()
+    model.set_dtype(mx.bfloat16)
+    with pytest.raises(ModelError, match=r'set model.dtype = "float32"'):
+        engine_of(model, vocab_size=VOCAB, deterministic=True)
+
+
 def test_a_model_that_mlx_lm_batches_cannot_be_deterministic():
     with pytest.raises(ModelError, match=r"run.deterministic needs a model that decodes in slots"):
         engine_of(state_space(), deterministic=True)
@@ -128,7 +137,8 @@ def test_a_model_that_mlx_lm_batches_cannot_be_deterministic():
 def test_the_bits_are_the_same_with_the_kernels_of_openblas():
     # It chooses them by the number of rows, unlike the plain loops that MLX has without it.
     program = (
-        "from launch.processes.blas import load_openblas\n"
+        "import os; from launch.processes.blas import deterministic_kernels, load_openblas\n"
+        "os.environ.update(deterministic_kernels())\n"
         f"if not load_openblas(): raise SystemExit({ABSENT})\n"
         "from tests.actors.engine import test_determinism as tests\n"
         "tests.test_a_completion_is_the_same_bits_alone_and_among_64()\n"
@@ -137,3 +147,24 @@ def test_the_bits_are_the_same_with_the_kernels_of_openblas():
     if done.returncode == ABSENT:
         pytest.skip("libopenblas is not installed")
     assert done.returncode == 0, done.stderr
+
+
+class Uneven(nn.Module):
+    """A model whose logits differ in the last bits from row to row."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = model.layers
+
+    def __call__(self, inputs: mx.array, cache=None) -> mx.array:
+        logits = self.model(inputs, cache=cache)
+        return logits * (1 + 1e-6 * mx.arange(len(inputs))[:, None, None])
+
+
+def test_kernels_for_which_the_row_matters_are_refused():
+    model = adapted_model()
+    assert not place_matters(model, Shapes(4, 32, fixed=True), 9)
+    assert place_matters(Uneven(model), Shapes(4, 32, fixed=True), 9)
+    with pytest.raises(ModelError, match=r"set OPENBLAS_CORETYPE=Sandybridge in the actor's"):
+        engine_of(Uneven(model), vocab_size=VOCAB, deterministic=True)
