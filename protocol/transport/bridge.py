@@ -7,14 +7,17 @@ The main side blocks (`put`, `get`), the I/O side is asynchronous (`aput`, `aget
 ends or raises, both queues close: items already queued can still be taken, then the other side
 raises the exception, or `BridgeClosed` after a normal end. So nothing waits for a dead thread.
 Items are handed over by reference and must not be MLX arrays.
+
+A main thread with several I/O threads gives their bridges one condition, and waits for all of them
+at once with `wait_for_any`.
 """
 
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 
@@ -34,14 +37,15 @@ class BridgeClosed(PippinError):
 class Bridge(Generic[ToIo, FromIo]):
     """Two queues of at most `bound` items; a full one unblocks when the other side takes an item.
 
-    Start, use and close it from one main thread; as a context manager it closes itself.
+    Start, use and close it from one main thread; as a context manager it closes itself. `changed`
+    is notified of every change; bridges of one main thread may share it.
     """
 
-    def __init__(self, *, bound: int = BOUND) -> None:
+    def __init__(self, *, bound: int = BOUND, changed: threading.Condition | None = None) -> None:
         self._bound = bound
         self._to_io: deque[ToIo] = deque()
         self._from_io: deque[FromIo] = deque()
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._main_ended = False
         self._io_ended = False
         self._main_error: BaseException | None = None
@@ -96,6 +100,11 @@ class Bridge(Generic[ToIo, FromIo]):
                 return None
         self._call_io(self._wake)
         return item
+
+    def has_news(self) -> bool:
+        """Whether `get` would return an item, or raise, without waiting."""
+        with self._changed:
+            return bool(self._from_io) or self._io_ended or self._main_ended
 
     def close(self, error: BaseException | None = None, *, grace_s: float = GRACE_S) -> None:
         """End the main side and wait for the I/O thread.
@@ -209,3 +218,14 @@ class Bridge(Generic[ToIo, FromIo]):
         with self._changed:  # the loop ends only after `_loop` is cleared under this lock
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
+
+
+def wait_for_any(
+    bridges: Sequence[Bridge[Any, Any]], changed: threading.Condition, timeout_s: float
+) -> bool:
+    """Wait until a bridge has news; return False if none has within `timeout_s`.
+
+    All of them must have been made with `changed`.
+    """
+    with changed:
+        return changed.wait_for(lambda: any(bridge.has_news() for bridge in bridges), timeout_s)
