@@ -8,14 +8,14 @@ ends or raises, both queues close: items already queued can still be taken, then
 raises the exception, or `BridgeClosed` after a normal end. So nothing waits for a dead thread.
 Items are handed over by reference and must not be MLX arrays.
 
-A main thread with several I/O threads gives their bridges one condition, and waits for all of them
-at once with `wait_for_any`.
+A main thread with several I/O threads makes their bridges among one `Bridges`, and waits for all of
+them at once.
 """
 
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -34,18 +34,33 @@ class BridgeClosed(PippinError):
     """The other side of the bridge has ended."""
 
 
+class Bridges:
+    """The bridges of one main thread, which share a condition, so that it can wait for any."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.members: list[Bridge[Any, Any]] = []
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a bridge has news; return False if none has within `timeout_s`."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: any(bridge.has_news() for bridge in self.members), timeout_s
+            )
+
+
 class Bridge(Generic[ToIo, FromIo]):
     """Two queues of at most `bound` items; a full one unblocks when the other side takes an item.
 
-    Start, use and close it from one main thread; as a context manager it closes itself. `changed`
-    is notified of every change; bridges of one main thread may share it.
+    Start, use and close it from one main thread; as a context manager it closes itself. `among`:
+    the bridges that the thread waits for together.
     """
 
-    def __init__(self, *, bound: int = BOUND, changed: threading.Condition | None = None) -> None:
+    def __init__(self, *, bound: int = BOUND, among: Bridges | None = None) -> None:
         self._bound = bound
         self._to_io: deque[ToIo] = deque()
         self._from_io: deque[FromIo] = deque()
-        self._changed = changed or threading.Condition()
+        self._changed = threading.Condition() if among is None else among.changed
         self._main_ended = False
         self._io_ended = False
         self._main_error: BaseException | None = None
@@ -54,6 +69,8 @@ class Bridge(Generic[ToIo, FromIo]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: anyio.CancelScope | None = None
         self._wake_io = anyio.Event()
+        if among is not None:
+            among.members.append(self)
 
     # ---- the main thread's side --------------------------------------------------------------
 
@@ -218,14 +235,3 @@ class Bridge(Generic[ToIo, FromIo]):
         with self._changed:  # the loop ends only after `_loop` is cleared under this lock
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
-
-
-def wait_for_any(
-    bridges: Sequence[Bridge[Any, Any]], changed: threading.Condition, timeout_s: float
-) -> bool:
-    """Wait until a bridge has news; return False if none has within `timeout_s`.
-
-    All of them must have been made with `changed`.
-    """
-    with changed:
-        return changed.wait_for(lambda: any(bridge.has_news() for bridge in bridges), timeout_s)

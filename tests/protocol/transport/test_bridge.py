@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from protocol.errors import RefusedError
-from protocol.transport.bridge import Bridge, BridgeClosed, wait_for_any
+from protocol.transport.bridge import Bridge, BridgeClosed, Bridges
 
 
 async def echo(bridge):
@@ -148,18 +148,17 @@ async def _raise(kind):
 
 
 def test_one_thread_waits_for_several_bridges():
-    changed = threading.Condition()
-    with Bridge(changed=changed) as first, Bridge(changed=changed) as second:
-        both = [first, second]
+    both = Bridges()
+    with Bridge(among=both) as first, Bridge(among=both) as second:
         first.start(echo)
         second.start(echo)
-        assert not wait_for_any(both, changed, 0.01)
-        for bridge, other in (both, both[::-1]):
+        assert not both.wait(0.01)
+        for bridge, other in ((first, second), (second, first)):
             bridge.put(21)
-            assert wait_for_any(both, changed, 5)
+            assert both.wait(5)
             assert not other.has_news()
             assert bridge.get() == 42
-        assert not wait_for_any(both, changed, 0)
+        assert not both.wait(0)
 
 
 def test_the_end_of_one_io_thread_ends_the_wait_for_all():
@@ -167,13 +166,13 @@ def test_the_end_of_one_io_thread_ends_the_wait_for_all():
         await bridge.aget()
         raise RefusedError("another model")
 
-    changed = threading.Condition()
-    with Bridge(changed=changed) as first:
+    both = Bridges()
+    with Bridge(among=both) as first:
         first.start(echo)
-        second = Bridge(changed=changed)
+        second = Bridge(among=both)
         second.start(failing)
         second.put("go on")
-        assert wait_for_any([first, second], changed, 5)
+        assert both.wait(5)
         with pytest.raises(RefusedError, match="another model"):
             second.get()
         assert first.get() is None
