@@ -1,21 +1,25 @@
 """The learner process: `launch/processes/learn.py RUN_DIR [--endpoint …] [--snapshots …] [...]`.
 
 Started by the launcher, which wrote RUN_DIR/config.toml and run.json. MLX stays on this main
-thread; sockets are served by an I/O thread. Exit status 0: the run finished or was stopped on
-request; 1: it failed.
+thread; sockets are served by an I/O thread. With `actors.colocate` this process samples, too.
+Exit status 0: the run finished or was stopped on request; 1: it failed.
 """
 
 import argparse
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.processes.learner_program import run_learner
 from launch.processes.run_lock import hold_run_folder
 from launch.processes.start import Lifeline
+from launch.run_folder.create import CONFIG
 from launch.run_folder.resume import accept_settings
+from protocol.config.load import load
+from protocol.config.settings import GrpoRun
 from protocol.errors import RewardError
 from protocol.run_record import State, change_state, read_run
 
@@ -29,11 +33,11 @@ POLL_S = 0.2
 
 def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Build the run and advance it to its end; return how it ended."""
-    with hold_run_folder(args.run_dir), _assembled(args, lifeline) as run:
+    with hold_run_folder(args.run_dir), _assembled(args, lifeline) as run, _turns(run) as turn:
         accept_settings(args.run_dir)
         _announce(run.trainer, args.run_dir)
         try:
-            _advance(run.trainer, args.run_dir, lifeline)
+            _advance(run.trainer, args.run_dir, lifeline, turn)
         except RewardError:
             # The run can be resumed from here once the reward functions are fixed.
             run.trainer.save(required=False)
@@ -75,12 +79,38 @@ def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
         )
 
 
-def _advance(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline) -> None:
+@contextmanager
+def _turns(run: "Run") -> Generator[Callable[[], object]]:
+    """Yield a function that advances the run by one turn, and waits a moment if none is due.
+
+    With `actors.colocate`, trainer and worker take turns on this thread.
+    """
+    trainer, shared = run.trainer, run.in_process
+    if shared is None:
+        yield partial(trainer.advance, timeout_s=POLL_S)
+        return
+
+    from launch.processes.colocated import colocated_worker
+
+    with colocated_worker(run, shared, load(GrpoRun, run.folder / CONFIG)) as worker:
+
+        def turn() -> None:
+            trained = trainer.advance()
+            sampled = worker.advance()
+            if not (trained or sampled):
+                shared.bridges.wait(POLL_S)
+
+        yield turn
+
+
+def _advance(
+    trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline, turn: Callable[[], object]
+) -> None:
     while not trainer.done:
         if lifeline.stop_requested and not trainer.stopping:
             change_state(folder, "stopping")
             trainer.stopping = True
-        trainer.advance(timeout_s=POLL_S)
+        turn()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from launch.processes.children import ChildSpec, Processes
-from protocol.config.settings import OnlineRun, PairsRun
+from protocol.config.settings import GrpoRun, OnlineRun, PairsRun
 from protocol.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[1]
@@ -25,24 +25,29 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     """Return the learner (of PairsRun the collector), local actors and reward servers.
 
     `sockets` is a folder for ipc endpoints. Local actors are required unless actors elsewhere can
-    connect to `transport.bind`.
+    connect to `transport.bind`, or the learner is its own actor.
     """
     name, script = "learner", "processes/learn.py"
     if isinstance(run, PairsRun):
         name, script = "collect", "processes/collect.py"
+    colocated = isinstance(run, GrpoRun) and run.actors.colocate
     endpoint = f"ipc://{sockets}/learner"
     services, servers = reward_services(run, sockets)
-    arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]
+
+    arguments = [] if colocated else ["--endpoint", endpoint]
+    if not colocated or run.transport.bind:
+        arguments += ["--snapshots", snapshot_endpoint(run, sockets)]
     if run.transport.bind:
         arguments += ["--endpoint", run.transport.bind]
     for service in services:
         arguments += ["--rewards", service]
     learner = ChildSpec(name, "learner", program(script, str(folder), "--child", *arguments))
 
+    actors = [] if colocated else actor_specs(run, endpoint)
     required = {"reward server"} if servers else set[str]()
-    if not run.transport.bind:
+    if not colocated and not run.transport.bind:
         required.add("actor")
-    return Processes(learner, [*servers, *actor_specs(run, endpoint)], frozenset(required))
+    return Processes(learner, [*servers, *actors], frozenset(required))
 
 
 def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:

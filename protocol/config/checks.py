@@ -82,6 +82,9 @@ def _check_actors(run: OnlineRun) -> None:
     count, remote = run.actors.count, bool(run.transport.bind)
     rule = "must be at least 1 unless transport.bind lets remote actors connect"
     require(count >= 1 or remote, "actors.count", rule, count)
+    colocated = isinstance(run, GrpoRun) and run.actors.colocate
+    rule = "must be 1 with actors.colocate, which makes that actor a part of the learner's process"
+    require(count == 1 or not colocated, "actors.count", rule, count)
 
 
 def _check_objective(grpo: GrpoSettings) -> None:

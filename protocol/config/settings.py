@@ -25,6 +25,7 @@ from protocol.config.fields import (
 from protocol.config.objective_settings import GrpoSettings, PreferenceSettings, SftSettings
 from protocol.config.online_settings import (
     ActorSettings,
+    GrpoActors,
     GrpoRewards,
     PairsSettings,
     QueueSettings,
@@ -278,7 +279,7 @@ class GrpoRun(Section, frozen=True, kw_only=True):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: GrpoTrain = GrpoTrain()
     queue: QueueSettings = QueueSettings()
-    actors: ActorSettings = ActorSettings()
+    actors: GrpoActors = GrpoActors()
     eval: EvalSettings = EvalSettings()
     transport: TransportSettings = TransportSettings()
 

@@ -221,7 +221,8 @@ class Ack(Message, frozen=True, kw_only=True):
 class Policy(Message, frozen=True, kw_only=True):
     """Learner → actor: a policy can be fetched, from `path` on the learner's host, else `endpoint`.
 
-    `size` is the snapshot's in bytes.
+    `size` is the snapshot's in bytes. An actor in the learner's process takes the policy from its
+    `PolicyShelf`; without other actors there is no snapshot: no path, no endpoint, size 0.
     """
 
     version: int

@@ -1,0 +1,135 @@
+"""The actor of a run with `actors.colocate`: a worker in the learner's process.
+
+    main thread          Trainer.advance and Worker.advance in turns, over one base model
+    learner's I/O thread the ledger ── MemoryChannel ── actor's I/O thread, reward servers
+
+Weights pass over by reference (`PolicyShelf`): the engine's module tree takes the arrays that the
+learner has just published. The worker cannot fail alone: its error ends the run, with its reason.
+"""
+
+import itertools
+import logging
+import platform
+import uuid
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
+
+from actors.bridge_messages import Command, Event, FetchSnapshot, SnapshotFetched
+from actors.io import IoThreadHandle
+from actors.session import ActorIdentity
+from actors.worker import Worker
+from launch.processes.workers import new_io, new_worker
+from protocol.config.settings import GrpoRun
+from protocol.messages.messages import Heartbeat, Policy
+from protocol.transport.bridge import Bridge
+
+if TYPE_CHECKING:
+    from learner.build.common import Run
+    from learner.online.in_process import InProcess
+
+log = logging.getLogger("pippin.actor")
+
+NAME = "actor-0"
+ACTOR_LOGGERS = ("pippin.actor", "pippin.rewards")
+
+
+class ColocatedIo:
+    """The worker's I/O thread, but for snapshots: policies are in this process already."""
+
+    def __init__(self, io_thread: IoThreadHandle) -> None:
+        self._io_thread = io_thread
+        self._fetched: list[Event] = []
+
+    def poll(self) -> Iterable[Event]:
+        """Return the events that have come, without waiting."""
+        fetched, self._fetched = self._fetched, []
+        return [*fetched, *self._io_thread.poll()]
+
+    def put(self, command: Command) -> None:
+        """Hand over a command; a policy is there at once, and its tensors are on the shelf."""
+        if isinstance(command, FetchSnapshot):
+            self._fetched.append(SnapshotFetched(command.policy, b""))
+        else:
+            self._io_thread.put(command)
+
+
+@contextmanager
+def colocated_worker(run: "Run", shared: "InProcess", settings: GrpoRun) -> Generator[Worker]:
+    """Join the run with a worker on this thread, and leave it at the end of the block."""
+    with _named_in_log(), Bridge[Command, Event](among=shared.bridges) as bridge:
+        worker = _new_worker(run, shared, settings, ColocatedIo(IoThreadHandle(bridge)))
+        io = new_io(
+            lambda: shared.channel.client,
+            _heartbeat_of(worker),
+            endpoint="",
+            keys=settings.transport.keys or None,
+        )
+        bridge.start(io.run, "actor-io")
+        worker.start()
+        log.info("samples in the learner's process, with one copy of the base weights")
+
+        yield worker
+        worker.leave("the run is over")
+
+
+def _new_worker(
+    run: "Run", shared: "InProcess", settings: GrpoRun, io_thread: ColocatedIo
+) -> Worker:
+    from protocol.model.snapshots import load_trainable
+    from protocol.model.views import second_tree
+
+    policy = run.policy
+    model = second_tree(policy.model)
+
+    def load(announced: Policy, _: bytes) -> Callable[[], None]:
+        arrays = shared.shelf.take(announced.version, announced.digest)
+        return lambda: load_trainable(model, arrays, f"policy of version {announced.version}")
+
+    identity = ActorIdentity(
+        NAME, uuid.uuid4().hex, platform.node(), policy.model_digest, policy.tokenizer_digest
+    )
+    return new_worker(
+        policy,
+        model,
+        identity,
+        io_thread,
+        load,
+        max_concurrent_completions=settings.actors.max_concurrent_completions,
+        prefill_step_size=settings.actors.prefill_step_size,
+    )
+
+
+def _heartbeat_of(worker: Worker) -> Callable[[], Heartbeat | None]:
+    """Return the worker's heartbeat, always with new progress.
+
+    A training step may take longer than a lease lasts, and this actor cannot hang without its
+    learner: its leases do not expire.
+    """
+    beats = itertools.count()
+
+    def heartbeat() -> Heartbeat | None:
+        latest = worker.heartbeat
+        return None if latest is None else structs.replace(latest, progress=next(beats))
+
+    return heartbeat
+
+
+@contextmanager
+def _named_in_log() -> Generator[None]:
+    """Begin what the actor's modules log with "actor: ", in the log that it shares."""
+    plain = logging.getLogRecordFactory()
+
+    def named(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:  # noqa: ANN401
+        record = plain(name, *args, **kwargs)
+        if name in ACTOR_LOGGERS or name.startswith("actors."):
+            record.msg = f"actor: {record.msg}"
+        return record
+
+    logging.setLogRecordFactory(named)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(plain)

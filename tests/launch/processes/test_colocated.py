@@ -1,0 +1,166 @@
+"""Runs whose learner samples itself: the same bits as with an actor, and how they end."""
+
+import hashlib
+import json
+import logging
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from actors.worker import Worker
+from launch import grpo
+from launch.cli.command_line import read_command_line
+from launch.processes.colocated import colocated_worker
+from launch.processes.learn import learn
+from launch.processes.start import Lifeline
+from learner.build.online import OnlineAddresses, assemble_online
+from learner.online.in_process import InProcess
+from protocol.config.settings import GrpoRun
+from protocol.errors import ChannelError, SnapshotError
+from tests.tiny import write_model_folder
+
+REWARD = """
+def odd(completion_ids, **kwargs):
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Make a model, rows and a reward; return what a small synchronous run needs."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    rows = [{"prompt": f"w{2 + i} w{9 + i} w3"} for i in range(14)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "empty.toml").touch()
+    return [
+        f"--model.path={write_model_folder(tmp_path / 'model')}",
+        f"--data.path={tmp_path / 'rows.jsonl'}",
+        f"--rewards.functions={tmp_path / 'rewards.py'}:odd",
+        f"--run.dir={tmp_path / 'runs'}",
+        # The random state of dropout must not notice what is sampled.
+        *("--model.lora.rank=4", "--model.lora.dropout=0.2", "--data.eval_rows=2"),
+        *("--sampling.num_generations=4", "--sampling.max_completion_length=6"),
+        *("--objective.old_logprobs=recompute", "--queue.max_staleness=0"),
+        *("--optimizer.learning_rate=1e-2", "--optimizer.lr_scheduler_type=constant"),
+        *("--train.batch_size=2", "--train.micro_batch_size=2", "--train.length_bucket=8"),
+    ]
+
+
+def launched(*flags: str) -> str:
+    """Run launch/grpo.py to its end; return its output."""
+    done = subprocess.run(
+        [sys.executable, grpo.__file__, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def adapters(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapters" / "adapters.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_colocated_and_resumed_run_has_the_bits_of_one_with_an_actor(
+    tmp_path: Path, flags: list[str]
+):
+    two, one = tmp_path / "runs" / "two", tmp_path / "runs" / "one"
+    recipe = str(tmp_path / "empty.toml")  # not the default one
+    launched(recipe, *flags, "--run.name=two", "--train.max_steps=4")
+    launched(recipe, *flags, "--run.name=one", "--train.max_steps=2", "--actors.colocate=true")
+    assert adapters(one) != adapters(two)
+    said = launched(f"--run.resume={one}", "--train.max_steps=4")
+
+    assert adapters(one) == adapters(two)
+    assert [line["step"] for line in lines(one, "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    evaluated = [line for line in lines(one, "metrics.jsonl") if "eval/reward" in line]
+    assert [line["step"] for line in evaluated] == [0, 2, 4]
+    sampled = [line for line in lines(one, "rollouts.jsonl") if line["kind"] == "train"]
+    expected = [line for line in lines(two, "rollouts.jsonl") if line["kind"] == "train"]
+    assert [line["completions"] for line in sampled] == [line["completions"] for line in expected]
+
+    # No actor was started, and no snapshot written for one.
+    assert sorted(path.name for path in (one / "logs").iterdir()) == ["learner.log", "reward-0.log"]
+    assert (two / "policy").exists()
+    assert not (one / "policy").exists()
+    log = (one / "logs" / "learner.log").read_text()
+    assert log.count("INFO actor: samples in the learner's process") == 2
+    assert log.count("INFO actor actor-0 leaves: the run is over") == 2
+    assert "actor: samples in the learner's process" in said
+
+
+def free_port() -> int:
+    """Return a port with free ones above it, as far as can be known."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_an_actor_elsewhere_can_join_a_colocated_run(tmp_path: Path, flags: list[str]):
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    actor = [sys.executable, str(Path(grpo.__file__).with_name("actor.py")), "--connect", endpoint]
+    with subprocess.Popen([*actor, "--name", "guest"], stderr=subprocess.PIPE, text=True) as guest:
+        launched(
+            str(tmp_path / "empty.toml"),
+            *flags,
+            *("--run.name=r", "--actors.colocate=true", f"--transport.bind={endpoint}"),
+            *("--train.max_steps=60", "--actors.max_concurrent_completions=4"),
+        )
+        assert guest.wait(30) == 0, guest.stderr.read() if guest.stderr else ""
+
+    folder = tmp_path / "runs" / "r"
+    holders = {
+        line["event"]["actor"]
+        for line in lines(folder, "ledger.jsonl")
+        if line["event"]["type"] == "Received"
+    }
+    assert holders == {"actor-0", "guest"}
+    assert (folder / "policy" / "policy-000060.safetensors").is_file()
+
+
+def test_a_worker_that_fails_ends_the_run_with_its_reason(flags: list[str]):
+    _, folder = read_command_line(GrpoRun, [*flags, "--actors.colocate=true"], "")
+    args = Namespace(run_dir=folder, endpoint=[], snapshots="", rewards=["bogus"])
+    with pytest.raises(ChannelError, match="'bogus': required ipc://path or tcp://host:port"):
+        learn(args, Lifeline(child=False))
+    assert not list((folder / "checkpoints").glob("*"))
+
+
+def work_on(worker: Worker, shared: InProcess) -> None:
+    """Advance the worker until it raises."""
+    while True:
+        if not worker.advance():
+            assert shared.bridges.wait(10)
+
+
+def test_weights_that_are_not_the_announced_ones_are_refused(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+):
+    run, folder = read_command_line(GrpoRun, [*flags, "--actors.colocate=true"], "")
+    nowhere = OnlineAddresses([], "", [f"ipc://{folder}/r"])
+    caplog.set_level(logging.INFO)
+    with assemble_online(folder, nowhere) as learner:
+        shared = learner.in_process
+        assert shared is not None
+        with colocated_worker(learner, shared, run) as worker:
+            shared.shelf.put(0, "another", {"a": mx.array([1.0])})
+            with pytest.raises(SnapshotError, match=r"policy version 0: .*got another"):
+                work_on(worker, shared)
+        logging.getLogger("pippin.actor").info("elsewhere")
+    assert [text for text in caplog.messages if "actor: " in text or text == "elsewhere"] == [
+        "actor: samples in the learner's process, with one copy of the base weights",
+        "elsewhere",
+    ]
