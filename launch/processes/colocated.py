@@ -13,7 +13,7 @@ import platform
 import uuid
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import structs
 
@@ -63,7 +63,7 @@ def colocated_worker(run: "Run", shared: "InProcess", settings: GrpoRun) -> Gene
         worker = _new_worker(run, shared, settings, ColocatedIo(IoThreadHandle(bridge)))
         io = new_io(
             lambda: shared.channel.client,
-            _heartbeat_of(worker),
+            heartbeat_of(worker),
             endpoint="",
             keys=settings.transport.keys or None,
         )
@@ -102,7 +102,13 @@ def _new_worker(
     )
 
 
-def _heartbeat_of(worker: Worker) -> Callable[[], Heartbeat | None]:
+class HasHeartbeat(Protocol):
+    """The part of `Worker` that its I/O thread reads."""
+
+    heartbeat: Heartbeat | None
+
+
+def heartbeat_of(worker: HasHeartbeat) -> Callable[[], Heartbeat | None]:
     """Return the worker's heartbeat, always with new progress.
 
     A training step may take longer than a lease lasts, and this actor cannot hang without its

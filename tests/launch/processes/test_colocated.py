@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 from actors.worker import Worker
 from launch import grpo
 from launch.cli.command_line import read_command_line
-from launch.processes.colocated import colocated_worker
+from launch.processes.colocated import colocated_worker, heartbeat_of
 from launch.processes.learn import learn
 from launch.processes.start import Lifeline
 from learner.build.online import OnlineAddresses, assemble_online
 from learner.online.in_process import InProcess
 from protocol.config.settings import GrpoRun
 from protocol.errors import ChannelError, SnapshotError
+from protocol.messages.messages import Heartbeat
 from tests.tiny import write_model_folder
 
 REWARD = """
@@ -164,3 +166,19 @@ def test_weights_that_are_not_the_announced_ones_are_refused(
         "actor: samples in the learner's process, with one copy of the base weights",
         "elsewhere",
     ]
+
+
+@dataclass
+class Beating:
+    heartbeat: Heartbeat | None = None
+
+
+def test_a_training_step_longer_than_a_lease_loses_no_lease():
+    worker = Beating()
+    heartbeat = heartbeat_of(worker)
+    assert heartbeat() is None
+    worker.heartbeat = Heartbeat(progress=7, tokens_sampled=40, groups_held=3)
+    # The main thread trains meanwhile, so that the worker's own progress stands still.
+    first, second = heartbeat(), heartbeat()
+    assert first == Heartbeat(progress=0, tokens_sampled=40, groups_held=3)
+    assert second == Heartbeat(progress=1, tokens_sampled=40, groups_held=3)
