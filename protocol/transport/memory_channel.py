@@ -18,7 +18,8 @@ import anyio.lowlevel
 from protocol.messages.messages import ActorMessage, LearnerMessage
 from protocol.transport.channel import OUTBOX_BOUND
 
-PEER = b"memory"  # ZMQ's own routing IDs begin with a zero byte
+# No socket's peer is called so: routing IDs that begin with a zero byte are ZMQ's own, of 5 bytes.
+PEER = b"\0memory"
 
 MessageT = TypeVar("MessageT")
 

@@ -98,8 +98,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    for name, default in (("steps", 4), ("prompts", 2), ("generations", 4), ("completion", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--generations", type=int, default=4)
+    parser.add_argument("--completion", type=int, default=16)
     parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
     args, further = parser.parse_known_args()
 
