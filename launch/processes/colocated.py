@@ -7,6 +7,9 @@ Weights pass over by reference (`PolicyShelf`): the engine's module tree takes t
 learner has just published. The worker cannot fail alone: its error ends the run, with its reason.
 """
 
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
 import itertools
 import logging
 import platform
@@ -27,8 +30,11 @@ from protocol.messages.messages import Heartbeat, Policy
 from protocol.transport.bridge import Bridge
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from learner.build.common import Run
     from learner.online.in_process import InProcess
+    from protocol.model.policy import LoadedPolicy
 
 log = logging.getLogger("pippin.actor")
 
@@ -79,10 +85,9 @@ def _new_worker(
     run: "Run", shared: "InProcess", settings: GrpoRun, io_thread: ColocatedIo
 ) -> Worker:
     from protocol.model.snapshots import load_trainable
-    from protocol.model.views import second_tree
 
     policy = run.policy
-    model = second_tree(policy.model)
+    model = engine_model(policy)
 
     def load(announced: Policy, _: bytes) -> Callable[[], None]:
         arrays = shared.shelf.take(announced.version, announced.digest)
@@ -100,6 +105,16 @@ def _new_worker(
         max_concurrent_completions=settings.actors.max_concurrent_completions,
         prefill_step_size=settings.actors.prefill_step_size,
     )
+
+
+def engine_model(policy: "LoadedPolicy") -> "nn.Module":
+    """Return the engine's module tree: its own modules over the arrays of the learner's policy.
+
+    The engine may change its layers; the learner's tree and its mode stay as they are.
+    """
+    from protocol.model.views import second_tree
+
+    return second_tree(policy.model)
 
 
 class HasHeartbeat(Protocol):
