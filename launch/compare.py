@@ -21,7 +21,7 @@ import msgspec
 from launch.pages.comparison import Answers, AnswerSet, FinishedRun, render
 from launch.pages.judge import TIMEOUT_S, Judge
 from launch.pages.win_rate import first_answers, latest_answers, recorded_scores
-from launch.processes.blas import HINT, load_openblas
+from launch.processes.blas import prepare_mlx
 from launch.processes.supervisor import INTERRUPTED
 from launch.run_folder.tail import parse_lines
 from protocol.config.load import read_toml
@@ -67,8 +67,8 @@ def compare(folders: Sequence[Path], *, judge: Judge | None = None, generate: bo
 
 def _answered(run: FinishedRun) -> Answers:
     """Return the answers of the finished policy to the run's held-out prompts."""
-    if not load_openblas():
-        sys.stderr.write(f"{HINT}\n")
+    for advice in prepare_mlx():
+        sys.stderr.write(f"{advice}\n")
     from launch.pages.answers import answer_held_out  # MLX comes with it, after OpenBLAS
 
     sys.stderr.write(f"{run.name}: answering its held-out prompts\n")

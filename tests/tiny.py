@@ -1,8 +1,10 @@
 """Tiny models and token batches for tests, made on the spot from a seed."""
 
+import copy
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +15,7 @@ from learner.model.batches import TokenBatch, token_batch
 from protocol.model.snapshots import named_arrays
 
 VOCAB = 64
+MOST_PARAMETERS = 4_000_000
 
 CONFIG = {
     "model_type": "qwen3",
@@ -33,14 +36,25 @@ CONFIG = {
 
 def tiny_model(seed: int = 0, **changes: object) -> nn.Module:
     """Make a model of CONFIG with `changes`, in float32 and eval mode."""
-    config = {**CONFIG, **changes}
+    return random_model({**CONFIG, **changes}, seed)
+
+
+def random_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """Make a model of mlx-lm's `config` with random weights, in float32 and eval mode."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    # Some types write into what they are given.
+    model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
+
+    size = sum(array.size for array in tensors(model).values())
+    if size > MOST_PARAMETERS:  # a setting kept its default; nothing is allocated yet
+        raise ValueError(f"a tiny {config['model_type']} has {size:,} parameters")
+
     # Small weights give nearly equal logits, which hide faults.
     for name, array in tensors(model).items():
         if array.ndim > 1:
             model.load_weights([(name, mx.random.normal(array.shape) * 0.2)], strict=False)
+    model.set_dtype(mx.float32)
     model.eval()
     mx.eval(model.parameters())
     return model

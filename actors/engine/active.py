@@ -1,85 +1,10 @@
-"""Requests and completions that are being sampled, and what was recorded for them so far."""
+"""Requests that are being sampled, and which of their completions wait, run or are done."""
 
 from dataclasses import dataclass, field
-from typing import cast
-
-import mlx.core as mx
+from typing import Any
 
 from actors.engine.base import GenerationRequest, GenerationResult
-from actors.engine.prefill import PromptCache
-from actors.engine.sampling import Draw, completion_seed, has_filter
-from protocol.messages.arrays import floats_bytes, ids_bytes
-from protocol.messages.parts import Completion, FinishReason, PolicySpan
-
-
-class StampedDraw:
-    """One draw for a whole batch, stamped with the policy that it was sampled from."""
-
-    def __init__(self, draw: Draw, version: int, digest: str) -> None:
-        self._draw: Draw | None = draw
-        self.version = version
-        self.digest = digest
-        self._logprobs: list[float] = []
-        self._kept_logmass: list[float] | None = None
-
-    def at(self, index: int) -> tuple[float, float]:
-        """Return log-prob and kept log-mass of the batch's completion `index`; waits for MLX."""
-        # The first call copies the whole batch to the host, so that the others cost nothing.
-        if self._draw is not None:
-            kept = self._draw.kept_logmass
-            mx.eval(  # pyright: ignore[reportUnknownMemberType]
-                self._draw.logprobs, *([] if kept is None else [kept])
-            )
-            self._logprobs = _floats(self._draw.logprobs)
-            self._kept_logmass = None if kept is None else _floats(kept)
-            self._draw = None
-
-        kept_logmass = 0.0 if self._kept_logmass is None else self._kept_logmass[index]
-        return self._logprobs[index], kept_logmass
-
-
-def _floats(array: mx.array) -> list[float]:
-    return cast("list[float]", array.tolist())
-
-
-@dataclass(eq=False)
-class ActiveCompletion:
-    """A completion that is being sampled.
-
-    `pending` is the token that was drawn but not delivered yet: its draw and the index in it.
-    """
-
-    parent: "ActiveRequest"
-    position: int  # in its group
-    seed: int
-    drawn: int = 0
-    pending: tuple[StampedDraw, int] | None = None
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-    kept_logmass: list[float] = field(default_factory=list[float])
-    spans: list[PolicySpan] = field(default_factory=list[PolicySpan])
-
-    def record(self, token: int, source: tuple[StampedDraw, int]) -> None:
-        """Record a delivered token with the draw that it came from."""
-        draw, index = source
-        logprob, kept = draw.at(index)
-
-        if not self.spans or self.spans[-1].version != draw.version:
-            start = len(self.token_ids)
-            self.spans.append(PolicySpan(start=start, version=draw.version, digest=draw.digest))
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        self.kept_logmass.append(kept)
-
-    def completion(self, finish_reason: FinishReason) -> Completion:
-        filtered = has_filter(self.parent.request.sampling)
-        return Completion(
-            token_ids=ids_bytes(self.token_ids),
-            sampling_logprobs=floats_bytes(self.logprobs),
-            kept_logmass=floats_bytes(self.kept_logmass) if filtered else b"",
-            policy_spans=self.spans,
-            finish_reason=finish_reason,
-        )
+from protocol.messages.parts import Completion
 
 
 @dataclass(eq=False)
@@ -88,9 +13,9 @@ class ActiveRequest:
 
     request: GenerationRequest
     waiting: list[int] = field(default_factory=list[int])  # positions not started yet
-    running: list[ActiveCompletion] = field(default_factory=list[ActiveCompletion])
-    done: dict[int, Completion] = field(default_factory=dict[int, Completion])
-    prefix: PromptCache | None = None  # the prompt's cache, under the current policy
+    running: dict[int, int] = field(default_factory=dict[int, int])  # row: position
+    done: dict[int, Completion] = field(default_factory=dict[int, Completion])  # by position
+    prefix: Any = None  # what its prompt was read into, under the current policy
     started_at: float = 0.0
 
     def may_start(self, version: int) -> bool:
@@ -99,25 +24,21 @@ class ActiveRequest:
         allowed = version >= self.request.min_policy_version and pinned in (None, version)
         return allowed and bool(self.waiting)
 
-    def start(self, count: int, now: float) -> list[ActiveCompletion]:
-        """Move up to `count` completions from waiting to running."""
+    def start(self, row: int, now: float) -> int:
+        """Move the next waiting completion to `row`; return its position in the group."""
         if not self.running and not self.done:
             self.started_at = now
+        position = self.waiting.pop(0)
+        self.running[row] = position
+        return position
 
-        positions, self.waiting = self.waiting[:count], self.waiting[count:]
-        started = [
-            ActiveCompletion(self, i, completion_seed(self.request.seed, i)) for i in positions
-        ]
-        self.running.extend(started)
-        return started
-
-    def finish(self, completion: ActiveCompletion, reason: FinishReason) -> bool:
-        """Move a completion from running to done; True when the group is complete."""
-        self.running.remove(completion)
-        self.done[completion.position] = completion.completion(reason)
+    def finish(self, row: int, completion: Completion) -> bool:
+        """Move the completion in `row` to done; True when the group is complete."""
+        self.done[self.running.pop(row)] = completion
         return not self.running and not self.waiting
 
     def result(self, now: float) -> GenerationResult:
+        """Return the group, its completions in order of position."""
         return GenerationResult(
             key=self.request.key,
             completions=[self.done[i] for i in sorted(self.done)],

@@ -1,44 +1,52 @@
-"""Continuous batching on mlx-lm: every group that the actor holds shares one decoding batch.
+"""Continuous batching over one model: every group that the actor holds shares the decoder.
 
-    add ──▶ waiting ──prefill──▶ decoding batch ──one token per step──▶ done ──▶ EngineStep.finished
+    add ──▶ waiting ──read prompt──▶ running, in a row ──one token per step──▶ done ──▶ finished
 
-It is built from the two halves of mlx-lm's `BatchGenerator` (`PromptProcessingBatch` for prompts,
-`GenerationBatch` for decoding) rather than from that class, whose sampler is not told which
-completions it samples for; keyed sampling and exact policy spans need that.
+A group's prompt is read once, in chunks between decode steps, and every completion of the group
+starts from it. Which completion a row holds is decided here; a `Decoder` computes.
 
 Decoding is pipelined: while a token is delivered, the next one of each completion has already been
 drawn. A draw carries the policy that it was made with, so spans stay exact across a swap.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportMissingTypeStubs=false
-# (mlx and mlx-lm are only partly typed)
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# (mlx is only partly typed)
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import StopSequences
+import numpy as np
 
-from actors.engine.active import ActiveCompletion, ActiveRequest
+from actors.engine.active import ActiveRequest
 from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
-from actors.engine.decoding import BatchSampler, DecodingBatch, Float32Logits
-from actors.engine.prefill import Prefiller, PromptCache, merge
+from actors.engine.choose_decoder import choose_decoder
+from actors.engine.decoder import NewCompletion, Reader
+from actors.engine.sampling import completion_seed, has_filter
+from actors.engine.transcript import Drawn, Transcript
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does
-PREFILL_TOKENS = 8192  # most prompt tokens, padding included, read in one pass
+
+
+@dataclass
+class _Reading:
+    """Prompts that are being read, and the requests that wait for them."""
+
+    reader: Reader
+    requests: list[ActiveRequest]
 
 
 class MlxEngine:
     """An `Engine`, which describes its methods, over an mlx-lm model.
 
-    Use it from the thread that owns MLX.
+    Use it from the thread that owns MLX. At most `max_concurrent_completions` are sampled at once.
+    `max_tokens`: how many tokens the longest prompt and its completion have, where that is known.
 
-    Completions of all groups share one batch of at most `max_concurrent_completions`. Where mlx-lm
-    cannot batch a model's caches, each completion is a batch by itself, which starts from a copy
-    of its group's prompt cache.
+    With `deterministic`, in float32, a completion's tokens and log-probs are the same bits whatever
+    else is sampled, in all engines with the same `max_concurrent_completions` and `max_tokens`.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class MlxEngine:
         max_concurrent_completions: int = 32,
         prefill_step_size: int = 2048,
         context_length: int | None = None,
+        max_tokens: int = 0,
+        deterministic: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if max_concurrent_completions < 1:
@@ -58,43 +68,49 @@ class MlxEngine:
                 f"{max_concurrent_completions}"
             )
 
+        model.eval()
         self._model = model
-        self._decoder = Float32Logits(model)
-        self._stop = StopSequences([[token] for token in stop_token_ids])
+        self._stop = np.array(sorted(set(stop_token_ids)), dtype=np.int64)
         self._vocab_size = vocab_size
-        self._max_concurrent_completions = max_concurrent_completions
         self._context_length = context_length
+        self._prefill_step_size = prefill_step_size
+        self._deterministic = deterministic
         self._clock = clock
 
-        self._prefiller = Prefiller(model, prefill_step_size)
+        self._decoder = choose_decoder(
+            model,
+            rows=max_concurrent_completions,
+            vocab_size=vocab_size,
+            prefill_step_size=prefill_step_size,
+            max_tokens=max_tokens,
+            deterministic=deterministic,
+        )
         self._requests: dict[Hashable, ActiveRequest] = {}
-        self._batches: list[tuple[DecodingBatch, list[ActiveCompletion]]] = []
+        self._reading: _Reading | None = None
+        self._rows: list[ActiveRequest | None] = [None] * max_concurrent_completions
+        self._limits = np.zeros(max_concurrent_completions, np.int64)
+        self._transcript = Transcript(max_concurrent_completions)
         self._version = NO_POLICY
         self._digest = ""
         self._steps = 0
-        # One object for all completions, so that mlx-lm calls it once per step.
-        self._sampler = BatchSampler(vocab_size)
-
-        model.eval()
 
     # ---- the interface -------------------------------------------------------------------
 
     @property
     def free_completions(self) -> int:
-        active = self._requests.values()
-        held = sum(len(request.waiting) + len(request.running) for request in active)
-        return max(0, self._max_concurrent_completions - held)
+        waiting = sum(len(active.waiting) for active in self._requests.values())
+        return max(0, self._rows.count(None) - waiting)
 
     @property
     def oldest_version(self) -> int:
         versions = [
-            spans[0].version
+            version
             for active in self._requests.values()
-            for spans in (
-                *(completion.spans for completion in active.running),
-                *(completion.policy_spans for completion in active.done.values()),
+            for version in (
+                *(self._transcript.first_version(row) for row in active.running),
+                *(completion.policy_spans[0].version for completion in active.done.values()),
             )
-            if spans
+            if version != NO_POLICY
         ]
         return min(versions, default=NO_POLICY)
 
@@ -108,12 +124,11 @@ class MlxEngine:
         if active is None:
             return False
 
-        for batch, completions in self._batches:
-            keep = [i for i, c in enumerate(completions) if c.parent is not active]
-            if len(keep) < len(completions):
-                batch.filter(keep)
-                completions[:] = [completions[i] for i in keep]
-        self._batches = [(batch, running) for batch, running in self._batches if running]
+        rows = list(active.running)
+        self._decoder.leave(rows)
+        for row in rows:
+            self._rows[row] = None
+        active.waiting.clear()
         return True
 
     def wants_policy(self, version: int) -> bool:
@@ -129,16 +144,19 @@ class MlxEngine:
 
         apply()
         self._model.eval()
+        self._decoder.policy_changed()
         self._version, self._digest = version, digest
 
-        # A prefix cache belongs to one policy: waiting completions are prefilled again.
+        # What was read belongs to one policy: waiting completions are prefilled again.
+        self._reading = None
         for active in self._requests.values():
             active.prefix = None
 
     def reset(self) -> None:
         self._requests.clear()
-        self._batches.clear()
-        self._sampler = BatchSampler(self._vocab_size)
+        self._reading = None
+        self._rows = [None] * len(self._rows)
+        self._decoder.clear()
         self._version, self._digest = NO_POLICY, ""
 
     def step(self) -> EngineStep:
@@ -146,10 +164,9 @@ class MlxEngine:
 
         finished: list[GenerationResult] = []
         tokens = 0
-        for batch, completions in self._batches:
-            tokens += len(completions)
-            finished += self._decode(batch, completions)
-        self._batches = [(batch, running) for batch, running in self._batches if running]
+        for drawn in self._decoder.step(self._version, self._digest):
+            tokens += len(drawn.rows)
+            finished += self._deliver(drawn)
 
         self._steps += 1
         if self._steps % CLEAR_CACHE_STEPS == 0:
@@ -187,107 +204,106 @@ class MlxEngine:
     # ---- starting completions ------------------------------------------------------------
 
     def _start_waiting(self) -> int:
-        """Start waiting completions while there is room; returns the prompt tokens read."""
-        room = self._max_concurrent_completions - sum(len(running) for _, running in self._batches)
-        chosen = self._choose(room)
-        if not chosen:
-            return 0
+        """Read prompts and start waiting completions, while there is room.
 
-        now = self._clock()
-        prefilled = self._prefill(chosen)
+        Returns the prompt tokens read: one chunk at most, so that running rows never wait long.
+        """
+        chosen = self._choose()
+        prefilled = 0
+        while prefilled < self._prefill_step_size:
+            read = self._read(chosen, self._prefill_step_size - prefilled)
+            if not read:
+                break
+            prefilled += read
 
-        completions: list[ActiveCompletion] = []
-        caches: list[PromptCache] = []
-        for active in chosen:
-            started = active.start(room - len(completions), now)
-            assert active.prefix is not None
-            completions.extend(started)
-            caches.extend(self._prefiller.share(active.prefix, len(started)))
-            if not active.waiting:
-                active.prefix = None  # nothing else will start from it
-
-        self._join(completions, caches)
+        self._join([active for active in chosen if active.prefix is not None])
         return prefilled
 
-    def _choose(self, room: int) -> list[ActiveRequest]:
-        """Return the oldest requests that may start, within `room` and one prefill pass."""
+    def _choose(self) -> list[ActiveRequest]:
+        """Return the oldest requests that may start and for which there is room."""
+        room = self._rows.count(None)
         chosen: list[ActiveRequest] = []
-        planned = longest = 0
         for active in self._requests.values():
-            if planned >= room:
+            if room <= 0:
                 break
-            if not active.may_start(self._version):
-                continue
-            longest = max(longest, len(active.request.prompt_ids))
-            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
-                break
-            chosen.append(active)
-            planned += len(active.waiting)
+            if active.may_start(self._version):
+                chosen.append(active)
+                room -= len(active.waiting)
         return chosen
 
-    def _prefill(self, chosen: list[ActiveRequest]) -> int:
-        """Read the prompts of requests that have no prefix cache of this policy."""
-        fresh = [active for active in chosen if active.prefix is None]
-        prompts = [active.request.prompt_ids for active in fresh]
-        for active, cache in zip(fresh, self._prefiller.run(prompts), strict=True):
-            active.prefix = cache
-        return sum(len(prompt) for prompt in prompts)
+    def _read(self, chosen: Sequence[ActiveRequest], chunk: int) -> int:
+        """Read a chunk of the prompts of requests that have no prefix yet."""
+        if self._reading is None:
+            fresh = [active for active in chosen if active.prefix is None]
+            if not fresh:
+                return 0
+            prompts = [active.request.prompt_ids[:-1] for active in fresh]
+            first = self._decoder.together([len(prompt) for prompt in prompts])
+            reader = self._decoder.reader([prompts[i] for i in first])
+            self._reading = _Reading(reader, [fresh[i] for i in first])
 
-    def _join(self, completions: list[ActiveCompletion], caches: list[PromptCache]) -> None:
-        """Draw the first token of new completions and add them to the running batch."""
-        if not self._prefiller.mergeable:
-            for completion, cache in zip(completions, caches, strict=True):
-                self._batches.append((self._new_batch([completion], cache), [completion]))
-            return
+        reader, requests = self._reading.reader, self._reading.requests
+        prefilled = reader.read(self._prefill_step_size if self._deterministic else chunk)
+        if reader.done:
+            for active, prefix in zip(requests, reader.prefixes(), strict=True):
+                active.prefix = prefix
+            self._reading = None
+            prefilled += len(requests)  # the last tokens of the prompts, which decoding reads
+        return prefilled
 
-        batch = self._new_batch(completions, merge(caches))
-        if self._batches:
-            running, members = self._batches[0]
-            running.extend(batch)
-            members.extend(completions)
-        else:
-            self._batches.append((batch, list(completions)))
+    def _join(self, ready: Sequence[ActiveRequest]) -> None:
+        """Start as many completions as there are free rows."""
+        free = [row for row, active in enumerate(self._rows) if active is None]
+        now = self._clock()
 
-    def _new_batch(self, completions: list[ActiveCompletion], cache: PromptCache) -> DecodingBatch:
-        """Make a batch from prompts' caches, which already draws the first tokens."""
-        self._sampler.expect(completions, self._version, self._digest)
-        count = len(completions)
-        requests = [completion.parent.request for completion in completions]
-        return DecodingBatch(
-            self._decoder,
-            uids=list(range(count)),
-            inputs=mx.array([request.prompt_ids[-1] for request in requests]),
-            prompt_cache=cache,
-            tokens=[[] for _ in requests],
-            samplers=[self._sampler] * count,
-            fallback_sampler=self._sampler,
-            logits_processors=[[] for _ in requests],
-            stop_sequences=[self._stop] * count,
-            max_tokens=[request.sampling.max_completion_length for request in requests],
+        joining: list[NewCompletion] = []
+        for active in ready:
+            while active.waiting and free:
+                joining.append(self._started(active, free.pop(0), now))
+            if not active.waiting:
+                active.prefix = None  # nothing else will start from it
+        if joining:
+            self._decoder.join(joining)
+
+    def _started(self, active: ActiveRequest, row: int, now: float) -> NewCompletion:
+        request, prefix = active.request, active.prefix
+        position = active.start(row, now)
+        self._rows[row] = active
+        self._limits[row] = request.sampling.max_completion_length
+        self._transcript.start(row)
+        return NewCompletion(
+            row=row,
+            prefix=prefix,
+            last_token=request.prompt_ids[-1],
+            position=len(request.prompt_ids) - 1,
+            seed=completion_seed(request.seed, position),
+            sampling=request.sampling,
         )
 
-    # ---- decoding ------------------------------------------------------------------------
+    # ---- delivery ------------------------------------------------------------------------
 
-    def _decode(
-        self, batch: DecodingBatch, completions: list[ActiveCompletion]
-    ) -> list[GenerationResult]:
-        """Deliver one token per completion; finished ones leave `completions`."""
-        # `next` delivers the pending tokens and draws the ones after them, so note the draws now.
-        sources = [completion.pending for completion in completions]
-        self._sampler.expect(completions, self._version, self._digest)
+    def _deliver(self, drawn: Drawn) -> list[GenerationResult]:
+        """Record one token per row; return the groups that are complete with it."""
+        self._transcript.record(drawn)
+        stopped = np.isin(drawn.tokens, self._stop)
+        full = self._transcript.counts[drawn.rows] >= self._limits[drawn.rows]
 
         finished: list[GenerationResult] = []
-        keep: list[ActiveCompletion] = []
-        for completion, source, response in zip(completions, sources, batch.next(), strict=True):
-            assert source is not None
-            completion.record(response.token, source)
-            if response.finish_reason is None:
-                keep.append(completion)
-                continue
-            reason = "stop" if response.finish_reason == "stop" else "length"
-            if completion.parent.finish(completion, reason):
-                del self._requests[completion.parent.request.key]
-                finished.append(completion.parent.result(self._clock()))
+        over = np.flatnonzero(stopped | full)
+        for i in over:
+            row = int(drawn.rows[i])
+            active = self._rows[row]
+            assert active is not None
+            self._rows[row] = None
+            completion = self._transcript.completion(
+                row,
+                "stop" if stopped[i] else "length",
+                filtered=has_filter(active.request.sampling),
+            )
+            if active.finish(row, completion):
+                del self._requests[active.request.key]
+                finished.append(active.result(self._clock()))
 
-        completions[:] = keep
+        if over.size:
+            self._decoder.leave(int(row) for row in drawn.rows[over])
         return finished

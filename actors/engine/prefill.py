@@ -34,25 +34,28 @@ def merge(caches: Sequence[PromptCache]) -> PromptCache:
 
 
 class Prefiller:
-    """Runs `prompt[:-1]` through the model; the last token is the first input of decoding."""
+    """Reads prompts into mlx-lm's own caches.
 
-    def __init__(self, model: nn.Module, step_size: int) -> None:
+    `alone`: completions do not share a batch, because that was asked for or mlx-lm cannot join
+    caches of the model's kinds.
+    """
+
+    def __init__(self, model: nn.Module, step_size: int, *, alone: bool) -> None:
         self._model = model
         self._step_size = step_size
         empty = make_prompt_cache(model)
-        self.mergeable = mergeable(empty)
+        self.alone = alone or not mergeable(empty)
         # Right padding is exact for plain attention caches; other kinds go one prompt at a time.
-        self._batchable = all(type(layer) is KVCache for layer in empty)
+        self._batchable = not alone and all(type(layer) is KVCache for layer in empty)
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
-        """Return a cache of batch size 1 for each prompt (P tokens), holding P - 1 of them."""
-        prefixes = [list(prompt[:-1]) for prompt in prompts]
+        """Return a cache of batch size 1 for each prompt."""
         caches: list[PromptCache] = [make_prompt_cache(self._model) for _ in prompts]
-        filled = [i for i, prefix in enumerate(prefixes) if prefix]  # one-token prompts have none
+        filled = [i for i, prompt in enumerate(prompts) if prompt]
 
         if not self._batchable or len(filled) == 1:
             for i in filled:
-                self._run_one(prefixes[i], caches[i])
+                self._run_one(prompts[i], caches[i])
         elif filled:
             batch = PromptProcessingBatch(
                 self._model,
@@ -60,18 +63,19 @@ class Prefiller:
                 caches=[caches[i] for i in filled],
                 prefill_step_size=self._step_size,
             )
-            batch.prompt([prefixes[i] for i in filled])
+            batch.prompt([list(prompts[i]) for i in filled])
             for index, i in enumerate(filled):
                 caches[i] = batch.extract_cache(index)
 
         return caches
 
-    def _run_one(self, prefix: list[int], cache: PromptCache) -> None:
-        tokens = mx.array(prefix)[None]
-        for start in range(0, len(prefix), self._step_size):
+    def _run_one(self, prompt: Sequence[int], cache: PromptCache) -> None:
+        tokens = mx.array(list(prompt))[None]
+        for start in range(0, len(prompt), self._step_size):
             self._model(tokens[:, start : start + self._step_size], cache=cache)
             mx.eval([layer.state for layer in cache])
 
-    def share(self, cache: PromptCache, count: int) -> list[PromptCache]:
-        """Return one cache per completion: `cache` itself if `merge` copies it, else copies."""
-        return [cache if self.mergeable else copy.deepcopy(cache) for _ in range(count)]
+    @staticmethod
+    def copied(cache: PromptCache) -> PromptCache:
+        """Return a copy that a completion may write to."""
+        return copy.deepcopy(cache)

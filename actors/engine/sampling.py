@@ -1,16 +1,21 @@
-"""Samples one token per completion of a batch: temperature, top-k, top-p, min-p, keyed draw.
+"""Samples one token per completion of a batch: temperature, top-k, top-p, min-p, then the draw.
 
 `draw` is the whole step; `_filter_threshold` applies top-k, top-p and min-p. They apply in the
 order of transformers' generate, which TRL uses: temperature, top-k, top-p over what top-k leaves,
 min-p. Tokens tied with the last one kept are kept too.
 
-The random numbers of a completion depend on its seed and the token's index only, so a completion
-does not depend on what it is batched with.
+A token is drawn by inverting the cumulative distribution in two stages: first a block of the
+vocabulary, then a token of that block, by one uniform number each. So one pass over the logits,
+which gives every block's logsumexp, is all that a vocabulary-sized array takes.
+
+The random numbers of a completion depend on its seed and the token's index only, and no row is
+computed from another, so a completion does not depend on what it is batched with.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +24,7 @@ import numpy.typing as npt
 from protocol.messages.parts import Sampling
 
 UInt64Array = npt.NDArray[np.uint64]
+Float32Array = npt.NDArray[np.float32]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,10 +42,15 @@ def completion_seed(seed: int, position: int) -> int:
     return int(splitmix64(mixed + np.uint64(position))[0])
 
 
-def token_keys(seeds: UInt64Array, indices: npt.NDArray[np.integer]) -> mx.array:
-    """Return the random keys (N, 2) uint32 of the tokens at `indices` (N,), one per seed (N,)."""
+def token_uniforms(seeds: UInt64Array, indices: npt.NDArray[np.integer]) -> Float32Array:
+    """Return two uniform numbers in [0, 1) for each token: (N, 2) float32.
+
+    They depend on the token's index (N,) and its completion's seed (N,) alone. Each column has 24
+    bits, the most that float32 holds evenly, from its own half of one 64-bit hash.
+    """
     mixed = splitmix64(seeds ^ splitmix64(indices.astype(np.uint64)))
-    return mx.array(mixed.view(np.uint32).reshape(-1, 2))
+    halves = np.stack([mixed >> np.uint64(40), mixed & np.uint64(0xFFFFFF)], axis=-1)
+    return halves.astype(np.float32) * np.float32(2.0**-24)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class SamplingParameters:
     top_k: mx.array | None
     top_p: mx.array | None
     log_min_p: mx.array | None
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a filter applies to any completion."""
+        return any(column is not None for column in (self.top_k, self.top_p, self.log_min_p))
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], vocab_size: int) -> "SamplingParameters":
@@ -101,46 +117,91 @@ def has_filter(sampling: Sampling) -> bool:
     return sampling.temperature > 0 and filters
 
 
-def draw(logprobs: mx.array, keys: mx.array, parameters: SamplingParameters) -> Draw:
-    """Sample one token per completion with `keys` (B, 2); greedy ones take the argmax.
+def draw(logits: mx.array, uniforms: mx.array, parameters: SamplingParameters) -> Draw:
+    """Sample one token per completion; greedy ones take the argmax.
 
-    `logprobs` (B, V) float32, nats, are normalised, at temperature 1. The log-probs returned are
-    those of the distribution at the completion's temperature (1 where greedy), before any filter.
+    `logits` (B, V) float32 may differ from log-probs by a constant per row. `uniforms` (B, 2)
+    float32, in [0, 1), choose the block and the token in it. The log-probs returned are those of
+    the distribution at the completion's temperature (1 where greedy), before any filter.
+
+    No token of probability 0 is drawn. Blocks and tokens are chosen in steps of 2**-24 each, so the
+    distribution is exact to about 1e-7 per block and 1e-7 of the block's mass per token.
+
+    The function can be compiled: it evaluates nothing, and branches only on which `parameters`
+    there are.
     """
     if parameters.scale is not None:
-        scaled = logprobs * parameters.scale
-        logprobs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+        logits = logits * parameters.scale
+    blocks = _blocks(logits)
+    masses = mx.logsumexp(blocks, axis=-1)
+    total = mx.logsumexp(masses, axis=-1)
 
     kept_logmass = None
-    candidates = logprobs
-    filters = (parameters.top_k, parameters.top_p, parameters.log_min_p)
-    if not parameters.all_greedy and any(column is not None for column in filters):
-        kept = logprobs >= _filter_threshold(logprobs, parameters)
-        candidates = mx.where(kept, logprobs, -mx.inf)
-        kept_logmass = mx.logsumexp(candidates, axis=-1)
+    if parameters.filtered:
+        kept = logits >= _filter_threshold(logits, parameters)
+        blocks = _blocks(mx.where(kept, logits, -mx.inf))
+        masses = mx.logsumexp(blocks, axis=-1)
+        kept_logmass = mx.logsumexp(masses, axis=-1) - total
 
     if parameters.all_greedy:
-        tokens = mx.argmax(logprobs, axis=-1)
+        tokens = mx.argmax(logits, axis=-1)
     else:
-        tokens = mx.vmap(_categorical)(candidates, keys)
+        tokens = _drawn(blocks, masses, uniforms)
         if parameters.greedy is not None:
-            tokens = mx.where(parameters.greedy, mx.argmax(logprobs, axis=-1), tokens)
+            tokens = mx.where(parameters.greedy, mx.argmax(logits, axis=-1), tokens)
 
-    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    return Draw(tokens, chosen, kept_logmass)
-
-
-def _categorical(logprobs: mx.array, key: mx.array) -> mx.array:
-    return mx.random.categorical(logprobs, key=key)
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return Draw(tokens, chosen - total, kept_logmass)
 
 
-def _filter_threshold(logprobs: mx.array, parameters: SamplingParameters) -> mx.array:
-    """Return the log-prob (B, 1) below which top-k, top-p and min-p drop a token."""
-    threshold = mx.full((logprobs.shape[0], 1), -mx.inf)
+def _drawn(blocks: mx.array, masses: mx.array, uniforms: mx.array) -> mx.array:
+    """Draw tokens (B,) from logits as blocks (B, N, size) with logsumexps `masses` (B, N)."""
+    block = _invert(mx.softmax(masses, axis=-1), uniforms[:, :1])
+    inside = mx.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token = _invert(mx.softmax(inside, axis=-1), uniforms[:, 1:])
+    return block * blocks.shape[-1] + token
+
+
+def _invert(probabilities: mx.array, uniforms: mx.array) -> mx.array:
+    """Return the indices (B,) at which the cumulative sums of (B, N) exceed `uniforms` (B, 1).
+
+    By rounding, the sums of a parallel scan may fall here and there, and end beside 1. So only
+    indices of positive probability count, and the uniforms are scaled to the greatest sum among
+    them. There always is an index that exceeds it: a float32 number times 1 - 2**-24, the greatest
+    uniform, rounds to less than itself.
+    """
+    sums = mx.where(probabilities > 0, mx.cumsum(probabilities, axis=-1), 0.0)
+    reached = sums > uniforms * sums.max(axis=-1, keepdims=True)
+    return mx.argmax(reached, axis=-1)
+
+
+def _blocks(logits: mx.array) -> mx.array:
+    """View logits (B, V) as blocks (B, N, size), padded with -inf where size does not divide V."""
+    vocab_size = logits.shape[-1]
+    size = _block_size(vocab_size)
+    if vocab_size % size:
+        logits = mx.pad(logits, [(0, 0), (0, -vocab_size % size)], constant_values=-math.inf)
+    return mx.unflatten(logits, 1, (-1, size))
+
+
+@cache
+def _block_size(vocab_size: int) -> int:
+    """Return a divisor of `vocab_size` within a factor of four of its root, or else the root.
+
+    The larger of two that are equally near is taken.
+    """
+    root = math.isqrt(vocab_size - 1) + 1
+    pairs = ((vocab_size // n, n) for n in range(root, root // 4, -1) if vocab_size % n == 0)
+    return max(next(pairs, (root,)))
+
+
+def _filter_threshold(logits: mx.array, parameters: SamplingParameters) -> mx.array:
+    """Return the logit (B, 1) below which top-k, top-p and min-p drop a token."""
+    threshold = mx.full((logits.shape[0], 1), -mx.inf)
 
     if parameters.top_k is not None or parameters.top_p is not None:
-        ordered = -mx.sort(-logprobs, axis=-1)
-        count = mx.full(threshold.shape, logprobs.shape[-1], dtype=mx.int32)
+        ordered = -mx.sort(-logits, axis=-1)
+        count = mx.full(threshold.shape, logits.shape[-1], dtype=mx.int32)
         if parameters.top_k is not None:
             count = parameters.top_k
         if parameters.top_p is not None:
@@ -148,7 +209,7 @@ def _filter_threshold(logprobs: mx.array, parameters: SamplingParameters) -> mx.
         threshold = mx.take_along_axis(ordered, count - 1, axis=-1)
 
     if parameters.log_min_p is not None:
-        highest = logprobs.max(axis=-1, keepdims=True)
+        highest = logits.max(axis=-1, keepdims=True)
         threshold = mx.maximum(threshold, highest + parameters.log_min_p)
 
     return threshold
@@ -157,11 +218,11 @@ def _filter_threshold(logprobs: mx.array, parameters: SamplingParameters) -> mx.
 def _top_p_count(ordered: mx.array, count: mx.array, top_p: mx.array) -> mx.array:
     """Return how many of the first `count` (B, 1) tokens top-p keeps: the fewest that hold it.
 
-    `ordered` (B, V) are log-probs in descending order; masses are relative to those of the first
+    `ordered` (B, V) are logits in descending order; masses are relative to those of the first
     `count` tokens.
     """
     rank = mx.arange(ordered.shape[-1])[None]
-    mass = mx.where(rank < count, mx.exp(ordered), 0.0)
+    mass = mx.where(rank < count, mx.exp(ordered - ordered[:, :1]), 0.0)
     cumulative = mx.cumsum(mass, axis=-1)
     before = (cumulative - mass) / cumulative[:, -1:]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
+from launch.processes.placement import require_gpus
 from launch.run_folder.create import CONFIG, make_run_folder
 from launch.run_folder.paths import DATA_SUFFIXES, require_files, resolve_flags, resolve_paths
 from launch.run_folder.resume import changed_settings, prepare_resume, require_program
@@ -70,6 +71,7 @@ def _new_run(
         run = resolve_paths(run, recipe.parent.absolute())
     # Before the folder is made and a model is loaded for it.
     require_files(run)
+    require_gpus(run)
     return run, make_run_folder(run, program_of(cls), recipe.stem if recipe else "run")
 
 
@@ -79,6 +81,7 @@ def _resume_run(cls: type[RunT], folder: Path, flags: Sequence[str]) -> RunT:
     before = load(cls, folder / CONFIG)
     run = load(cls, folder / CONFIG, [*flags, f"--run.resume={folder}"])
     run = resolve_paths(run, Path.cwd())
+    require_gpus(run)
     try:
         prepare_resume(folder, run)
     except OSError as error:

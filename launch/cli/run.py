@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 
-from launch.cli.command_line import RunT, read_command_line
+from launch.cli.command_line import read_command_line
 from launch.pages.followers import SINKS
 from launch.pages.progress import Progress
 from launch.pages.run_page import write_report
@@ -17,7 +17,7 @@ from launch.processes.children import Processes
 from launch.processes.specs import offline_processes
 from launch.processes.supervisor import INTERRUPTED, Supervisor, awake
 from launch.run_folder.resume import restore_settings
-from protocol.config.settings import AnyRun
+from protocol.config.settings import AnyRun, PreferenceRun, SftRun
 from protocol.errors import PippinError
 from protocol.run_record import change_state
 
@@ -99,10 +99,10 @@ def what_next(folder: Path, run: AnyRun, *, done: bool) -> list[str]:
     ]
 
 
-def run_offline(cls: type[RunT], argv: Sequence[str], usage: str) -> int:
+def run_offline(cls: type[PreferenceRun] | type[SftRun], argv: Sequence[str], usage: str) -> int:
     """Run launch/preference.py or launch/sft.py: the learner alone, supervised."""
     run, folder = read_command_line(cls, argv, usage)
-    return supervise(folder, run, offline_processes(folder))
+    return supervise(folder, run, offline_processes(run, folder))
 
 
 def main(body: Callable[[], int]) -> None:

@@ -1,13 +1,21 @@
-"""What MLX's Linux backends need before `mlx.core` is imported: OpenBLAS, and a bound on memory."""
+"""What MLX's Linux backends need before `mlx.core` is imported: OpenBLAS, one GPU, less memory."""
 
 import ctypes
 import os
 import sys
 
+from launch.processes.gpus import use_one_gpu
+
 HINT = (
     "OpenBLAS was not found: matrix products on this CPU are about twenty times slower. "
     "Debian and Ubuntu have it as libopenblas0-pthread."
 )
+
+
+def prepare_mlx() -> list[str]:
+    """Load OpenBLAS and choose a GPU, before `mlx.core` is imported; return advice for the user."""
+    found = [use_one_gpu(), "" if load_openblas() else HINT]
+    return [advice for advice in found if advice]
 
 
 def load_openblas() -> bool:

@@ -10,9 +10,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -27,25 +27,28 @@ _ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
 class ChildSpec:
     """What to start; `kind` groups interchangeable children: "learner", "actor", "reward server".
 
-    A child that fails is restarted at most `max_restarts` times.
+    A child that fails is restarted at most `max_restarts` times. `environment` is added to ours.
     """
 
     name: str
     kind: str
     command: Sequence[str]
     max_restarts: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run: one learner, and helpers that can be replaced.
 
-    `required` are the kinds of helper of which at least one must be left.
+    `required` are the kinds of helper of which at least one must be left. `notes` are told to the
+    user when the run starts.
     """
 
     learner: ChildSpec
     helpers: Sequence[ChildSpec] = ()
     required: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env={**os.environ, **spec.environment},
             start_new_session=True,
         )
     return Child(spec, process, path, log_start)

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 from launch.processes.children import ChildSpec, Processes
-from protocol.config.settings import GrpoRun, OnlineRun, PairsRun
+from launch.processes.gpus import visible_gpus
+from launch.processes.placement import place
+from protocol.config.settings import GrpoRun, OfflineRun, OnlineRun, PairsRun
 from protocol.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[1]
@@ -15,10 +17,10 @@ def program(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(LAUNCH / name), *arguments]
 
 
-def offline_processes(folder: Path) -> Processes:
+def offline_processes(run: OfflineRun, folder: Path) -> Processes:
     """Return the processes of a run without actors: the learner alone."""
     command = program("processes/learn.py", str(folder), "--child")
-    return Processes(ChildSpec("learner", "learner", command))
+    return place(Processes(ChildSpec("learner", "learner", command)), run, visible_gpus())
 
 
 def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
@@ -47,7 +49,8 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     required = {"reward server"} if servers else set[str]()
     if not colocated and not run.transport.bind:
         required.add("actor")
-    return Processes(learner, [*servers, *actors], frozenset(required))
+    helpers = [*servers, *actors]
+    return place(Processes(learner, helpers, frozenset(required)), run, visible_gpus())
 
 
 def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 
-from launch.processes.blas import HINT, load_openblas
+from launch.processes.blas import prepare_mlx
 
 OUR_LOGGERS = ("pippin", "protocol", "actors", "learner", "launch")  # their names begin with these
 GRACE_S = 20.0
@@ -62,8 +62,9 @@ def start_process(*, child: bool, mlx: bool) -> Lifeline:
         lifeline.request_stop()
 
     signal.signal(signal.SIGTERM, stop)
-    if mlx and not load_openblas():
-        logging.getLogger("pippin").info(HINT)
+    if mlx:
+        for advice in prepare_mlx():
+            logging.getLogger("pippin").info(advice)
     return lifeline
 
 

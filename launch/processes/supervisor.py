@@ -26,7 +26,7 @@ from launch.processes.children import (
     start,
 )
 from launch.run_folder.tail import EventTail
-from protocol.run_record import Fault, Restart, record_event
+from protocol.run_record import Fault, Notice, Restart, record_event
 
 INTERRUPTED = 130
 FIRST_BACKOFF_S = 0.5
@@ -56,6 +56,7 @@ class Supervisor:
         self._learner = processes.learner
         self._helpers = processes.helpers
         self._required = processes.required
+        self._notes = processes.notes
         self._say = say
         self._companions = companions
         self._backoff_s = backoff_s
@@ -79,6 +80,8 @@ class Supervisor:
                 await group.start(self._watch_signals)
                 for companion in self._companions:
                     group.start_soon(companion)
+                for note in self._notes:
+                    record_event(self._folder, Notice(level="info", message=note))
                 # Before the learner, which takes longest to start: helpers wait for it.
                 for spec in self._helpers:
                     group.start_soon(self._keep_running, spec)

@@ -71,6 +71,13 @@ class ActorSettings(Section, frozen=True, kw_only=True):
     count: Annotated[Count, doc("Local actors; 0: only remote ones, by `transport.bind`.")] = 1
     max_concurrent_completions: Annotated[PositiveInt, doc("Completions per actor at a time.")] = 32
     prefill_step_size: Annotated[PositiveInt, doc("Prompt tokens per forward pass.")] = 2048
+    devices: Annotated[
+        Annotated[list[Count], Meta(min_length=1)] | None,
+        doc(
+            "NVIDIA GPUs of the local actors, in turn, counted from 0; none: those after the "
+            "learner's."
+        ),
+    ] = None
     heartbeat_s: Annotated[Positive, doc("Seconds between an actor's heartbeats.")] = 2.0
     max_restarts: Annotated[Count, doc("Restarts of an actor before the run gives it up.")] = 10
 

@@ -233,6 +233,9 @@ class TrainSettings(BatchSettings, frozen=True, kw_only=True):
         bool, doc("Recompute each layer in the backward pass: less memory, more time.")
     ] = False
     compile: Annotated[Literal["auto", "on", "off"], doc("Compile steps; auto: on GPU.")] = "auto"
+    device: Annotated[
+        Count | None, doc("NVIDIA GPU of the learner, counted from 0; none: the first.")
+    ] = None
     length_bucket: Annotated[
         PositiveInt, doc("Padded lengths are multiples of this, so that steps share shapes.")
     ] = 32

@@ -103,5 +103,5 @@ def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
     monkeypatch.setattr(launch.cli.run.anyio, "run", interrupted)
     flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
     run, folder = read_command_line(PreferenceRun, flags, "")
-    assert supervise(folder, run, offline_processes(folder)) == INTERRUPTED
+    assert supervise(folder, run, offline_processes(run, folder)) == INTERRUPTED
     assert read_run(folder).state == "failed_to_start"

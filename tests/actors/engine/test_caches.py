@@ -5,11 +5,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import gemma3_text, llama, mamba
-from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
 from actors.engine.base import GenerationRequest
-from protocol.messages.arrays import floats_view, ids_view
-from protocol.messages.parts import Completion, Sampling
+from protocol.messages.arrays import floats_view
+from protocol.messages.parts import Sampling
+from tests.actors.engine.alone import alone_logprobs
 from tests.actors.engine.engines import VOCAB, engine_of, sharpen
 from tests.actors.engine.engines import run as run_out
 
@@ -91,18 +92,6 @@ def run(model: nn.Module, requests: list[GenerationRequest], rows: int = 16):
 def request(key: str, prompt: list[int], seed: int, **kwargs) -> GenerationRequest:
     sampling = Sampling(**({"num_generations": 3, "max_completion_length": 8} | kwargs))
     return GenerationRequest(key=key, prompt_ids=prompt, sampling=sampling, seed=seed)
-
-
-def alone_logprobs(model: nn.Module, prompt: list[int], completion: Completion) -> np.ndarray:
-    """Log-probs of a row decoded by itself, a token at a time."""
-    cache = make_prompt_cache(model)
-    ids = ids_view(completion.token_ids).tolist()
-    logits = model(mx.array([prompt]), cache=cache)[0, -1]
-    found = []
-    for token in ids:
-        found.append(nn.log_softmax(logits.astype(mx.float32))[token].item())
-        logits = model(mx.array([[token]]), cache=cache)[0, -1]
-    return np.array(found)
 
 
 @pytest.mark.parametrize(

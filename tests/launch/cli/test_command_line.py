@@ -173,8 +173,9 @@ def test_processes_of_a_run(tmp_path: Path):
         "--child",
     ]
     assert [spec.name for spec in actor_specs(run, "ipc:///s/l")] == ["actor-0", "actor-1"]
-    assert offline_processes(tmp_path).learner.command[2:] == [str(tmp_path), "--child"]
-    assert offline_processes(tmp_path).required == frozenset()
+    offline = offline_processes(load(SftRun, None, OFFLINE), tmp_path)
+    assert offline.learner.command[2:] == [str(tmp_path), "--child"]
+    assert offline.required == frozenset()
 
     whole = online_processes(run, tmp_path, Path("/s"))
     assert list(whole.learner.command[2:]) == [

@@ -16,6 +16,7 @@ from learner.model.trials import choose_head, choose_shared_prompt
 from protocol.config.settings import ModelSettings
 from protocol.model.adapters import attach_adapters
 from protocol.model.snapshots import trainable
+from tests.architectures import build
 from tests.learner.model.heads import CASES, plain
 from tests.tiny import VOCAB, ragged_batch, tiny_model
 
@@ -64,13 +65,6 @@ def test_on_cuda_only_where_it_is_asked_for(monkeypatch):
 def windowed():
     types = ["full_attention", "sliding_attention"]
     return tiny_model(model_type="llama", layer_types=types, sliding_window=4)
-
-
-def recurrent():
-    return tiny_model(
-        model_type="mamba", state_size=4, intermediate_size=32, conv_kernel=4, use_bias=False,
-        use_conv_bias=True, time_step_rank=4,
-    )  # fmt: skip
 
 
 def dropping():
@@ -130,7 +124,7 @@ def with_nothing(mask, _):
 
 OBSTACLES = {
     "windows": (windowed, "RotatingKVCache"),
-    "recurrent": (recurrent, "ArraysCache"),
+    "recurrent": (partial(build, "mamba"), "ArraysCache"),
     "dropout": (dropping, "dropout"),
     "own mask": (partial(changed_attention, with_mask), "log-probs differ by"),
     "own positions": (partial(changed_attention, with_elsewhere), "log-probs differ by"),

@@ -1,0 +1,149 @@
+"""Trials at the start: ragged batches against decoding alone, stacked adapters against plain."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# pyright: reportMissingTypeStubs=false
+# (mlx and mlx-lm are only partly typed)
+
+import logging
+from collections.abc import Callable
+from typing import Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from actors.engine.adapters import StackedAdapters, stack_adapters, unstack_adapters
+from actors.engine.prefill import Prefiller, merge, mergeable
+from actors.engine.slots import PromptReader, Slots, layer_shapes
+from protocol.errors import ModelError
+from protocol.model.snapshots import named_arrays
+
+log = logging.getLogger("pippin.actor")
+
+Path = Literal["slots", "batched", "alone"]
+
+# The largest difference that rounding may make, relative to the spread of the logits. A wrong
+# position, mask or row differs by far more.
+_TOLERANCE = 1e-3
+_LOW_PRECISION_TOLERANCE = 0.1
+
+# What mlx-lm's models raise when they cannot take a cache or a mask.
+_FAILURES = (ModelError, TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+
+# Prompts of different lengths, and the tokens that follow each.
+_PROMPTS = [[1, 2, 3, 4, 5], [6], [2, 1, 2]]
+_FORCED = [[3, 1, 2], [1, 4, 5], [5, 2, 6]]
+
+
+def decoding_path(model: nn.Module) -> tuple[Path, str]:
+    """Return how `model` decodes, and why not in a faster way ("" for slots).
+
+    A ragged batch of three completions is decoded for three tokens each; its logits must be those
+    of each one decoded alone with mlx-lm's own caches.
+    """
+    alone = _alone(model)
+    tolerance = _tolerance(model)
+
+    reason = _difference(lambda: _in_slots(model), alone, tolerance)
+    if not reason:
+        return "slots", ""
+    if not mergeable(make_prompt_cache(model)):
+        return "alone", f"{reason}; mlx-lm cannot batch them"
+    batched = _difference(lambda: _in_batch(model), alone, tolerance)
+    if not batched:
+        return "batched", reason
+    return "alone", f"{reason}; in a batch of mlx-lm {batched}"
+
+
+def stacked_adapters(model: nn.Module) -> list[StackedAdapters]:
+    """Stack the model's adapters unless that changes its logits; the log says if it does."""
+    tokens = mx.array([_PROMPTS[0]])
+    plain = model(tokens).astype(mx.float32)
+    mx.eval(plain)
+
+    stacks = stack_adapters(model, join=True)
+    if not stacks:
+        return []
+    reason = _difference(lambda: model(tokens).astype(mx.float32), plain, _tolerance(model))
+    if not reason:
+        return stacks
+    unstack_adapters(model)
+    log.warning("Adapters are computed layer by layer: with several at once %s", reason)
+    return []
+
+
+# ---- inside --------------------------------------------------------------------------------------
+
+
+def _tolerance(model: nn.Module) -> float:
+    types = {array.dtype for array in named_arrays(model.parameters()).values()}
+    return _LOW_PRECISION_TOLERANCE if types & {mx.bfloat16, mx.float16} else _TOLERANCE
+
+
+def _difference(trial: Callable[[], mx.array], expected: mx.array, tolerance: float) -> str:
+    """Return how a trial's logits differ from `expected`, or "" if they agree."""
+    try:
+        found = trial()
+        mx.eval(found)
+    except _FAILURES as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'raised'}"
+
+    spread = cast(float, mx.std(expected).item())
+    error = cast(float, mx.abs(found - expected).max().item())
+    if found.shape == expected.shape and error <= tolerance * spread:
+        return ""
+    return f"the logits differ by {error:.2g}, of which {tolerance * spread:.2g} may be rounding"
+
+
+def _alone(model: nn.Module) -> mx.array:
+    logits: list[mx.array] = []
+    for prompt, forced in zip(_PROMPTS, _FORCED, strict=True):
+        cache = make_prompt_cache(model)
+        inputs = [prompt, *([token] for token in forced[:-1])]
+        logits += [model(mx.array([tokens]), cache=cache)[0, -1] for tokens in inputs]
+    result = mx.stack(logits).astype(mx.float32)
+    mx.eval(result)
+    return result
+
+
+def _in_slots(model: nn.Module) -> mx.array:
+    shapes = layer_shapes(model)
+    reader = PromptReader(
+        model, [prompt[:-1] for prompt in _PROMPTS], [shape.window for shape in shapes]
+    )
+    while not reader.done:
+        reader.read(6)  # more than one chunk
+    slots = Slots(shapes, rows=5)
+    slots.grow(16)
+    order = [2, 0, 3]  # not in order, with a free slot between
+    slots.copy(order, reader.prefixes())
+
+    def step(tokens: list[int], position: list[int]) -> mx.array:
+        inputs, offsets = [0] * 4, [0] * 4
+        for slot, token, at in zip(order, tokens, position, strict=True):
+            inputs[slot], offsets[slot] = token, at
+        layers = slots.layers(mx.array(offsets), columns=12)
+        logits = model(mx.array(inputs)[:, None], cache=layers)[:, -1]
+        slots.keys = [layer.keys for layer in layers]
+        slots.values = [layer.values for layer in layers]
+        return logits[mx.array(order)]
+
+    return _forced(step)
+
+
+def _in_batch(model: nn.Module) -> mx.array:
+    caches = Prefiller(model, 6, alone=False).run([prompt[:-1] for prompt in _PROMPTS])
+    cache = merge(caches)
+    return _forced(lambda tokens, _: model(mx.array(tokens)[:, None], cache=cache)[:, -1])
+
+
+def _forced(step: Callable[[list[int], list[int]], mx.array]) -> mx.array:
+    """Feed each prompt's last token, then the forced ones; return the logits as `_alone` does."""
+    inputs = [[prompt[-1], *forced[:-1]] for prompt, forced in zip(_PROMPTS, _FORCED, strict=True)]
+    steps = [
+        step([each[t] for each in inputs], [len(prompt) - 1 + t for prompt in _PROMPTS])
+        for t in range(len(_FORCED[0]))
+    ]
+    logits = mx.stack(steps, axis=1).astype(mx.float32)
+    return logits.reshape(-1, logits.shape[-1])
