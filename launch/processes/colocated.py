@@ -110,11 +110,12 @@ def _new_worker(
 def engine_model(policy: "LoadedPolicy") -> "nn.Module":
     """Return the engine's module tree: its own modules over the arrays of the learner's policy.
 
-    The engine may change its layers; the learner's tree and its mode stay as they are.
+    The engine may change its layers; the learner's tree and its mode stay as they are. Where it
+    stacks frozen weights, the learner gets the slices, so that they are in memory once.
     """
     from protocol.model.views import second_tree
 
-    return second_tree(policy.model)
+    return second_tree(policy.model, keep_wrapped=True)
 
 
 class HasHeartbeat(Protocol):

@@ -55,7 +55,7 @@ def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
         if wanted != "base" and not adapted:
             return _other_model(policy, settings, wanted)
 
-        base = view(policy.model, bypass_adapters=True)
+        base = view(policy.model, bypass_adapters=True, keep_wrapped=wanted == "base")
         if wanted == "base":
             return _frozen(base, policy.model_digest, f"base model {settings.path}")
 
@@ -66,12 +66,12 @@ def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
         return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
 
 
-def view(model: nn.Module, *, bypass_adapters: bool) -> nn.Module:
+def view(model: nn.Module, *, bypass_adapters: bool, keep_wrapped: bool = False) -> nn.Module:
     """Return a second module tree over the same arrays, frozen and in eval mode.
 
-    With `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer it wraps.
+    For the options see `second_tree`; `keep_wrapped` is for a view that gets no weights of its own.
     """
-    tree = second_tree(model, bypass_adapters=bypass_adapters)
+    tree = second_tree(model, bypass_adapters=bypass_adapters, keep_wrapped=keep_wrapped)
     tree.freeze()
     tree.eval()
     return tree
@@ -89,7 +89,8 @@ def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     new_adapters = settings.fine_tune_type != "full" and not settings.adapter_path
     packed = any("scales" in module for module in policy.model.modules())
     bypass = new_adapters and not (settings.fine_tune_type == "dora" and packed)
-    return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
+    tree = view(policy.model, bypass_adapters=bypass, keep_wrapped=True)
+    return _frozen(tree, digest, source)
 
 
 def _other_model(policy: LoadedPolicy, settings: PolicySettings, path: str) -> Reference:

@@ -18,35 +18,51 @@ import mlx.nn as nn
 from protocol.errors import ModelError
 
 
-def second_tree(model: nn.Module, *, bypass_adapters: bool = False) -> nn.Module:
+def second_tree(
+    model: nn.Module, *, bypass_adapters: bool = False, keep_wrapped: bool = False
+) -> nn.Module:
     """Return another module tree over the arrays of `model`, with the same ones trainable.
 
     Its modules are its own, so that weights, modes and layers change in one tree alone. With
-    `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer it wraps.
+    `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer it wraps. With
+    `keep_wrapped`, the layers that adapters wrap are the same objects in both trees: where one tree
+    moves a frozen weight into another array, such as a stack, the other does not keep the old one.
     """
-    return cast(nn.Module, _copied(model, bypass_adapters, {}))
+    return cast(nn.Module, _Copier(bypass=bypass_adapters, keep=keep_wrapped).copied(model))
 
 
-def _copied(value: object, bypass: bool, seen: dict[int, object]) -> object:
-    """Copy the tree of modules and containers; `seen` keeps shared modules shared."""
-    if isinstance(value, nn.Module):
-        if bypass and "lora_a" in value:
-            return _copied(_wrapped(value), bypass, seen)
-        if id(value) in seen:
-            return seen[id(value)]
+class _Copier:
+    """Copies a tree of modules and containers; shared modules stay shared in the copy."""
 
-        second = copy.copy(value)
-        seen[id(value)] = second
+    def __init__(self, *, bypass: bool, keep: bool) -> None:
+        self._bypass = bypass
+        self._keep = keep
+        self._seen: dict[int, object] = {}
+
+    def copied(self, value: object) -> object:
+        if isinstance(value, nn.Module):
+            if id(value) not in self._seen:
+                self._seen[id(value)] = self._module(value)
+            return self._seen[id(value)]
+        if isinstance(value, dict):
+            return {key: self.copied(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.copied(item) for item in value)
+        return value
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        wrapped = _wrapped(module) if "lora_a" in module else None
+        if wrapped is not None and self._keep:
+            self._seen.setdefault(id(wrapped), wrapped)
+        if wrapped is not None and self._bypass:
+            return cast(nn.Module, self.copied(wrapped))
+
+        second = copy.copy(module)
         # Freezing changes this set in place, so the copy gets its own.
-        object.__setattr__(second, "_no_grad", set(cast(Any, value)._no_grad))
-        for key, item in value.items():
-            dict.__setitem__(second, key, _copied(item, bypass, seen))
+        object.__setattr__(second, "_no_grad", set(cast(Any, module)._no_grad))
+        for key, item in module.items():
+            dict.__setitem__(second, key, self.copied(item))
         return second
-    if isinstance(value, dict):
-        return {key: _copied(item, bypass, seen) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item, bypass, seen) for item in value)
-    return value
 
 
 def _wrapped(adapter: nn.Module) -> nn.Module:

@@ -8,24 +8,29 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from actors.engine.mlx_engine import MlxEngine
 from actors.worker import Worker
 from launch import grpo
 from launch.cli.command_line import read_command_line
-from launch.processes.colocated import colocated_worker, heartbeat_of
+from launch.processes.colocated import colocated_worker, engine_model, heartbeat_of
 from launch.processes.learn import learn
 from launch.processes.start import Lifeline
 from learner.build.online import OnlineAddresses, assemble_online
+from learner.model.reference import make_reference
 from learner.online.in_process import InProcess
-from protocol.config.settings import GrpoRun
+from protocol.config.settings import GrpoRun, LoraSettings, ModelSettings, PolicySettings
 from protocol.errors import ChannelError, SnapshotError
 from protocol.messages.messages import Heartbeat
-from tests.tiny import write_model_folder
+from protocol.model.policy import load_policy
+from protocol.model.snapshots import load_trainable, trainable
+from tests.tiny import VOCAB, tensors, write_model_folder
 
 REWARD = """
 def odd(completion_ids, **kwargs):
@@ -165,6 +170,34 @@ def test_weights_that_are_not_the_announced_ones_are_refused(
         "actor: samples in the learner's process, with one copy of the base weights",
         "elsewhere",
     ]
+
+
+def test_the_base_weights_exist_once_after_the_engine_has_stacked_them(tmp_path: Path):
+    settings = ModelSettings(
+        path=str(write_model_folder(tmp_path / "model")), lora=LoraSettings(rank=4)
+    )
+    policy = load_policy(settings, seed=3)
+    reference = make_reference(policy, PolicySettings(path=settings.path, lora=settings.lora))
+    before = {name: id(array) for name, array in tensors(policy.model).items()}
+    expected = policy.model(mx.array([[5, 9, 2]]))
+
+    model = engine_model(policy)
+    engine = MlxEngine(model, stop_token_ids=[1], vocab_size=VOCAB, max_concurrent_completions=4)
+    for version in range(2):
+        update = {name: array + version for name, array in trainable(policy.model).items()}
+        engine.set_policy(partial(load_trainable, model, update, "update"), version, "d")
+
+    now = {name: id(array) for name, array in tensors(policy.model).items()}
+    moved = {name for name in now if now[name] != before[name]}
+    assert {name.rpartition("self_attn.")[2] for name in moved if "layers.0.self_attn" in name} >= {
+        f"{part}_proj.linear.weight" for part in "qkv"
+    }
+    frozen = now.keys() - trainable(policy.model).keys()
+    assert all(id(array) == now[name] for name, array in tensors(model).items() if name in frozen)
+    assert {id(array) for array in tensors(reference.model).values()} == {
+        now[name] for name in frozen
+    }
+    assert mx.array_equal(policy.model(mx.array([[5, 9, 2]])), expected)
 
 
 @dataclass

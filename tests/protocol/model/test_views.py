@@ -63,6 +63,33 @@ def test_modes_and_frozen_layers_of_one_tree_leave_the_other_alone(tmp_path):
     assert mx.array_equal(model(TOKENS), dropped)
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_frozen_weights_that_one_tree_moves_are_moved_in_the_other(tmp_path, bypass):
+    model = adapted(tmp_path)
+    before = model(TOKENS)
+    apart = second_tree(model, bypass_adapters=bypass)
+    second = second_tree(model, bypass_adapters=bypass, keep_wrapped=True)
+    trained = list(trainable(second))
+    assert len(trained) == (0 if bypass else 28)
+
+    moved = [module.linear for module in model.modules() if "lora_a" in module]
+    assert len(moved) == 14
+    for linear in moved:
+        stack = mx.concatenate([linear.weight, mx.zeros((3, linear.weight.shape[1]))])
+        linear.weight = stack[:-3]
+    shared = {id(array) for array in tensors(model).values()}
+    assert all(id(array) in shared for array in tensors(second).values())
+    assert sum(id(array) not in shared for array in tensors(apart).values()) == 14
+    assert mx.array_equal(second(TOKENS), before)  # new adapters add nothing
+
+    # What is trained is not shared.
+    shifted = {name: array + 0.01 for name, array in trainable(model).items()}
+    load_trainable(model, shifted, "update")
+    assert not mx.allclose(model(TOKENS), before, atol=1e-4)
+    assert mx.array_equal(second(TOKENS), before)
+    assert list(trainable(second)) == trained
+
+
 def test_a_shelf_gives_each_version_once_and_forgets_older_ones():
     shelf = PolicyShelf()
     arrays = [{"a": mx.array([float(version)])} for version in range(4)]
