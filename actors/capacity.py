@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from actors.engine.shapes import PREFILL_TOKENS, shapes_for
 from actors.engine.sizes import bytes_per_position
+from protocol.errors import ModelError
 from protocol.messages.messages import Welcome
 from protocol.model.device_memory import device_memory, visible_device
 from protocol.model.dimensions import LayerShape, compute_itemsize, weight_bytes
@@ -133,7 +134,10 @@ class Capacity:
 def choose_capacity(
     asked: int | Literal["auto"], welcome: Welcome, memory: ActorMemory, budget: int
 ) -> Capacity:
-    """Return how many completions to sample at a time, at least 1; a number asked for stays."""
+    """Return how many completions to sample at a time, at least 1; a number asked for stays.
+
+    Raises ModelError if a deterministic run's number does not fit.
+    """
     allowed = f"{budget / 1e9:.2f} GB for it"
     if asked != "auto":
         most = memory.most_within(budget, asked)
@@ -142,11 +146,19 @@ def choose_capacity(
         return Capacity(asked, memory.total(asked), reason, fits)
 
     actors, in_flight = max(1, welcome.local_actors), welcome.in_flight_completions
+    if welcome.deterministic:
+        actors = 1  # one shape for all of them, whatever their number
     wanted = max(1, -(-in_flight // actors))
     over = f" over {actors} actors" if actors > 1 else ""
     reason = f"the queue holds at most {in_flight} in flight{over}"
 
     most = memory.most_within(budget, wanted)
+    if most < wanted and welcome.deterministic:
+        raise ModelError(
+            f"run.deterministic: all actors sample {wanted} completions at a time, which is the "
+            f"most that the queue holds, and there is {allowed}, enough for {most}. Set the same "
+            "actors.max_concurrent_completions for all, or run.deterministic = false"
+        )
     if most < wanted:
         reason = f"bounded by memory, as there is {allowed}; {wanted} would use the whole queue"
     chosen = max(1, most)

@@ -45,17 +45,19 @@ from actors.policy_store import PolicyStore
 from actors.session import Session
 from protocol.errors import DataError, ModelError
 from protocol.messages.arrays import ids_view
-from protocol.messages.messages import Heartbeat, Task
+from protocol.messages.messages import Heartbeat, Policy, Task
 from protocol.messages.parts import MemoryUse
 
 RATE_WINDOW_S = 2.0
+
+Load = Callable[[Policy, bytes], Callable[[], None]]
 
 
 class Worker:
     """Drives an engine for a learner, which it talks to through the I/O thread.
 
-    `decode` turns completion token IDs into text for the rewards. `load(data, digest)` reads a
-    snapshot's bytes, checks its digest, and returns a function that puts it into the model; it
+    `decode` turns completion token IDs into text for the rewards. `load(policy, data)` reads a
+    snapshot's bytes, checks the digest, and returns a function that puts it into the model; it
     raises SnapshotError. `memory` says what this process holds. `heartbeat` is None until the
     learner has welcomed us; another thread may read it at any time.
     """
@@ -67,7 +69,7 @@ class Worker:
         io: IoThread,
         *,
         decode: Callable[[list[int]], str],
-        load: Callable[[bytes, str], Callable[[], None]],
+        load: Load,
         memory: Callable[[], MemoryUse] = MemoryUse,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -146,7 +148,7 @@ class Worker:
             return
 
         policy, data = taken
-        self._engine.set_policy(self._load(data, policy.digest), policy.version, policy.digest)
+        self._engine.set_policy(self._load(policy, data), policy.version, policy.digest)
         self._session.applied(policy.version, policy.digest)
 
     def _step_engine(self, now: float) -> bool:

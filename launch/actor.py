@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from actors.bridge_messages import Command, Event, MessageReceived, Send
-from actors.io import ActorIo, IoThreadHandle
-from actors.session import ActorIdentity, Session
+from actors.io import IoThreadHandle
+from actors.session import ActorIdentity
 from actors.worker import Worker
 from launch.processes.early_load import EarlyPolicy, load_early
 from launch.processes.stages import Stages
 from launch.processes.start import Lifeline, start_process
+from launch.processes.workers import new_io, new_worker
 from protocol.config.settings import ModelSettings
 from protocol.errors import PippinError, RefusedError, SnapshotError
-from protocol.messages.messages import PROTOCOL_VERSION, Heartbeat, Hello, Refuse, Welcome
-from protocol.messages.parts import RewardService
+from protocol.messages.messages import PROTOCOL_VERSION, Hello, Policy, Refuse, Welcome
 from protocol.run_record import record_event
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Client
-from protocol.transport.endpoints import reachable
 
 if TYPE_CHECKING:
-    from actors.rewards.client import RewardClient
     from protocol.model.policy import LoadedPolicy
 
 log = logging.getLogger("pippin.actor")
@@ -89,7 +87,12 @@ def main() -> int:
     # MLX stays on this main thread; the I/O thread serves the sockets.
     try:
         with Bridge[Command, Event]() as bridge:
-            io = _io(args, lambda: slot[0].heartbeat if slot else None)
+            io = new_io(
+                lambda: Client(args.connect, keys=args.keys),
+                lambda: slot[0].heartbeat if slot else None,
+                endpoint=args.connect,
+                keys=args.keys,
+            )
             bridge.start(io.run, "actor-io")
             _work(args, IoThreadHandle(bridge), lifeline, slot)
     except PippinError as error:
@@ -98,25 +101,6 @@ def main() -> int:
     except KeyboardInterrupt:
         log.info("interrupted")
     return 0
-
-
-def _io(args: argparse.Namespace, heartbeat: Callable[[], Heartbeat | None]) -> ActorIo:
-    def make_scorer(services: list[RewardService]) -> "RewardClient":
-        from actors.rewards.client import RewardClient
-
-        reached = [
-            msgspec.structs.replace(s, endpoints=[reachable(e, args.connect) for e in s.endpoints])
-            for s in services
-        ]
-        return RewardClient(reached, keys=args.keys)
-
-    return ActorIo(
-        connect=lambda: Client(args.connect, keys=args.keys),
-        make_scorer=make_scorer,
-        heartbeat=heartbeat,
-        keys=args.keys,
-        endpoint=args.connect,
-    )
 
 
 def _work(
@@ -149,7 +133,7 @@ def _work(
         str(capacity),
     )
 
-    worker = _worker(args, capacity.completions, policy, identity, io_thread)
+    worker = _worker(args, welcome, capacity.completions, policy, identity, io_thread)
     stages.done("engine")
     slot.append(worker)  # the I/O thread sends its heartbeats from now on
     worker.start()
@@ -231,37 +215,33 @@ def enquire(
 
 def _worker(
     args: argparse.Namespace,
-    max_concurrent_completions: int,
+    welcome: Welcome,
+    completions: int,
     policy: "LoadedPolicy",
     identity: ActorIdentity,
     io_thread: IoThreadHandle,
 ) -> Worker:
-    from actors.engine.mlx_engine import MlxEngine
-    from protocol.model.device_memory import memory_use
     from protocol.model.snapshots import apply_snapshot, read_snapshot
 
-    engine = MlxEngine(
-        policy.model,
-        stop_token_ids=policy.stop_token_ids,
-        vocab_size=policy.vocab_size,
-        max_concurrent_completions=max_concurrent_completions,
-        prefill_step_size=args.prefill_step_size,
-        context_length=policy.config.get("max_position_embeddings"),
-    )
-
-    def load(data: bytes, digest: str) -> Callable[[], None]:
+    def load(announced: Policy, data: bytes) -> Callable[[], None]:
         snapshot = read_snapshot(data)
-        if snapshot.digest != digest:
+        if snapshot.digest != announced.digest:
             raise SnapshotError(
-                f"the learner announced a snapshot with digest {digest[:12]}, received one with "
-                f"{snapshot.digest[:12]}; is another run writing to the same folder?"
+                f"the learner announced a snapshot with digest {announced.digest[:12]}, received "
+                f"one with {snapshot.digest[:12]}; is another run writing to the same folder?"
             )
         return lambda: apply_snapshot(policy.model, snapshot)
 
-    def decode(token_ids: list[int]) -> str:
-        return policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    return Worker(engine, Session(identity), io_thread, decode=decode, load=load, memory=memory_use)
+    return new_worker(
+        policy,
+        policy.model,
+        identity,
+        io_thread,
+        load,
+        welcome=welcome,
+        completions=completions,
+        prefill_step_size=args.prefill_step_size,
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The learner process: `launch/processes/learn.py RUN_DIR [--endpoint …] [--snapshots …] [...]`.
 
 Started by the launcher, which wrote RUN_DIR/config.toml and run.json. MLX stays on this main
-thread; sockets are served by an I/O thread. Exit status 0: the run finished or was stopped on
-request; 1: it failed.
+thread; sockets are served by an I/O thread. With `actors.colocate` this process samples, too.
+Exit status 0: the run finished or was stopped on request; 1: it failed.
 """
 
 import argparse
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from launch.processes.learner_program import run_learner
 from launch.processes.run_lock import hold_run_folder
 from launch.processes.stages import Stages
 from launch.processes.start import Lifeline
+from launch.run_folder.create import CONFIG
 from launch.run_folder.resume import accept_settings
+from protocol.config.load import load
+from protocol.config.settings import GrpoRun
 from protocol.errors import RewardError
 from protocol.run_record import State, change_state, read_run, record_event
 
@@ -27,16 +31,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("pippin.learner")
 POLL_S = 0.2
 
+Turn = Callable[[], object]  # advances the run a little
+
 
 def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Build the run and advance it to its end; return how it ended."""
     stages = Stages("learner")
-    with hold_run_folder(args.run_dir), _assembled(args, lifeline, stages) as run:
+    with (
+        hold_run_folder(args.run_dir),
+        _assembled(args, lifeline, stages) as run,
+        _turns(run) as turn,
+    ):
         accept_settings(args.run_dir)
         _announce(run.trainer, args.run_dir)
         try:
-            _to_first_step(run, args.run_dir, lifeline, stages)
-            _advance(run.trainer, args.run_dir, lifeline)
+            _to_first_step(run, args.run_dir, lifeline, turn, stages)
+            _advance(run.trainer, args.run_dir, lifeline, turn)
         except RewardError:
             # The run can be resumed from here once the reward functions are fixed.
             run.trainer.save(required=False)
@@ -80,32 +90,58 @@ def _announce(trainer: "Trainer[Any]", folder: Path) -> None:
         )
 
 
-def _to_first_step(run: "Run", folder: Path, lifeline: Lifeline, stages: Stages) -> None:
+def _to_first_step(
+    run: "Run", folder: Path, lifeline: Lifeline, turn: Turn, stages: Stages
+) -> None:
     """Advance until the first step is taken, and record how long it took to come there."""
     trainer, before = run.trainer, run.trainer.step
-    _advance_once(trainer, folder, lifeline)  # asks for the first groups
+    _take_turn(trainer, folder, lifeline, turn)  # asks for the first groups
     if run.rehearse is not None and not trainer.stopping and trainer.step == before:
         run.rehearse()
         stages.done("kernels")
 
     while not trainer.done and trainer.step == before:
-        _advance_once(trainer, folder, lifeline)
+        _take_turn(trainer, folder, lifeline, turn)
     if trainer.step > before:
         stages.done("first batch", ago_s=trainer.last_metrics["step_time"])
         stages.done("first step")
         record_event(folder, stages.event())
 
 
-def _advance(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline) -> None:
+@contextmanager
+def _turns(run: "Run") -> Generator[Turn]:
+    """Yield a function that advances the run by one turn, and waits a moment if none is due.
+
+    With `actors.colocate`, trainer and worker take turns on this thread.
+    """
+    trainer, shared = run.trainer, run.in_process
+    if shared is None:
+        yield partial(trainer.advance, timeout_s=POLL_S)
+        return
+
+    from launch.processes.colocated import colocated_worker
+
+    with colocated_worker(run, shared, load(GrpoRun, run.folder / CONFIG)) as worker:
+
+        def turn() -> None:
+            trained = trainer.advance()
+            sampled = worker.advance()
+            if not (trained or sampled):
+                shared.bridges.wait(POLL_S)
+
+        yield turn
+
+
+def _advance(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline, turn: Turn) -> None:
     while not trainer.done:
-        _advance_once(trainer, folder, lifeline)
+        _take_turn(trainer, folder, lifeline, turn)
 
 
-def _advance_once(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline) -> None:
+def _take_turn(trainer: "Trainer[Any]", folder: Path, lifeline: Lifeline, turn: Turn) -> None:
     if lifeline.stop_requested and not trainer.stopping:
         change_state(folder, "stopping")
         trainer.stopping = True
-    trainer.advance(timeout_s=POLL_S)
+    turn()
 
 
 if __name__ == "__main__":

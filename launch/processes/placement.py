@@ -39,7 +39,8 @@ def place(processes: Processes, run: AnyRun, gpus: Sequence[str]) -> Processes:
     def placed(spec: ChildSpec) -> ChildSpec:
         if spec.name not in chosen:
             return spec
-        return replace(spec, environment=one_gpu(gpus[chosen[spec.name]]))
+        own = one_gpu(gpus[chosen[spec.name]])
+        return replace(spec, environment={**spec.environment, **own})
 
     return replace(
         processes,

@@ -1,12 +1,14 @@
 """Which processes a run starts, with which commands and endpoints."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from launch.processes.blas import deterministic_kernels
 from launch.processes.children import ChildSpec, Processes
 from launch.processes.gpus import visible_gpus
 from launch.processes.placement import place
-from protocol.config.settings import OfflineRun, OnlineRun, PairsRun
+from protocol.config.settings import GrpoRun, OfflineRun, OnlineRun, PairsRun
 from protocol.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[1]
@@ -27,25 +29,36 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     """Return the learner (of PairsRun the collector), local actors and reward servers.
 
     `sockets` is a folder for ipc endpoints. Local actors are required unless actors elsewhere can
-    connect to `transport.bind`.
+    connect to `transport.bind`, or the learner is its own actor.
     """
     name, script = "learner", "processes/learn.py"
     if isinstance(run, PairsRun):
         name, script = "collect", "processes/collect.py"
+    colocated = isinstance(run, GrpoRun) and run.actors.colocate
     endpoint = f"ipc://{sockets}/learner"
     services, servers = reward_services(run, sockets)
-    arguments = ["--endpoint", endpoint, "--snapshots", snapshot_endpoint(run, sockets)]
+
+    arguments = [] if colocated else ["--endpoint", endpoint]
+    if not colocated or run.transport.bind:
+        arguments += ["--snapshots", snapshot_endpoint(run, sockets)]
     if run.transport.bind:
         arguments += ["--endpoint", run.transport.bind]
     for service in services:
         arguments += ["--rewards", service]
     learner = ChildSpec(name, "learner", program(script, str(folder), "--child", *arguments))
 
+    actors = [] if colocated else actor_specs(run, folder, endpoint)
     required = {"reward server"} if servers else set[str]()
-    if not run.transport.bind:
+    if not colocated and not run.transport.bind:
         required.add("actor")
-    helpers = [*servers, *actor_specs(run, folder, endpoint)]
+    if isinstance(run, GrpoRun) and run.run.deterministic:
+        learner, *actors = [_with_even_kernels(spec) for spec in (learner, *actors)]
+    helpers = [*servers, *actors]
     return place(Processes(learner, helpers, frozenset(required)), run, visible_gpus())
+
+
+def _with_even_kernels(spec: ChildSpec) -> ChildSpec:
+    return replace(spec, environment={**spec.environment, **deterministic_kernels()})
 
 
 def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[ChildSpec]]:

@@ -17,6 +17,7 @@ from learner.checkpoint import Checkpoint, load_checkpoint
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
 from learner.model.reference import Reference
+from learner.online.in_process import InProcess
 from learner.optim.step import Step, should_compile
 from learner.trainer import Schedule, Trainer
 from protocol.config.settings import TrainingRun
@@ -31,10 +32,11 @@ log = logging.getLogger("pippin.learner")
 
 @dataclass
 class Run:
-    """A learner that is ready to advance. `base` is the path of the base model.
+    """A learner that is ready to advance.
 
-    `rehearse` builds the kernels of a step, without any effect on the run: call it once while the
-    first batch is waited for. None where that saves nothing.
+    `base` is the path of the base model. `rehearse` builds the kernels of a step, without any
+    effect on the run: call it once while the first batch is waited for. None where that saves
+    nothing. `in_process` is for an actor in the learner's process, if the settings ask for one.
     """
 
     trainer: Trainer[Any]
@@ -42,6 +44,7 @@ class Run:
     folder: Path
     base: str
     rehearse: Callable[[], None] | None = None
+    in_process: InProcess | None = None
 
     def complete(self) -> None:
         """Write the result in mlx-lm's format: `adapters/`, or `model/` after full fine-tuning."""

@@ -41,6 +41,7 @@ from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
 from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
+from learner.online.in_process import InProcess
 from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
@@ -70,7 +71,8 @@ class OnlineAddresses:
     """Where the processes of an online run reach each other, as endpoints.
 
     `actors`: where actors connect. `snapshots`: where policy snapshots are served. `rewards`: the
-    reward services, each one endpoint or several that share the load, separated by commas.
+    reward services, each one endpoint or several that share the load, separated by commas. Without
+    `actors`, only one in this process can join, and no socket is opened.
     """
 
     actors: Sequence[str]
@@ -82,7 +84,8 @@ class OnlineAddresses:
 class OnlinePlan:
     """What the parts of an online run are built from.
 
-    `model` is what actors load, exactly as the learner loaded `policy`.
+    `model` is what actors load, exactly as the learner loaded `policy`. `in_process` is shared with
+    an actor in this process.
     """
 
     folder: Path
@@ -92,6 +95,7 @@ class OnlinePlan:
     policy: LoadedPolicy
     prompts: PromptSource
     total_batches: int
+    in_process: InProcess | None = None
 
 
 @contextmanager
@@ -121,7 +125,8 @@ def assemble_online(
     done("data")
     total = total_batches(settings, prompts)
     model = narrowed(settings.model, ModelSettings)
-    plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total)
+    shared = InProcess() if settings.actors.colocate else None
+    plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total, shared)
     checkpoint = resume_point(settings.run.resume, policy, reference)
 
     prompt = longest_prompt(settings.data, prompts)
@@ -129,12 +134,9 @@ def assemble_online(
     coordinator = new_coordinator(
         plan, forward.peak_bytes, checkpoint, settings.eval.max_completion_length
     )
-    bridge = Bridge[Command, Reply]()
+    bridge = Bridge[Command, Reply](among=shared.bridges if shared else None)
     service = new_service(plan, coordinator, bridge)
-
-    for stale in (folder / "policy").glob("policy-*"):
-        stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would delete them
-    source = OnlineSource(bridge, policy.model, folder / "policy")
+    source = _new_source(plan, bridge)
     trainer = _new_trainer(settings, plan, reference, forward, source)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -143,9 +145,27 @@ def assemble_online(
         bridge.start(lambda _: service.run())
         source.publish(trainer.step)
         done("preparation")
-        rehearse = rehearsal(settings, prompts.epochs.longest, trainer)
-        yield Run(trainer, policy, folder, settings.model.path, rehearse)
+        if shared is None:
+            rehearse = rehearsal(settings, prompts.epochs.longest, trainer)
+        else:
+            # The actor's turn is at the same time: a rehearsal would only delay it.
+            rehearse, shared.welcome = None, coordinator.welcome
+        yield Run(trainer, policy, folder, settings.model.path, rehearse, shared)
         source.finish("the run is over")
+
+
+def _new_source(plan: OnlinePlan, bridge: Bridge[Command, Reply]) -> OnlineSource:
+    """Return the source of a run whose earlier snapshots, if there are any, are deleted."""
+    snapshots = plan.folder / "policy"
+    for stale in snapshots.glob("policy-*"):
+        stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would delete them
+
+    shared = plan.in_process
+    if shared is None:
+        return OnlineSource(bridge, plan.policy.model, snapshots)
+    # Files are for actors elsewhere, if any can join.
+    folder = snapshots if plan.addresses.actors else None
+    return OnlineSource(bridge, plan.policy.model, folder, shared.shelf)
 
 
 def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
@@ -175,6 +195,7 @@ def new_service(
         plan.folder / "ledger.jsonl",
         keys=plan.settings.transport.keys,
         max_message_bytes=plan.settings.transport.max_message_mb << 20,
+        in_process=plan.in_process.channel.server if plan.in_process else None,
     )
 
 
@@ -255,6 +276,7 @@ def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length
         max_prompt=max(prompt, held_out),
         max_tokens=max(longest, held_out + eval_length if held_out else 0),
         learner_bytes=learner_bytes,
+        deterministic=isinstance(settings, GrpoRun) and settings.run.deterministic,
         host=platform.node(),
         device=visible_device(),
     )

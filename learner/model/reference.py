@@ -1,21 +1,17 @@
 """The frozen reference policy: a second module tree over arrays that the policy holds anyway.
 
-Arrays in MLX are immutable: an update puts new arrays into the policy's tree and leaves those of
-the view as they were. So a view of the base costs nothing when adapters are trained, and a view of
-everything costs one copy of the weights from the first update on. Nothing is switched back and
-forth, so nothing has to be restored and nothing leaks.
+A view of the base costs nothing when adapters are trained, and a view of everything costs one copy
+of the weights from the first update on (`protocol/model/views.py`).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
-import copy
 import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +25,7 @@ from protocol.model.digests import folder_digest, model_digest
 from protocol.model.policy import LoadedPolicy
 from protocol.model.random_state import seeded
 from protocol.model.snapshots import named_arrays
+from protocol.model.views import second_tree
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
         if wanted != "base" and not adapted:
             return _other_model(policy, settings, wanted)
 
-        base = view(policy.model, bypass_adapters=True)
+        base = view(policy.model, bypass_adapters=True, keep_wrapped=wanted == "base")
         if wanted == "base":
             return _frozen(base, policy.model_digest, f"base model {settings.path}")
 
@@ -69,47 +66,15 @@ def make_reference(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
         return _frozen(base, digest, f"model {settings.path} with adapter {folder}")
 
 
-def view(model: nn.Module, *, bypass_adapters: bool) -> nn.Module:
+def view(model: nn.Module, *, bypass_adapters: bool, keep_wrapped: bool = False) -> nn.Module:
     """Return a second module tree over the same arrays, frozen and in eval mode.
 
-    With `bypass_adapters`, each LoRA or DoRA layer is replaced by the layer it wraps.
+    For the options see `second_tree`; `keep_wrapped` is for a view that gets no weights of its own.
     """
-    twin = cast(nn.Module, _twin(model, bypass_adapters, {}))
-    twin.freeze()
-    twin.eval()
-    return twin
-
-
-def _twin(value: object, bypass: bool, seen: dict[int, object]) -> object:
-    """Copy the tree of modules and containers; `seen` keeps shared modules shared."""
-    if isinstance(value, nn.Module):
-        if bypass and "lora_a" in value:
-            return _twin(_wrapped(value), bypass, seen)
-        if id(value) in seen:
-            return seen[id(value)]
-
-        twin = copy.copy(value)
-        seen[id(value)] = twin
-        # Freezing changes this set in place, so the copy gets its own.
-        object.__setattr__(twin, "_no_grad", set(cast(Any, value)._no_grad))
-        for key, item in value.items():
-            dict.__setitem__(twin, key, _twin(item, bypass, seen))
-        return twin
-    if isinstance(value, dict):
-        return {key: _twin(item, bypass, seen) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_twin(item, bypass, seen) for item in value)
-    return value
-
-
-def _wrapped(adapter: nn.Module) -> nn.Module:
-    for key in ("linear", "embedding"):
-        if key in adapter:
-            return adapter[key]
-    raise ModelError(
-        f"model.reference: {type(adapter).__module__}.{type(adapter).__name__} wraps no known "
-        "layer, so its adapter cannot be bypassed. Set model.reference to a path."
-    )
+    tree = second_tree(model, bypass_adapters=bypass_adapters, keep_wrapped=keep_wrapped)
+    tree.freeze()
+    tree.eval()
+    return tree
 
 
 def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
@@ -124,7 +89,8 @@ def _initial(policy: LoadedPolicy, settings: PolicySettings) -> Reference:
     new_adapters = settings.fine_tune_type != "full" and not settings.adapter_path
     packed = any("scales" in module for module in policy.model.modules())
     bypass = new_adapters and not (settings.fine_tune_type == "dora" and packed)
-    return _frozen(view(policy.model, bypass_adapters=bypass), digest, source)
+    tree = view(policy.model, bypass_adapters=bypass, keep_wrapped=True)
+    return _frozen(tree, digest, source)
 
 
 def _other_model(policy: LoadedPolicy, settings: PolicySettings, path: str) -> Reference:

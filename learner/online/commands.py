@@ -28,10 +28,13 @@ class RequestBatch:
 
 @dataclass(frozen=True)
 class PublishPolicy:
-    """A snapshot can be fetched; a new version also says that the batch in training is consumed."""
+    """A snapshot can be fetched; a new version also says that the batch in training is consumed.
+
+    `path` None: the policy is on the shelf of an actor in this process, and in no file.
+    """
 
     policy: Policy
-    path: Path
+    path: Path | None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ hands finished batches and evaluations to the trainer.
 """
 
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from learner.online.commands import (
 from learner.online.coordinator import Coordinator
 from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
-from protocol.transport.channel import Server
+from protocol.transport.channel import Server, ServerChannel
+from protocol.transport.memory_channel import PEER, MemoryServer
 from protocol.transport.snapshot_channel import SnapshotServer
 
 TICK_S = 0.25
@@ -38,7 +40,11 @@ SnapshotKey = tuple[int, str]  # version and digest
 
 @dataclass
 class LearnerService:
-    """Runs the coordinator over sockets until the trainer ends the run."""
+    """Runs the coordinator over sockets until the trainer ends the run.
+
+    `in_process` is the channel to an actor in this process; with it there may be no `endpoints`,
+    and then no socket is opened.
+    """
 
     coordinator: Coordinator
     endpoints: list[str]
@@ -47,35 +53,49 @@ class LearnerService:
     journal: Path
     keys: str = ""
     max_message_bytes: int = 64 << 20
+    in_process: MemoryServer | None = None
     batch_requested: bool = False
+    _server: Server | None = None
+    _snapshots: SnapshotServer | None = None
     _snapshot_files: dict[SnapshotKey, Path] = field(default_factory=dict[SnapshotKey, Path])
 
     async def run(self) -> None:
         """Serve until `EndRun`; errors end the bridge and are raised at the trainer."""
-        async with (
-            Server(
-                self.endpoints, keys=self.keys or None, max_message_bytes=self.max_message_bytes
-            ) as server,
-            SnapshotServer(self.snapshot_endpoint, keys=self.keys or None) as snapshots,
-        ):
-            self._server, self._snapshots = server, snapshots
+        async with AsyncExitStack() as stack:
+            if self.in_process is not None:
+                await stack.enter_async_context(self.in_process)
+            if self.endpoints:
+                await self._open_sockets(stack)
+
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._receive)
+                for server in self._servers():
+                    tasks.start_soon(self._receive, server)
                 tasks.start_soon(self._tick)
                 await self._commands()
                 tasks.cancel_scope.cancel()
 
-    async def _receive(self) -> None:
+    async def _open_sockets(self, stack: AsyncExitStack) -> None:
+        keys = self.keys or None
+        server = Server(self.endpoints, keys=keys, max_message_bytes=self.max_message_bytes)
+        self._server = await stack.enter_async_context(server)
+        snapshots = SnapshotServer(self.snapshot_endpoint, keys=keys)
+        self._snapshots = await stack.enter_async_context(snapshots)
+
+    def _servers(self) -> list[ServerChannel]:
+        return [server for server in (self.in_process, self._server) if server is not None]
+
+    async def _receive(self, server: ServerChannel) -> None:
         while True:
-            peer, message = await self._server.receive()
+            peer, message = await server.receive()
             self.coordinator.receive(peer, message, time.monotonic())
             await self._flush()
 
     async def _tick(self) -> None:
         while True:
             await anyio.sleep(TICK_S)
-            for peer in self._server.take_gone():
-                self.coordinator.actor_gone(peer, time.monotonic())
+            for server in self._servers():
+                for peer in server.take_gone():
+                    self.coordinator.actor_gone(peer, time.monotonic())
             self.coordinator.tick(time.monotonic())
             self._delete_old_snapshots()
             await self._flush()
@@ -106,7 +126,9 @@ class LearnerService:
     async def _flush(self) -> None:
         """Send what the coordinator decided, journal it, and hand over what is ready."""
         for peer, message in self.coordinator.connected.take_outgoing():
-            self._server.send(peer, message)
+            server = self.in_process if peer == PEER else self._server
+            if server is not None:
+                server.send(peer, message)
         self._write_journal()
 
         result = self.coordinator.next_eval(time.monotonic())
@@ -128,12 +150,15 @@ class LearnerService:
 
     def _metrics(self) -> QueueMetrics:
         metrics = self.coordinator.metrics()
-        for kind, count in self._server.refusals.items():
-            metrics[f"wire/refused_{kind}"] = float(count)
+        for server in self._servers():
+            for kind, count in server.refusals.items():
+                metrics[f"wire/refused_{kind}"] = float(count)
         return QueueMetrics(metrics)
 
-    def _serve_snapshot(self, policy: Policy, path: Path) -> Policy:
+    def _serve_snapshot(self, policy: Policy, path: Path | None) -> Policy:
         """Serve a snapshot to remote actors; return the policy with the endpoint to fetch from."""
+        if path is None or self._snapshots is None:
+            return policy
         self._snapshot_files[policy.version, policy.digest] = path
         self._snapshots.register(policy.version, policy.digest, path)
         return structs.replace(policy, endpoint=self._snapshots.endpoint)
@@ -141,7 +166,7 @@ class LearnerService:
     def _delete_old_snapshots(self) -> None:
         """Delete superseded snapshots that no actor can still ask for."""
         current = self.coordinator.policy
-        if current is None:
+        if current is None or self._snapshots is None:
             return
         keep_from = min(current.version, self.coordinator.oldest_needed())
         for key, path in list(self._snapshot_files.items()):

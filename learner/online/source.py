@@ -24,7 +24,8 @@ from learner.online.commands import (
 )
 from learner.online.experience import EvalResult, TrainBatch
 from protocol.messages.messages import Policy
-from protocol.model.snapshots import write_snapshot
+from protocol.model.policy_shelf import PolicyShelf
+from protocol.model.snapshots import tensors_digest, trainable, write_snapshot
 from protocol.transport.bridge import Bridge
 
 STATE_TIMEOUT_S = 60.0
@@ -34,12 +35,14 @@ STATE_TIMEOUT_S = 60.0
 class OnlineSource:
     """Batches of groups in queue order, evaluations, and metrics of the actors and the queue.
 
-    Snapshots of `model` are written to `folder`; the I/O thread deletes superseded ones.
+    Snapshots of `model` are written to `folder`, if there is one; the I/O thread deletes superseded
+    ones. An actor in this process finds its policies on `shelf`.
     """
 
     bridge: Bridge[Command, Reply]
     model: nn.Module
-    folder: Path
+    folder: Path | None
+    shelf: PolicyShelf | None = None
     exhausted: bool = False
     _metrics: dict[str, float] = field(default_factory=dict[str, float])
     _batch: TrainBatch | None = None
@@ -60,14 +63,20 @@ class OnlineSource:
         return batch
 
     def publish(self, version: int) -> None:
-        """Write a snapshot of the policy and announce it as `version`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"policy-{version:06d}.safetensors"
-        written = write_snapshot(path, self.model, version)
+        """Offer the policy as `version`, in a file, on the shelf or both, and announce it."""
+        arrays = trainable(self.model)
+        if self.folder is None:
+            path, policy = None, Policy(version=version, digest=tensors_digest(arrays), size=0)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"policy-{version:06d}.safetensors"
+            written = write_snapshot(path, self.model, version)
+            policy = Policy(
+                version=version, digest=written.digest, size=written.size, path=str(path.resolve())
+            )
 
-        policy = Policy(
-            version=version, digest=written.digest, size=written.size, path=str(path.resolve())
-        )
+        if self.shelf is not None:
+            self.shelf.put(version, policy.digest, arrays)
         self.bridge.put(PublishPolicy(policy, path))
 
     def metrics(self) -> dict[str, float]:

@@ -88,6 +88,18 @@ class ActorSettings(Section, frozen=True, kw_only=True):
     max_restarts: Annotated[Count, doc("Restarts of an actor before the run gives it up.")] = 10
 
 
+class GrpoActors(ActorSettings, frozen=True, kw_only=True):
+    """The local actors."""
+
+    colocate: Annotated[
+        bool,
+        doc(
+            "Sample in the learner's process, in turns with training: the base weights are in "
+            "memory once, not twice; needs `actors.count` 1."
+        ),
+    ] = False
+
+
 class TransportSettings(Section, frozen=True, kw_only=True):
     """Connections between learner and actors."""
 

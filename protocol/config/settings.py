@@ -25,6 +25,7 @@ from protocol.config.fields import (
 from protocol.config.objective_settings import GrpoSettings, PreferenceSettings, SftSettings
 from protocol.config.online_settings import (
     ActorSettings,
+    GrpoActors,
     GrpoRewards,
     PairsSettings,
     QueueSettings,
@@ -59,6 +60,13 @@ class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
 class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
     """The run itself, its checkpoints and its log of completions."""
 
+    deterministic: Annotated[
+        bool,
+        doc(
+            "Sample in fixed shapes, in float32: a completion's tokens and log-probs are the same "
+            "bits whatever is sampled beside it, by however many actors."
+        ),
+    ] = False
     log_completions: Annotated[
         int,
         Meta(ge=-1),
@@ -281,7 +289,7 @@ class GrpoRun(Section, frozen=True, kw_only=True):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: GrpoTrain = GrpoTrain()
     queue: QueueSettings = QueueSettings()
-    actors: ActorSettings = ActorSettings()
+    actors: GrpoActors = GrpoActors()
     eval: EvalSettings = EvalSettings()
     transport: TransportSettings = TransportSettings()
 

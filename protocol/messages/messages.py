@@ -153,7 +153,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     remote), and a prompt has at least `min_generations` completions. `max_prompt` are the tokens of
     the longest prompt, `max_tokens` those of the longest prompt and completion together; of a
     stream, both are guesses. `learner_bytes` is the learner's estimated peak, on `device` (its
-    CUDA_VISIBLE_DEVICES) of `host`.
+    CUDA_VISIBLE_DEVICES) of `host`. In a `deterministic` run, all actors sample in the same shapes.
     """
 
     run: str
@@ -170,6 +170,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     max_prompt: int = 0
     max_tokens: int = 0
     learner_bytes: int = 0
+    deterministic: bool = False
     host: str = ""
     device: str = ""
 
@@ -238,7 +239,8 @@ class Ack(Message, frozen=True, kw_only=True):
 class Policy(Message, frozen=True, kw_only=True):
     """Learner → actor: a policy can be fetched, from `path` on the learner's host, else `endpoint`.
 
-    `size` is the snapshot's in bytes.
+    `size` is the snapshot's in bytes. An actor in the learner's process takes the policy from its
+    `PolicyShelf`; without other actors there is no snapshot: no path, no endpoint, size 0.
     """
 
     version: int

@@ -7,6 +7,9 @@ The main side blocks (`put`, `get`), the I/O side is asynchronous (`aput`, `aget
 ends or raises, both queues close: items already queued can still be taken, then the other side
 raises the exception, or `BridgeClosed` after a normal end. So nothing waits for a dead thread.
 Items are handed over by reference and must not be MLX arrays.
+
+A main thread with several I/O threads makes their bridges among one `Bridges`, and waits for all of
+them at once.
 """
 
 import asyncio
@@ -14,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 
@@ -31,17 +34,33 @@ class BridgeClosed(PippinError):
     """The other side of the bridge has ended."""
 
 
+class Bridges:
+    """The bridges of one main thread, which share a condition, so that it can wait for any."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.members: list[Bridge[Any, Any]] = []
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a bridge has news; return False if none has within `timeout_s`."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: any(bridge.has_news() for bridge in self.members), timeout_s
+            )
+
+
 class Bridge(Generic[ToIo, FromIo]):
     """Two queues of at most `bound` items; a full one unblocks when the other side takes an item.
 
-    Start, use and close it from one main thread; as a context manager it closes itself.
+    Start, use and close it from one main thread; as a context manager it closes itself. `among`:
+    the bridges that the thread waits for together.
     """
 
-    def __init__(self, *, bound: int = BOUND) -> None:
+    def __init__(self, *, bound: int = BOUND, among: Bridges | None = None) -> None:
         self._bound = bound
         self._to_io: deque[ToIo] = deque()
         self._from_io: deque[FromIo] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition() if among is None else among.changed
         self._main_ended = False
         self._io_ended = False
         self._main_error: BaseException | None = None
@@ -50,6 +69,8 @@ class Bridge(Generic[ToIo, FromIo]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: anyio.CancelScope | None = None
         self._wake_io = anyio.Event()
+        if among is not None:
+            among.members.append(self)
 
     # ---- the main thread's side --------------------------------------------------------------
 
@@ -96,6 +117,11 @@ class Bridge(Generic[ToIo, FromIo]):
                 return None
         self._call_io(self._wake)
         return item
+
+    def has_news(self) -> bool:
+        """Whether `get` would return an item, or raise, without waiting."""
+        with self._changed:
+            return bool(self._from_io) or self._io_ended or self._main_ended
 
     def close(self, error: BaseException | None = None, *, grace_s: float = GRACE_S) -> None:
         """End the main side and wait for the I/O thread.

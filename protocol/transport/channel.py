@@ -3,7 +3,7 @@
 Both are asynchronous context managers on asyncio. `send` never waits: each peer has its own bounded
 outbox, and a peer that has gone or whose outbox is full is dropped without affecting the others.
 Lost messages are not sent again here: actors keep their groups until they are acknowledged, and say
-Hello again after a refusal.
+Hello again after a refusal. Within one process, `MemoryChannel` takes the place of both.
 """
 
 from collections import Counter
@@ -33,6 +33,24 @@ class ClientChannel(Protocol):
 
     def send(self, message: ActorMessage) -> bool:
         """Put into the outbox; False if it is full."""
+        ...
+
+
+class ServerChannel(Protocol):
+    """The part of `Server` that the learner's I/O thread uses."""
+
+    refusals: Counter[str]
+
+    async def receive(self) -> tuple[bytes, ActorMessage]:
+        """Wait for the next message: (peer, message)."""
+        ...
+
+    def send(self, peer: bytes, message: LearnerMessage) -> bool:
+        """Put into the peer's outbox; False, and the peer is reported as gone, if that fails."""
+        ...
+
+    def take_gone(self) -> list[bytes]:
+        """Return the peers dropped since the last call."""
         ...
 
 

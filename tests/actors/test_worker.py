@@ -31,6 +31,7 @@ from protocol.messages.messages import (
     Group,
     Heartbeat,
     Hello,
+    Policy,
     Refuse,
     Release,
     Request,
@@ -130,10 +131,10 @@ class House:
         self.hear(a_welcome())
         self.io.take()
 
-    def load(self, source: bytes, digest: str) -> Callable[[], None]:
+    def load(self, policy: Policy, source: bytes) -> Callable[[], None]:
         if source == b"bad":
             raise SnapshotError("digest differs")
-        return lambda: self.applied.append((source, digest))
+        return lambda: self.applied.append((source, policy.digest))
 
     @property
     def beat(self) -> Heartbeat:

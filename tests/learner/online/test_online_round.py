@@ -187,7 +187,7 @@ def build(
     session = Session(ActorIdentity("a0", "1", "here", actor.model_digest, actor.tokenizer_digest))
     loop.worker = Worker(
         engine, session, LoopIo(loop), decode=str,
-        load=lambda data, _: lambda: apply_snapshot(actor.model, read_snapshot(data)),
+        load=lambda _, data: lambda: apply_snapshot(actor.model, read_snapshot(data)),
         clock=lambda: loop.now,
     )  # fmt: skip
     loop.worker.start()

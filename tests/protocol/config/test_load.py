@@ -118,6 +118,8 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--transport.bind=tcp://0.0.0.0:5"], "not a loopback address and needs transport.keys"),
         (["--transport.bind=ipc:///x"], "must be tcp://host:port"),
         (["--actors.count=0"], "unless transport.bind"),
+        (["--actors.count=2", "--actors.colocate=true"], "actors.count must be 1 with .*got 2"),
+        (["--actors.devices=0", "--actors.colocate=true"], "must be none .* train.device says"),
         (["--eval.steps=5"], "eval.steps needs data.eval_path"),
         (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
         (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from protocol.errors import RefusedError
-from protocol.transport.bridge import Bridge, BridgeClosed
+from protocol.transport.bridge import Bridge, BridgeClosed, Bridges
 
 
 async def echo(bridge):
@@ -145,3 +145,34 @@ def test_several_exceptions_stay_a_group():
 
 async def _raise(kind):
     raise kind("x")
+
+
+def test_one_thread_waits_for_several_bridges():
+    both = Bridges()
+    with Bridge(among=both) as first, Bridge(among=both) as second:
+        first.start(echo)
+        second.start(echo)
+        assert not both.wait(0.01)
+        for bridge, other in ((first, second), (second, first)):
+            bridge.put(21)
+            assert both.wait(5)
+            assert not other.has_news()
+            assert bridge.get() == 42
+        assert not both.wait(0)
+
+
+def test_the_end_of_one_io_thread_ends_the_wait_for_all():
+    async def failing(bridge):
+        await bridge.aget()
+        raise RefusedError("another model")
+
+    both = Bridges()
+    with Bridge(among=both) as first:
+        first.start(echo)
+        second = Bridge(among=both)
+        second.start(failing)
+        second.put("go on")
+        assert both.wait(5)
+        with pytest.raises(RefusedError, match="another model"):
+            second.get()
+        assert first.get() is None
