@@ -32,7 +32,8 @@ class StackedAdapters:
     def __init__(self, layers: Sequence[LoRALinear], *, join: bool) -> None:
         self._layers = list(layers)
         self._quantized = isinstance(layers[0].linear, nn.QuantizedLinear)
-        self._join = join and not self._quantized
+        same_type = layers[0].lora_a.dtype == cast(Any, layers[0].linear).weight.dtype
+        self._join = join and same_type  # quantised weights are of another type
         self._outputs = [layer.lora_b.shape[1] for layer in layers]
         self._ends = list(accumulate(self._outputs))[:-1]
 

@@ -53,7 +53,8 @@ def choose_decoder(
             compiled=device.type == mx.DeviceType.gpu,
         )
 
-    log.info(
+    log.log(
+        logging.WARNING if path == "alone" else logging.INFO,
         "%s decodes %s, which takes more time and memory than slots: %s",
         type(model).__module__,
         "in mlx-lm's batches" if path == "batched" else "one completion at a time",
