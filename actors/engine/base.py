@@ -67,11 +67,6 @@ class Engine(Protocol):
         """How many completions could be added now and start at once."""
         ...
 
-    @property
-    def oldest_version(self) -> int:
-        """Oldest version that sampled a token of an unfinished group, or NO_POLICY."""
-        ...
-
     def add(self, request: GenerationRequest) -> None:
         """Queue a request.
 

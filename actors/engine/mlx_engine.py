@@ -101,19 +101,6 @@ class MlxEngine:
         waiting = sum(len(active.waiting) for active in self._requests.values())
         return max(0, self._rows.count(None) - waiting)
 
-    @property
-    def oldest_version(self) -> int:
-        versions = [
-            version
-            for active in self._requests.values()
-            for version in (
-                *(self._transcript.first_version(row) for row in active.running),
-                *(completion.policy_spans[0].version for completion in active.done.values()),
-            )
-            if version != NO_POLICY
-        ]
-        return min(versions, default=NO_POLICY)
-
     def add(self, request: GenerationRequest) -> None:
         self._check(request)
         positions = list(range(request.sampling.num_generations))

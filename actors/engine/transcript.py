@@ -67,10 +67,6 @@ class Transcript:
             self._versions[row] = drawn.version
         self.counts[rows] += 1
 
-    def first_version(self, row: int) -> int:
-        """Return the version that sampled the row's first token, or NO_POLICY."""
-        return self._spans[row][0].version if self._spans[row] else NO_POLICY
-
     def completion(self, row: int, reason: FinishReason, *, filtered: bool) -> Completion:
         """Return what `row` holds; `filtered` says whether its kept log-mass is recorded."""
         count = int(self.counts[row])

@@ -70,12 +70,12 @@ def named_arrays(tree: object) -> dict[str, mx.array]:
 
 def tensors_digest(arrays: dict[str, mx.array]) -> str:
     """Digest names, shapes, dtypes and bytes, in the order of the names (SHA-256, hex)."""
-    mx.eval(list(arrays.values()))
+    raw = _raw_bytes(arrays)
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.shape} {_dtype_name(name, array)}\n".encode())
-        digest.update(_raw(array))
+        digest.update(raw[name])
     return digest.hexdigest()
 
 
@@ -94,7 +94,7 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
     Raises SnapshotError, and leaves nothing behind, if it cannot be written.
     """
     path = Path(path)
-    mx.eval(list(arrays.values()))
+    raw = _raw_bytes(arrays)
 
     names = sorted(arrays)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -117,7 +117,7 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
         with temporary.open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in names:
-                file.write(_raw(arrays[name]))
+                file.write(raw[name])
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
@@ -218,8 +218,9 @@ def _dtype_name(name: str, array: mx.array) -> str:
     return found
 
 
-def _raw(array: mx.array) -> memoryview:
-    flat = array.reshape(-1)
-    if not flat.size:
-        return memoryview(b"")
-    return memoryview(cast(Any, flat.view(mx.uint8)))
+def _raw_bytes(arrays: dict[str, mx.array]) -> dict[str, memoryview]:
+    """Return the bytes of each array, computed at once: on a GPU, each evaluation is waited for."""
+    views = {name: array.reshape(-1).view(mx.uint8) for name, array in arrays.items() if array.size}
+    mx.eval(list(views.values()))
+    found = {name: memoryview(cast(Any, view)) for name, view in views.items()}
+    return {name: found.get(name, memoryview(b"")) for name in arrays}

@@ -47,7 +47,6 @@ class FakeEngine:
 
     log: list[Any] = field(default_factory=list)
     version: int = -1
-    oldest_version: int = -1
     held: dict[Hashable, int] = field(default_factory=dict)
     requests: dict[Hashable, GenerationRequest] = field(default_factory=dict)
     pinned: bool = False
