@@ -5,11 +5,13 @@ of ours sees one.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -39,6 +41,20 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, driver: Path = DRI
 
     count = len(list(driver.iterdir())) if driver.is_dir() else 0
     return [str(index) for index in range(count)]
+
+
+def has_one_gpu(gpus: Sequence[str]) -> bool:
+    """Whether MLX will compute on a GPU, and there is one: `gpus` are those of NVIDIA."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    return len(gpus) == 1 and any(_installed(name) for name in ("mlx-cuda-12", "mlx-cuda-13"))
+
+
+def _installed(distribution: str) -> bool:
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version(distribution)
+        return True
+    return False
 
 
 def _listed(text: str) -> list[str]:

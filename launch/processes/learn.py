@@ -66,7 +66,7 @@ def _assembled(args: argparse.Namespace, lifeline: Lifeline, stages: Stages) -> 
         from learner.build.online import OnlineAddresses, assemble_online
 
         stages.done("imports")
-        addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
+        addresses = OnlineAddresses(args.endpoint, args.snapshots, args.rewards, args.colocate)
         with assemble_online(args.run_dir, addresses, stages.done) as run:
             yield run
     else:

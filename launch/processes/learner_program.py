@@ -67,6 +67,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--rewards", action="append", default=[], help="a service's endpoints, joined by commas"
     )
+    parser.add_argument("--colocate", action="store_true", help="sample in this process, too")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
     return parser.parse_args()
 

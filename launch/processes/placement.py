@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from launch.processes.children import ChildSpec, Processes
-from launch.processes.gpus import one_gpu, visible_gpus
-from protocol.config.settings import AnyRun, OnlineRun, PairsRun
+from launch.processes.gpus import has_one_gpu, one_gpu, visible_gpus
+from protocol.config.settings import AnyRun, GrpoRun, OnlineRun, PairsRun
 from protocol.errors import require
 
 
@@ -26,6 +26,19 @@ def require_gpus(run: AnyRun) -> None:
     for field, indices in asked.items():
         for index in indices:
             require(index < count, field, rule, index)
+
+
+def colocates(run: AnyRun, gpus: Sequence[str]) -> bool:
+    """Whether the learner's process samples, too: as asked, or where one actor has its only GPU.
+
+    Two processes would take turns on it as well, with the base weights in memory twice. On a CPU
+    they compute at the same time, on cores of their own.
+    """
+    if not isinstance(run, GrpoRun):
+        return False
+    if run.actors.colocate != "auto":
+        return run.actors.colocate
+    return run.actors.count == 1 and not run.actors.devices and has_one_gpu(gpus)
 
 
 def place(processes: Processes, run: AnyRun, gpus: Sequence[str]) -> Processes:

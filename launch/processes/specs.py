@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.processes.blas import deterministic_kernels
 from launch.processes.children import ChildSpec, Processes
 from launch.processes.gpus import visible_gpus
-from launch.processes.placement import place
+from launch.processes.placement import colocates, place
 from protocol.config.settings import GrpoRun, OfflineRun, OnlineRun, PairsRun
 from protocol.errors import ConfigError
 
@@ -34,11 +34,12 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     name, script = "learner", "processes/learn.py"
     if isinstance(run, PairsRun):
         name, script = "collect", "processes/collect.py"
-    colocated = isinstance(run, GrpoRun) and run.actors.colocate
+    gpus = visible_gpus()
+    colocated = colocates(run, gpus)
     endpoint = f"ipc://{sockets}/learner"
     services, servers = reward_services(run, sockets)
 
-    arguments = [] if colocated else ["--endpoint", endpoint]
+    arguments = ["--colocate"] if colocated else ["--endpoint", endpoint]
     if not colocated or run.transport.bind:
         arguments += ["--snapshots", snapshot_endpoint(run, sockets)]
     if run.transport.bind:
@@ -54,7 +55,7 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     if isinstance(run, GrpoRun) and run.run.deterministic:
         learner, *actors = [_with_even_kernels(spec) for spec in (learner, *actors)]
     helpers = [*servers, *actors]
-    return place(Processes(learner, helpers, frozenset(required)), run, visible_gpus())
+    return place(Processes(learner, helpers, frozenset(required)), run, gpus)
 
 
 def _with_even_kernels(spec: ChildSpec) -> ChildSpec:

@@ -72,12 +72,13 @@ class OnlineAddresses:
 
     `actors`: where actors connect. `snapshots`: where policy snapshots are served. `rewards`: the
     reward services, each one endpoint or several that share the load, separated by commas. Without
-    `actors`, only one in this process can join, and no socket is opened.
+    `actors`, only one in this process can join, and no socket is opened. `colocate`: there is one.
     """
 
     actors: Sequence[str]
     snapshots: str
     rewards: Sequence[str]
+    colocate: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def assemble_online(
     done("data")
     total = total_batches(settings, prompts)
     model = narrowed(settings.model, ModelSettings)
-    shared = InProcess() if settings.actors.colocate else None
+    shared = InProcess() if addresses.colocate else None
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total, shared)
     checkpoint = resume_point(settings.run.resume, policy, reference)
 

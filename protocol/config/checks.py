@@ -85,7 +85,7 @@ def _check_actors(run: OnlineRun) -> None:
     devices = run.actors.devices or []
     rule = f"must hold at most one GPU for each of the {count} local actors"
     require(len(devices) <= count, "actors.devices", rule, devices)
-    if isinstance(run, GrpoRun) and run.actors.colocate:
+    if isinstance(run, GrpoRun) and run.actors.colocate is True:
         rule = "must be 1 with actors.colocate, which makes it a part of the learner's process"
         require(count == 1, "actors.count", rule, count)
         rule = "must be none with actors.colocate: train.device says where the process computes"

@@ -92,12 +92,12 @@ class GrpoActors(ActorSettings, frozen=True, kw_only=True):
     """The local actors."""
 
     colocate: Annotated[
-        bool,
+        bool | Literal["auto"],
         doc(
             "Sample in the learner's process, in turns with training: the base weights are in "
-            "memory once, not twice; needs `actors.count` 1."
+            "memory once, not twice; needs `actors.count` 1. auto: with one GPU and one actor."
         ),
-    ] = False
+    ] = "auto"
 
 
 class TransportSettings(Section, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.processes.blas import bound_lookahead, load_openblas
+from launch.processes.blas import load_openblas
 from tests.benchmarks.shapes import SHAPES, Shape, random_adapters, random_model, random_prompts
 
 PARTS = ("engine", "raw", "joins")
@@ -26,7 +26,6 @@ WAVE = 4  # groups that join together
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one part at one number of rows, after a run that warms up."""
-    bound_lookahead()
     load_openblas()
 
     import mlx.core as mx

@@ -200,7 +200,7 @@ def test_a_learner_that_samples_has_no_actor_beside_it(tmp_path: Path):
     flags = [*OFFLINE, "--rewards.functions=a.py:f", "--actors.colocate=true"]
     alone = online_processes(load(GrpoRun, None, flags), tmp_path, Path("/s"))
     assert list(alone.learner.command[2:]) == [
-        str(tmp_path), "--child", "--rewards", "ipc:///s/reward-0",
+        str(tmp_path), "--child", "--colocate", "--rewards", "ipc:///s/reward-0",
     ]  # fmt: skip
     assert [spec.name for spec in alone.helpers] == ["reward-0"]
     assert alone.required == {"reward server"}
@@ -208,7 +208,7 @@ def test_a_learner_that_samples_has_no_actor_beside_it(tmp_path: Path):
     open_to_others = load(GrpoRun, None, [*flags, "--transport.bind=tcp://127.0.0.1:7000"])
     joined = online_processes(open_to_others, tmp_path, Path("/s"))
     assert list(joined.learner.command[3:]) == [
-        "--child", "--snapshots", "tcp://127.0.0.1:7001", "--endpoint", "tcp://127.0.0.1:7000",
+        "--child", "--colocate", "--snapshots", "tcp://127.0.0.1:7001", "--endpoint", "tcp://127.0.0.1:7000",
         "--rewards", "tcp://127.0.0.1:7002",
     ]  # fmt: skip
     assert [spec.name for spec in joined.helpers] == ["reward-0"]

@@ -22,6 +22,7 @@ import learner.objectives.base
 from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
+from launch.processes.placement import colocates
 from launch.processes.specs import actor_specs, reward_services
 from launch.processes.start import Lifeline
 from learner.build.offline import assemble_offline
@@ -164,6 +165,7 @@ def test_grpo_reads_every_key_that_it_takes(
         run, folder = read_command_line(GrpoRun, [*common, f"--run.name=g{number}", *flags], "")
         reward_services(run, folder)
         actor_specs(run, folder, "ipc://x")
+        colocates(run, [])
         endpoint = f"ipc://{folder}/s"
         addresses = OnlineAddresses([endpoint], f"{endpoint}2", ["ipc://x"])
         with assemble_online(folder, addresses) as assembled:

@@ -139,7 +139,7 @@ def test_an_actor_elsewhere_can_join_a_colocated_run(tmp_path: Path, flags: list
 
 def test_a_worker_that_fails_ends_the_run_with_its_reason(flags: list[str]):
     _, folder = read_command_line(GrpoRun, [*flags, "--actors.colocate=true"], "")
-    args = Namespace(run_dir=folder, endpoint=[], snapshots="", rewards=["bogus"])
+    args = Namespace(run_dir=folder, endpoint=[], snapshots="", rewards=["bogus"], colocate=True)
     with pytest.raises(ChannelError, match="'bogus': required ipc://path or tcp://host:port"):
         learn(args, Lifeline(child=False))
     assert not list((folder / "checkpoints").glob("*"))
@@ -156,7 +156,7 @@ def test_weights_that_are_not_the_announced_ones_are_refused(
     flags: list[str], caplog: pytest.LogCaptureFixture
 ):
     run, folder = read_command_line(GrpoRun, [*flags, "--actors.colocate=true"], "")
-    nowhere = OnlineAddresses([], "", [f"ipc://{folder}/r"])
+    nowhere = OnlineAddresses([], "", [f"ipc://{folder}/r"], colocate=True)
     caplog.set_level(logging.INFO)
     with assemble_online(folder, nowhere) as learner:
         shared = learner.in_process

@@ -1,11 +1,14 @@
 """How GPUs are counted without MLX: the user's list, nvidia-smi, or the driver's folder."""
 
 import os
+import platform
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from launch.processes.gpus import VISIBLE, one_gpu, use_one_gpu, visible_gpus
+from launch.processes.gpus import VISIBLE, has_one_gpu, one_gpu, use_one_gpu, visible_gpus
 
 LINES = """GPU 0: NVIDIA H200 (UUID: GPU-11111111-2222-3333-4444-555555555555)
 GPU 1: NVIDIA H200 (UUID: GPU-66666666-7777-8888-9999-000000000000)
@@ -73,3 +76,33 @@ def test_a_process_started_by_hand_takes_the_first_of_several(monkeypatch: pytes
     assert os.environ[VISIBLE] == "3"
     assert use_one_gpu() == ""
     assert os.environ[VISIBLE] == "3"
+
+
+@pytest.mark.parametrize(
+    ("platform_name", "machine", "installed", "gpus", "expected"),
+    [
+        ("darwin", "arm64", [], [], True),
+        ("darwin", "x86_64", [], [], False),
+        ("linux", "x86_64", ["mlx-cuda-13"], ["0"], True),
+        ("linux", "x86_64", ["mlx-cuda-13"], ["0", "1"], False),
+        ("linux", "x86_64", ["mlx-cpu"], ["0"], False),
+        ("linux", "x86_64", ["mlx-cuda-12"], [], False),
+    ],
+)
+def test_one_gpu_counts_only_where_mlx_computes_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+    platform_name: str,
+    machine: str,
+    installed: list[str],
+    gpus: list[str],
+    expected: bool,
+):
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return "0"
+
+    monkeypatch.setattr(sys, "platform", platform_name)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(metadata, "version", version)
+    assert has_one_gpu(gpus) is expected

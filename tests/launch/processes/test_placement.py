@@ -8,9 +8,10 @@ import anyio
 import pytest
 
 from launch.cli.command_line import read_command_line
+from launch.processes import placement
 from launch.processes.children import ChildSpec, Processes
 from launch.processes.gpus import VISIBLE
-from launch.processes.placement import assign, place
+from launch.processes.placement import assign, colocates, place
 from launch.processes.specs import offline_processes, online_processes
 from launch.processes.supervisor import Supervisor
 from protocol.config.load import load
@@ -151,3 +152,22 @@ def test_a_child_gets_its_environment_and_the_user_the_notes(
     assert (tmp_path / "logs/learner.log").read_text() == "GPU-b ours\n"
     events = parse_events((tmp_path / "events.jsonl").read_bytes())
     assert [each.text for each in events if isinstance(each, Notice)] == ["GPU 1: learner"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "expected"),
+    [
+        ([], ["0"], True),
+        ([], [], False),
+        ([], ["0", "1"], False),
+        (["--actors.count=2"], ["0"], False),
+        (["--actors.devices=0"], ["0"], False),
+        (["--actors.colocate=false"], ["0"], False),
+        (["--actors.colocate=true"], [], True),
+    ],
+)
+def test_one_actor_shares_the_learners_process_where_there_is_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], gpus: list[str], expected: bool
+):
+    monkeypatch.setattr(placement, "has_one_gpu", lambda found: len(found) == 1)
+    assert colocates(grpo(*flags), gpus) is expected
