@@ -26,8 +26,8 @@ def test_rows_and_positions_of_a_step():
     # Short prompts of the same padded length are read together, in one shape.
     assert fixed.together([20, 40, 31, 5]) == [0, 2, 3]
     assert (fixed.reading(20), fixed.reading(40), fixed.reading(500)) == (
-        (4, 32),
-        (2, 64),
+        (6, 32),
+        (3, 64),
         (1, 512),
     )
 
