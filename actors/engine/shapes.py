@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 PREFILL_TOKENS = 8192  # most prompt tokens, padding included, of the prompts that are read together
-FIXED_READING_TOKENS = 128  # about as many per reading where its shape is fixed
+FIXED_READING_TOKENS = 192  # about as many per reading where its shape is fixed
 
 
 def bucketed_length(length: int, base: int) -> int:
@@ -40,12 +40,14 @@ class Shapes:
     """The shapes of decode steps and readings.
 
     `row_step`: rows are computed in multiples of this, from the first row on. `column_base`: see
-    `bucketed_length`. With `fixed`, all rows and all positions are computed, and prompts are read
-    in shapes that depend on their own length, so that no bit of a row depends on other rows.
+    `bucketed_length`. With `fixed`, rows come in blocks, of which all rows and all positions are
+    computed, and prompts are read in shapes that depend on their own length, so that no bit of a
+    row depends on other rows. A block has `fixed_rows` rows, where 0 is all that there are.
     """
 
     row_step: int
     column_base: int
+    fixed_rows: int = 0
     fixed: bool = False
 
     def rows(self, needed: int, available: int) -> int:
@@ -53,6 +55,10 @@ class Shapes:
         if self.fixed:
             return available
         return min(available, -(-needed // self.row_step) * self.row_step)
+
+    def block_rows(self, available: int) -> int:
+        """Return how many of the `available` rows are in one block."""
+        return min(available, self.fixed_rows) if self.fixed and self.fixed_rows else available
 
     def columns(self, length: int, capacity: int) -> int:
         """Return how many of the `capacity` positions are read if the first `length` must be."""
@@ -78,12 +84,14 @@ class Shapes:
 
 
 # On a GPU a step costs nearly the same for 64 rows as for 256, but each new shape is compiled; on
-# a CPU the cost follows the rows and nothing is compiled.
+# a CPU the cost follows the rows and nothing is compiled, so that fixed shapes fit closely there.
 ON_GPU = Shapes(row_step=32, column_base=128)
 ON_CPU = Shapes(row_step=4, column_base=32)
+FIXED_ON_CPU = Shapes(row_step=4, column_base=8, fixed_rows=256, fixed=True)
 
 
 def shapes_for(device: mx.Device, *, deterministic: bool) -> Shapes:
     """Return the shapes that suit `device`."""
-    shapes = ON_GPU if device.type == mx.DeviceType.gpu else ON_CPU
-    return replace(shapes, fixed=deterministic)
+    if device.type == mx.DeviceType.gpu:
+        return replace(ON_GPU, fixed=deterministic)
+    return FIXED_ON_CPU if deterministic else ON_CPU

@@ -3,16 +3,16 @@
     join ──▶ Block: slots, device tokens ──launch──▶ pending draw ──deliver──▶ Drawn
 
 Ordinarily there is one block, which computes the rows and positions that are needed. With fixed
-shapes there is one for each capacity, which depends on the request alone, and it computes all rows
+shapes a block serves one capacity, which depends on the request alone, and computes all its rows
 and positions, so that every product that a row goes through has the same shape whatever else is
-sampled.
+sampled. More completions than a block has rows take further blocks; an empty one costs no time.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +49,11 @@ class Block:
         self._tokens = mx.zeros(0, mx.int32)  # the next inputs of the first slots
         self._entering: dict[int, int] = {}  # slot: first input
         self._pending: PendingDraw | None = None
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return int(np.count_nonzero(self.row_at == FREE))
 
     def join(self, completions: Sequence[NewCompletion]) -> None:
         """Copy prompts into free slots, the lowest first; raises IndexError if there are none."""
@@ -165,7 +170,8 @@ class SlotDecoder:
     def join(self, completions: Sequence[NewCompletion]) -> None:
         by_block: dict[int, list[NewCompletion]] = {}
         for new in completions:
-            by_block.setdefault(self._block_for(new), []).append(new)
+            index = self._block_for(new, by_block)
+            by_block.setdefault(index, []).append(new)
         for index, joining in by_block.items():
             self._blocks[index].join(joining)
 
@@ -188,15 +194,16 @@ class SlotDecoder:
 
     # ---- inside --------------------------------------------------------------------------
 
-    def _block_for(self, new: NewCompletion) -> int:
-        """Return the index of the block that a completion joins, made if there is none."""
+    def _block_for(self, new: NewCompletion, joining: Mapping[int, Sequence[NewCompletion]]) -> int:
+        """Return the index of the first block with room beside those that join; made if none is."""
         capacity = self._shapes.capacity(max(positions(new), self._max_tokens))
-        if not self._shapes.fixed:
-            capacity = 0  # one block serves all, and grows
+        served = capacity if self._shapes.fixed else 0  # one block serves all, and grows
+        for index, block in enumerate(self._blocks):
+            if self._capacities[index] == served and block.free > len(joining.get(index, ())):
+                return index
 
-        if capacity not in self._capacities:
-            slots = Slots(self._layers, self._rows)
-            slots.grow(self._shapes.capacity(max(positions(new), self._max_tokens)))
-            self._capacities.append(capacity)
-            self._blocks.append(Block(slots, self._step, self._shapes, self._vocab_size))
-        return self._capacities.index(capacity)
+        slots = Slots(self._layers, self._shapes.block_rows(self._rows))
+        slots.grow(capacity)
+        self._capacities.append(served)
+        self._blocks.append(Block(slots, self._step, self._shapes, self._vocab_size))
+        return len(self._blocks) - 1

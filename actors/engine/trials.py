@@ -86,10 +86,11 @@ def place_matters(model: nn.Module, shapes: Shapes, rows: int) -> bool:
     reader.read(count * length)
     prefix = reader.prefixes()[0]
 
+    rows, columns = shapes.block_rows(rows), shapes.capacity(length)
     slots = Slots(layers, rows)
-    slots.grow(length)
+    slots.grow(columns)
     position = mx.full((rows,), 0, dtype=mx.int32)
-    cache = slots.layers(position, columns=length)
+    cache = slots.layers(position, columns=columns)
     logits = model(mx.full((rows, 1), 1, dtype=mx.int32), cache=cache)[:, -1]
     return any(
         not mx.array_equal(array, mx.broadcast_to(array[:1], array.shape)).item()

@@ -16,6 +16,7 @@ from actors.capacity import (
 )
 from launch.actor import completions
 from protocol.config.settings import ModelSettings
+from protocol.errors import ModelError
 from protocol.model.policy import load_policy
 from tests.benchmarks.actor_memory import Case, measure
 from tests.protocol.builders import a_welcome
@@ -132,6 +133,19 @@ def test_how_many_completions_are_chosen_and_why(
     welcome = a_welcome(in_flight_completions=128, local_actors=actors)
     chosen = choose_capacity(asked, welcome, MEMORY, budget)
     assert chosen == Capacity(completions, MEMORY.total(completions), reason, fits)
+
+
+def test_all_actors_of_a_deterministic_run_sample_as_many_at_a_time():
+    welcome = a_welcome(in_flight_completions=128, local_actors=3, deterministic=True)
+    reason = "the queue holds at most 128 in flight"
+    chosen = choose_capacity("auto", welcome, MEMORY, 10**6)
+    assert chosen == Capacity(128, MEMORY.total(128), reason, fits=True)
+
+    assert choose_capacity("auto", welcome, MEMORY, MEMORY.total(128)).completions == 128
+    expected = r"run.deterministic: all actors sample 128 completions .* enough for 127\."
+    with pytest.raises(ModelError, match=expected):
+        choose_capacity("auto", welcome, MEMORY, MEMORY.total(128) - 1)
+    assert choose_capacity(5, welcome, MEMORY, 1582).completions == 5
 
 
 def test_the_choice_in_one_line():

@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "long prompts": {"prompt": 1024, "rows": 32},
     "prompts longer than a chunk": {"prompt": 3000, "rows": 16},
     "one group": {"rows": 8},
+    "a long group": {"rows": 8, "prompt": 4096, "completion": 2048},
     "groups of one, as in evaluation": {"group": 1, "completion": 16},
 }
 

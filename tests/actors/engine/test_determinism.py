@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from actors.engine.base import GenerationRequest
 from actors.engine.mlx_engine import MlxEngine
-from actors.engine.shapes import Shapes
+from actors.engine.shapes import FIXED_ON_CPU, Shapes
 from actors.engine.trials import place_matters
 from protocol.errors import ModelError
 from protocol.messages.parts import Completion, Sampling
@@ -168,3 +169,27 @@ def test_kernels_for_which_the_row_matters_are_refused():
     assert place_matters(Uneven(model), Shapes(4, 32, fixed=True), 9)
     with pytest.raises(ModelError, match=r"set OPENBLAS_CORETYPE=Sandybridge in the actor's"):
         engine_of(Uneven(model), vocab_size=VOCAB, deterministic=True)
+
+
+def test_completions_in_several_blocks_are_those_of_a_block_alone(monkeypatch: pytest.MonkeyPatch):
+    shapes = replace(FIXED_ON_CPU, fixed_rows=4)
+    monkeypatch.setattr("actors.engine.shapes.FIXED_ON_CPU", shapes)
+    model = adapted_model()
+    found: list[list[Completion]] = []
+    for rows in (4, 9):
+        engine = engine_of(
+            model,
+            stop_token_ids=[],
+            vocab_size=VOCAB,
+            max_concurrent_completions=rows,
+            max_tokens=48,
+            deterministic=True,
+        )
+        engine.add(request("ours", PROMPT, 3, 9, 12))
+        results, tokens = [], 0
+        while (step := engine.step()).made_progress:
+            results += step.finished
+            tokens = max(tokens, step.tokens)
+        assert tokens == rows
+        found.append(results[0].completions)
+    assert found[0] == found[1]

@@ -1,6 +1,5 @@
 """Runs whose learner samples itself: the same bits as with an actor, and how they end."""
 
-import hashlib
 import json
 import logging
 import socket
@@ -10,7 +9,6 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -30,6 +28,7 @@ from protocol.errors import ChannelError, SnapshotError
 from protocol.messages.messages import Heartbeat
 from protocol.model.policy import load_policy
 from protocol.model.snapshots import load_trainable, trainable
+from tests.launch.processes.whole_runs import adapters, launched, lines
 from tests.tiny import VOCAB, tensors, write_model_folder
 
 REWARD = """
@@ -57,27 +56,6 @@ def flags(tmp_path: Path) -> list[str]:
         *("--optimizer.learning_rate=1e-2", "--optimizer.lr_scheduler_type=constant"),
         *("--train.batch_size=2", "--train.micro_batch_size=2", "--train.length_bucket=8"),
     ]
-
-
-def launched(*flags: str) -> str:
-    """Run launch/grpo.py to its end; return its output."""
-    done = subprocess.run(
-        [sys.executable, grpo.__file__, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def adapters(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapters" / "adapters.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_colocated_and_resumed_run_has_the_bits_of_one_with_an_actor(

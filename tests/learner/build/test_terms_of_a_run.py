@@ -53,3 +53,8 @@ def test_a_streams_longest_prompt_is_a_guess(tmp_path: Path):
     assert told.max_prompt == DEFAULT_PROMPT_LIMIT == 512
     told = terms(tmp_path, "--data.streaming=true", "--data.max_prompt_length=9")
     assert told.max_prompt == 9
+
+
+def test_the_actors_of_a_deterministic_run_are_told(tmp_path: Path):
+    assert not terms(tmp_path).deterministic
+    assert terms(tmp_path, "--run.deterministic=true").deterministic
