@@ -74,6 +74,7 @@ def estimate_memory(
     max_tokens: int,
     num_generations: int,
     prefill_step_size: int,
+    deterministic: bool = False,
 ) -> ActorMemory:
     """Estimate an actor's memory from its model and the model's config.json.
 
@@ -82,7 +83,7 @@ def estimate_memory(
     """
     shape, itemsize = LayerShape.of(config), compute_itemsize(model)
     position = bytes_per_position(model)
-    columns = shapes_for(mx.default_device(), deterministic=False).capacity(max_tokens)
+    columns = shapes_for(mx.default_device(), deterministic=deterministic).capacity(max_tokens)
     slot = columns * position
     token = (_HIDDEN_ARRAYS * shape.hidden + _MLP_ARRAYS * shape.mlp) * itemsize
     if mx.default_device().type == mx.DeviceType.cpu:  # where attention is not fused
@@ -185,6 +186,7 @@ def capacity_of(
         max_tokens=welcome.max_tokens,
         num_generations=welcome.min_generations,
         prefill_step_size=prefill_step_size,
+        deterministic=welcome.deterministic,
     )
     if shares_weights:
         memory = replace(memory, weights=0)

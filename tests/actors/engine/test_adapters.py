@@ -1,5 +1,7 @@
 """Stacked adapters: which layers are stacked, that they compute the same, and what they share."""
 
+from typing import Any, cast
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -77,7 +79,7 @@ def test_the_tree_keeps_its_names_and_its_weights_are_slices_of_the_stacks():
     assert set(after) == set(before)
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array)
-    attention = model.layers[0].self_attn
+    attention = cast(Any, model).layers[0].self_attn
     rows = np.concatenate(
         [attention[name].linear.weight for name in ("q_proj", "k_proj", "v_proj")]
     )
@@ -93,16 +95,19 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return found
 
 
+def lora(scale: float) -> LoRALinear:
+    layer = LoRALinear(8, 8, r=2, scale=scale)
+    layer.lora_b = mx.random.normal((2, 8))
+    return layer
+
+
 class TwoPaths(nn.Module):
     """Layers on one array, on another one, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        names = ("one", "two", "other", "twice", "scaled")
-        for name in names:
-            scale = 3.0 if name == "scaled" else 2.0
-            self[name] = LoRALinear(8, 8, r=2, scale=scale)
-            self[name].lora_b = mx.random.normal((2, 8))
+        self.one, self.two, self.other, self.twice = (lora(2.0) for _ in range(4))
+        self.scaled = lora(3.0)
         self.embedding = nn.Embedding(4, 8)
 
     def __call__(self, tokens: mx.array) -> mx.array:

@@ -35,7 +35,7 @@ class Forgetful(nn.Module):
 
     def __call__(self, inputs: mx.array, cache=None) -> mx.array:
         logits = self.inner(inputs, cache=cache)
-        return mx.roll(logits, 1, axis=0) if len(inputs) > 1 else logits
+        return mx.roll(logits, 1, 0) if len(inputs) > 1 else logits
 
 
 def test_a_model_that_is_wrong_in_any_batch_decodes_one_by_one(caplog: pytest.LogCaptureFixture):
