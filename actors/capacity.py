@@ -20,7 +20,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from actors.engine.shapes import PREFILL_TOKENS, shapes_for
+from actors.engine.decoding.shapes import PREFILL_TOKENS, shapes_for
 from actors.engine.sizes import bytes_per_position
 from protocol.errors import ModelError
 from protocol.messages.messages import Welcome

@@ -22,10 +22,10 @@ import numpy as np
 
 from actors.engine.active import ActiveRequest
 from actors.engine.base import NO_POLICY, EngineStep, GenerationRequest, GenerationResult
-from actors.engine.choose_decoder import choose_decoder
-from actors.engine.decoder import NewCompletion, Reader
-from actors.engine.sampling import completion_seed, has_filter
-from actors.engine.transcript import Drawn, Transcript
+from actors.engine.decoding.choose_decoder import choose_decoder
+from actors.engine.decoding.decoder import Drawn, NewCompletion, Reader
+from actors.engine.decoding.sampling import completion_seed, has_filter
+from actors.engine.transcript import Transcript
 from protocol.errors import DataError, ModelError
 
 CLEAR_CACHE_STEPS = 512  # as mlx-lm's BatchGenerator does

@@ -4,34 +4,14 @@ Rows are recorded as arrays, because a step delivers hundreds of tokens between 
 that the host has to launch.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
 from actors.engine.base import NO_POLICY
+from actors.engine.decoding.decoder import Drawn
 from protocol.messages.arrays import floats_bytes, ids_bytes
 from protocol.messages.parts import Completion, FinishReason, PolicySpan
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-
 _FIRST_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The tokens (N,) that one decode step drew for `rows` (N,), and the policy they came from.
-
-    `logprobs` (N,) float32, nats; `kept_logmass` (N,) float32, or None where no filter was on.
-    """
-
-    rows: IntArray
-    tokens: IntArray
-    logprobs: FloatArray
-    kept_logmass: FloatArray | None
-    version: int
-    digest: str
 
 
 class Transcript:

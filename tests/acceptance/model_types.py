@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 
-from actors.engine.trials import decoding_path
+from actors.engine.decoding.trials import decoding_path
 from tests.actors.engine.alone import differences
 from tests.architectures import ARCHITECTURES, NOT_BUILT, build, vocab_size
 

@@ -12,9 +12,9 @@ from mlx_lm.models import qwen3
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from actors.engine.base import GenerationRequest
+from actors.engine.decoding.shapes import FIXED_ON_CPU, Shapes
+from actors.engine.decoding.trials import place_matters
 from actors.engine.mlx_engine import MlxEngine
-from actors.engine.shapes import FIXED_ON_CPU, Shapes
-from actors.engine.trials import place_matters
 from protocol.errors import ModelError
 from protocol.messages.parts import Completion, Sampling
 from tests.actors.engine.engines import engine_of
@@ -173,7 +173,7 @@ def test_kernels_for_which_the_row_matters_are_refused():
 
 def test_completions_in_several_blocks_are_those_of_a_block_alone(monkeypatch: pytest.MonkeyPatch):
     shapes = replace(FIXED_ON_CPU, fixed_rows=4)
-    monkeypatch.setattr("actors.engine.shapes.FIXED_ON_CPU", shapes)
+    monkeypatch.setattr("actors.engine.decoding.shapes.FIXED_ON_CPU", shapes)
     model = adapted_model()
     found: list[list[Completion]] = []
     for rows in (4, 9):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine.trials import decoding_path
+from actors.engine.decoding.trials import decoding_path
 from tests.actors.engine.alone import differences
 from tests.architectures import ARCHITECTURES, NOT_BUILT, build, model_types, vocab_size
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actors.engine.sampling import Draw
-from actors.engine.transcript import Drawn
+from actors.engine.decoding.decoder import Drawn
+from actors.engine.decoding.sampling import Draw
 
 FREE = -1  # in place of a row: there is none
 

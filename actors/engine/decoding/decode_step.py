@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from actors.engine.adapters import StackedAdapters
-from actors.engine.sampling import Draw, SamplingParameters, draw
-from actors.engine.slots import LayerShape, SlotLayer, Slots
+from actors.engine.decoding.adapters import StackedAdapters
+from actors.engine.decoding.sampling import Draw, SamplingParameters, draw
+from actors.engine.decoding.slots import LayerShape, SlotLayer, Slots
 
 Arrays = list[mx.array]
 _Step = Callable[..., tuple[mx.array, mx.array, mx.array | None, Arrays, Arrays]]

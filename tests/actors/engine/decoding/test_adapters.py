@@ -10,7 +10,7 @@ from mlx_lm.models import qwen2
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from actors.engine.adapters import stack_adapters, unstack_adapters
+from actors.engine.decoding.adapters import stack_adapters, unstack_adapters
 
 TOKENS = mx.array([[3, 9, 14, 2, 31]])
 

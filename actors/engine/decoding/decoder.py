@@ -4,8 +4,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.engine.transcript import Drawn
+import numpy as np
+import numpy.typing as npt
+
 from protocol.messages.parts import Sampling
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens (N,) that one decode step drew for `rows` (N,), and the policy they came from.
+
+    `logprobs` (N,) float32, nats; `kept_logmass` (N,) float32, or None where no filter was on.
+    """
+
+    rows: IntArray
+    tokens: IntArray
+    logprobs: FloatArray
+    kept_logmass: FloatArray | None
+    version: int
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from actors.engine.trials import decoding_path, stacked_adapters
+from actors.engine.decoding.trials import decoding_path, stacked_adapters
+from tests.actors.engine.decoding.test_adapters import adapted
 from tests.actors.engine.engines import VOCAB, engine_of, request, run, tiny_llama, tokens
-from tests.actors.engine.test_adapters import adapted
 from tests.actors.engine.test_caches import quantised_cache, sliding_window, state_space
 
 

@@ -7,7 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from actors.engine.sampling import SamplingParameters, draw, has_filter, splitmix64, token_uniforms
+from actors.engine.decoding.sampling import (
+    SamplingParameters,
+    draw,
+    has_filter,
+    splitmix64,
+    token_uniforms,
+)
 from protocol.messages.parts import Sampling
 
 GREATEST = float(np.nextafter(np.float32(1), np.float32(0)))

@@ -19,14 +19,13 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from actors.engine.adapters import StackedAdapters
-from actors.engine.decode_step import DecodeStep
-from actors.engine.decoder import NewCompletion
-from actors.engine.pending import FREE, PendingDraw
-from actors.engine.row_sampling import RowSampling
-from actors.engine.shapes import Shapes
-from actors.engine.slots import LayerShape, Prefix, PromptReader, Slots
-from actors.engine.transcript import Drawn
+from actors.engine.decoding.adapters import StackedAdapters
+from actors.engine.decoding.decode_step import DecodeStep
+from actors.engine.decoding.decoder import Drawn, NewCompletion
+from actors.engine.decoding.pending import FREE, PendingDraw
+from actors.engine.decoding.row_sampling import RowSampling
+from actors.engine.decoding.shapes import Shapes
+from actors.engine.decoding.slots import LayerShape, Prefix, PromptReader, Slots
 
 
 def positions(new: NewCompletion) -> int:

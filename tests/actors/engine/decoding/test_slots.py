@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from actors.engine.shapes import Shapes, bucketed_length, within_tokens
-from actors.engine.slots import PromptReader, SlotLayer, Slots, layer_shapes
+from actors.engine.decoding.shapes import Shapes, bucketed_length, within_tokens
+from actors.engine.decoding.slots import PromptReader, SlotLayer, Slots, layer_shapes
 from protocol.errors import ModelError
 from tests.actors.engine.engines import engine_of, request, tiny_llama
 from tests.actors.engine.test_caches import quantised_cache, sliding_window, state_space

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from actors.engine.adapters import StackedAdapters, stack_adapters, unstack_adapters
-from actors.engine.prefill import Prefiller, merge, mergeable
-from actors.engine.shapes import Shapes
-from actors.engine.slots import PromptReader, Slots, layer_shapes
+from actors.engine.decoding.adapters import StackedAdapters, stack_adapters, unstack_adapters
+from actors.engine.decoding.prefill import Prefiller, merge, mergeable
+from actors.engine.decoding.shapes import Shapes
+from actors.engine.decoding.slots import PromptReader, Slots, layer_shapes
 from protocol.errors import ModelError
 from protocol.model.snapshots import named_arrays
 

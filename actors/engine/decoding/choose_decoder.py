@@ -9,12 +9,12 @@ import logging
 import mlx.core as mx
 import mlx.nn as nn
 
-from actors.engine.batch_decoder import BatchDecoder
-from actors.engine.decoder import Decoder
-from actors.engine.shapes import Shapes, shapes_for
-from actors.engine.slot_decoder import SlotDecoder
-from actors.engine.slots import layer_shapes
-from actors.engine.trials import Path, decoding_path, place_matters, stacked_adapters
+from actors.engine.decoding.batch_decoder import BatchDecoder
+from actors.engine.decoding.decoder import Decoder
+from actors.engine.decoding.shapes import Shapes, shapes_for
+from actors.engine.decoding.slot_decoder import SlotDecoder
+from actors.engine.decoding.slots import layer_shapes
+from actors.engine.decoding.trials import Path, decoding_path, place_matters, stacked_adapters
 from protocol.errors import ModelError
 from protocol.model.snapshots import named_arrays
 

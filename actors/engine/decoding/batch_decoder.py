@@ -14,13 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from actors.engine.decoder import NewCompletion
-from actors.engine.pending import PendingDraw
-from actors.engine.prefill import Prefiller, PromptCache, merge
-from actors.engine.row_sampling import RowSampling
-from actors.engine.sampling import draw
-from actors.engine.shapes import PREFILL_TOKENS, within_tokens
-from actors.engine.transcript import Drawn
+from actors.engine.decoding.decoder import Drawn, NewCompletion
+from actors.engine.decoding.pending import PendingDraw
+from actors.engine.decoding.prefill import Prefiller, PromptCache, merge
+from actors.engine.decoding.row_sampling import RowSampling
+from actors.engine.decoding.sampling import draw
+from actors.engine.decoding.shapes import PREFILL_TOKENS, within_tokens
 
 
 class _Batch:

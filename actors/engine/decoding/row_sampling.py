@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from actors.engine.sampling import SamplingParameters, token_uniforms
+from actors.engine.decoding.sampling import SamplingParameters, token_uniforms
 from protocol.messages.parts import Sampling
 
 _FREE = Sampling(num_generations=1, max_completion_length=1)
