@@ -190,16 +190,16 @@ class PromptReader:
 
     @property
     def done(self) -> bool:
-        """Whether all prompts have been read."""
-        return self._layers[0].offset >= self._tokens.shape[1]
+        """Whether all prompts have been read; chunks of padding alone are left out."""
+        return self._layers[0].offset >= max(self._lengths)
 
     def read(self, chunk: int) -> int:
         """Read at most `chunk` more tokens, padding included; return the tokens of prompts read."""
+        if self.done:
+            return 0
         rows, length = self._tokens.shape
         start = self._layers[0].offset
         stop = min(length, start + max(1, chunk // rows))
-        if stop == start:
-            return 0
 
         # The head is never computed, because nothing asks for the logits.
         self._model(self._tokens[:, start:stop], cache=self._layers)

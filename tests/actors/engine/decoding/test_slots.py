@@ -97,3 +97,12 @@ def test_long_prompts_are_read_between_decode_steps():
     # 39 tokens in chunks of at most 10, the prompt's last one with the chunk that ends it.
     assert [step.prefilled for step in steps] == [10, 10, 10, 10, 0, 0]
     assert [step.tokens for step in steps] == [1, 1, 1, 1, 2, 2]
+
+
+def test_padding_after_the_longest_prompt_is_no_work_of_its_own():
+    # In fixed shapes 9 tokens are padded to 32; read by 4, the last 20 are padding alone.
+    reader = PromptReader(tiny_llama(), [[1] * 9, [2] * 3], [None, None], shape=(2, 32))
+    read = []
+    while not reader.done:
+        read.append(reader.read(8))
+    assert read == [7, 4, 1]
