@@ -17,6 +17,7 @@ from learner.model.layers import drops, layer_by_layer
 from learner.model.logprobs import Head, completion_logprobs
 from learner.model.shared_prompt import SharedPrompt, shared_prompt
 from protocol.errors import ModelError
+from protocol.model.dimensions import has_short_floats
 from protocol.model.snapshots import named_arrays, trainable
 
 log = logging.getLogger(__name__)
@@ -132,9 +133,7 @@ def _obstacle(model: nn.Module, head: Head, recompute: bool, compiled: bool) -> 
     finally:
         model.train(was_training)
 
-    types = {array.dtype for array in named_arrays(model.parameters()).values()}
-    low = types & {mx.bfloat16, mx.float16}
-    tolerance = _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
+    tolerance = _LOW_PRECISION_TOLERANCE if has_short_floats(model) else _TOLERANCE
 
     for name, left, right in zip(("log-probs", "gradients"), shared, plain, strict=True):
         norm = mx.linalg.norm(right) + 1e-6  # the norm may be zero

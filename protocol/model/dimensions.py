@@ -56,6 +56,12 @@ def compute_itemsize(model: nn.Module) -> int:
     return max(sizes, key=lambda size: sizes[size]) if sizes else 4
 
 
+def has_short_floats(model: nn.Module) -> bool:
+    """Whether any array is bfloat16 or float16, whose rounding shows in comparisons."""
+    types = {array.dtype for array in named_arrays(model.parameters()).values()}
+    return bool(types & {mx.bfloat16, mx.float16})
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all arrays of a model, adapters included."""
     return sum(array.nbytes for array in named_arrays(model.parameters()).values())

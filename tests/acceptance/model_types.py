@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 
-from actors.engine.decoding.trials import decoding_path
+from actors.engine.decoding.trials import Trial, decoding_path
 from tests.actors.engine.alone import differences
 from tests.architectures import ARCHITECTURES, NOT_BUILT, build, vocab_size
 
@@ -24,7 +24,7 @@ def main(model_types: list[str]) -> None:
     ways: Counter[str] = Counter()
     for model_type in model_types:
         model = build(model_type)
-        way, reason = decoding_path(model)
+        way, reason = decoding_path(Trial(model))
         engine, learner = differences(model, vocab_size(model_type))
         ways[way] += 1
         print(f"| `{model_type}` | {way} | {engine:.0e} | {learner:.0e} | {reason} |", flush=True)

@@ -23,7 +23,7 @@ from actors.engine.decoding.shapes import PREFILL_TOKENS, within_tokens
 
 
 class _Batch:
-    """Completions that decode in one pass. `pending` has one draw per joining, then one for all."""
+    """Completions that decode in one pass, over caches that mlx-lm joins."""
 
     def __init__(self, model: nn.Module, sampling: RowSampling) -> None:
         self.rows: list[int] = []
@@ -67,9 +67,7 @@ class _Batch:
         logits = self._model(self._inputs[:, None], cache=self._cache)[:, -1].astype(mx.float32)
         uniforms, parameters = self._sampling.next(rows)
         drawn = draw(logits, uniforms, parameters)
-
-        kept = [] if drawn.kept_logmass is None else [drawn.kept_logmass]
-        mx.async_eval(drawn.tokens, drawn.logprobs, *kept)
+        drawn.start()
         self._inputs = drawn.tokens.astype(mx.int32)
         self._sampling.drawn(rows)
         return PendingDraw(drawn, np.arange(len(rows)), rows, version, digest)

@@ -11,12 +11,18 @@ import mlx.nn as nn
 
 from actors.engine.decoding.batch_decoder import BatchDecoder
 from actors.engine.decoding.decoder import Decoder
-from actors.engine.decoding.shapes import Shapes, shapes_for
+from actors.engine.decoding.shapes import shapes_for
 from actors.engine.decoding.slot_decoder import SlotDecoder
-from actors.engine.decoding.slots import layer_shapes
-from actors.engine.decoding.trials import Path, decoding_path, place_matters, stacked_adapters
+from actors.engine.decoding.slots import cache_shapes
+from actors.engine.decoding.trials import (
+    Path,
+    Trial,
+    decoding_path,
+    place_matters,
+    stacked_adapters,
+)
 from protocol.errors import ModelError
-from protocol.model.snapshots import named_arrays
+from protocol.model.dimensions import has_short_floats
 
 log = logging.getLogger("pippin.actor")
 
@@ -32,19 +38,27 @@ def choose_decoder(
 ) -> Decoder:
     """Return the fastest decoder whose trial gives what decoding alone gives; the log says which.
 
-    Raises ModelError if `deterministic` is asked of a model that cannot decode in slots.
+    Raises ModelError if `deterministic` is asked of what cannot hold it.
     """
-    path, reason = decoding_path(model)
-    device = mx.default_device()
-    shapes = shapes_for(device, deterministic=deterministic)
+    trial = Trial(model)
+    path, reason = decoding_path(trial)
     if deterministic:
-        _require_deterministic(model, path, reason, shapes, rows)
+        _require_deterministic(model, path, reason)
 
     if path == "slots":
-        stacks = stacked_adapters(model)
+        device = mx.default_device()
+        layers, shapes = cache_shapes(model), shapes_for(device, deterministic=deterministic)
+        if deterministic and place_matters(model, layers, shapes, rows):
+            raise ModelError(
+                "run.deterministic: the matrix products on this machine give a completion other "
+                "bits in another row of the batch. With OpenBLAS, set "
+                "OPENBLAS_CORETYPE=Sandybridge in the actor's environment; otherwise set "
+                "run.deterministic = false"
+            )
+        stacks = stacked_adapters(trial)
         return SlotDecoder(
             model,
-            layer_shapes(model),
+            layers,
             rows=rows,
             vocab_size=vocab_size,
             max_tokens=max_tokens,
@@ -69,12 +83,9 @@ def choose_decoder(
     )
 
 
-def _require_deterministic(
-    model: nn.Module, path: Path, reason: str, shapes: Shapes, rows: int
-) -> None:
+def _require_deterministic(model: nn.Module, path: Path, reason: str) -> None:
     """Raise ModelError where bits would depend on what else is sampled."""
-    types = {array.dtype for array in named_arrays(model.parameters()).values()}
-    if types & {mx.bfloat16, mx.float16}:
+    if has_short_floats(model):
         raise ModelError(
             "run.deterministic needs weights in float32, because the kernels of shorter types "
             'differ by shape; set model.dtype = "float32", or run.deterministic = false'
@@ -83,10 +94,4 @@ def _require_deterministic(
         raise ModelError(
             f"run.deterministic needs a model that decodes in slots, and {type(model).__module__} "
             f"does not: {reason}. Set run.deterministic = false"
-        )
-    if path == "slots" and place_matters(model, shapes, rows):
-        raise ModelError(
-            "run.deterministic: the matrix products on this machine give a completion other bits "
-            "in another row of the batch. With OpenBLAS, set OPENBLAS_CORETYPE=Sandybridge in the "
-            "actor's environment; otherwise set run.deterministic = false"
         )

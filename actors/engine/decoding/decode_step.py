@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from actors.engine.decoding.adapters import StackedAdapters
 from actors.engine.decoding.sampling import Draw, SamplingParameters, draw
-from actors.engine.decoding.slots import LayerShape, SlotLayer, Slots
+from actors.engine.decoding.slots import CacheShape, SlotLayer, Slots
 
 Arrays = list[mx.array]
 _Step = Callable[..., tuple[mx.array, mx.array, mx.array | None, Arrays, Arrays]]
@@ -30,7 +30,7 @@ class DecodeStep:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[LayerShape],
+        layers: Sequence[CacheShape],
         stacks: Sequence[StackedAdapters],
         *,
         compiled: bool,
@@ -61,8 +61,9 @@ class DecodeStep:
             tokens, position, uniforms, arrays, slots.keys, slots.values
         )
 
-        mx.async_eval(drawn, logprobs, *([] if kept is None else [kept]))
-        return Draw(drawn, logprobs, kept)
+        result = Draw(drawn, logprobs, kept)
+        result.start()
+        return result
 
     def _function(
         self, columns: int, parameters: SamplingParameters, names: tuple[str, ...]

@@ -110,6 +110,13 @@ class Draw:
     logprobs: mx.array
     kept_logmass: mx.array | None
 
+    def start(self) -> None:
+        """Have it computed, without waiting."""
+        kept = [] if self.kept_logmass is None else [self.kept_logmass]
+        mx.async_eval(  # pyright: ignore[reportUnknownMemberType]
+            self.tokens, self.logprobs, *kept
+        )
+
 
 def has_filter(sampling: Sampling) -> bool:
     """Whether `kept_logmass` is recorded for such a completion."""

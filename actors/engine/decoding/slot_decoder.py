@@ -25,7 +25,7 @@ from actors.engine.decoding.decoder import Drawn, NewCompletion
 from actors.engine.decoding.pending import FREE, PendingDraw
 from actors.engine.decoding.row_sampling import RowSampling
 from actors.engine.decoding.shapes import Shapes
-from actors.engine.decoding.slots import LayerShape, Prefix, PromptReader, Slots
+from actors.engine.decoding.slots import CacheShape, Prefix, PromptReader, Slots
 
 
 def positions(new: NewCompletion) -> int:
@@ -48,6 +48,11 @@ class Block:
         self._tokens = mx.zeros(0, mx.int32)  # the next inputs of the first slots
         self._entering: dict[int, int] = {}  # slot: first input
         self._pending: PendingDraw | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Positions per slot."""
+        return self._slots.capacity
 
     @property
     def free(self) -> int:
@@ -138,7 +143,7 @@ class SlotDecoder:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[LayerShape],
+        layers: Sequence[CacheShape],
         *,
         rows: int,
         vocab_size: int,
@@ -156,7 +161,6 @@ class SlotDecoder:
         self._stacks = list(stacks)
         self._step = DecodeStep(model, layers, stacks, compiled=compiled)
         self._blocks: list[Block] = []
-        self._capacities: list[int] = []  # of the blocks
 
     def together(self, lengths: Sequence[int]) -> list[int]:
         return self._shapes.together(lengths)
@@ -189,20 +193,19 @@ class SlotDecoder:
 
     def clear(self) -> None:
         self._blocks.clear()
-        self._capacities.clear()
 
     # ---- inside --------------------------------------------------------------------------
 
     def _block_for(self, new: NewCompletion, joining: Mapping[int, Sequence[NewCompletion]]) -> int:
         """Return the index of the first block with room beside those that join; made if none is."""
         capacity = self._shapes.capacity(max(positions(new), self._max_tokens))
-        served = capacity if self._shapes.fixed else 0  # one block serves all, and grows
         for index, block in enumerate(self._blocks):
-            if self._capacities[index] == served and block.free > len(joining.get(index, ())):
+            # A block whose shape is not fixed grows to what is needed.
+            fits = not self._shapes.fixed or block.capacity == capacity
+            if fits and block.free > len(joining.get(index, ())):
                 return index
 
         slots = Slots(self._layers, self._shapes.block_rows(self._rows))
         slots.grow(capacity)
-        self._capacities.append(served)
         self._blocks.append(Block(slots, self._step, self._shapes, self._vocab_size))
         return len(self._blocks) - 1

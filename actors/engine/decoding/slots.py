@@ -25,7 +25,7 @@ Mask = mx.array | str | None
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class CacheShape:
     """What one layer caches per position: shapes (heads, dim) of keys and values, and its window.
 
     `window`: a query sees this many of the last positions, itself included; None: all of them.
@@ -35,12 +35,6 @@ class LayerShape:
     values: tuple[int, int]
     dtype: mx.Dtype
     window: int | None
-
-    @property
-    def bytes_per_position(self) -> int:
-        """Bytes that one position of one row takes."""
-        numbers = self.keys[0] * self.keys[1] + self.values[0] * self.values[1]
-        return numbers * self.dtype.size
 
 
 def layer_windows(model: nn.Module) -> list[int | None]:
@@ -56,7 +50,7 @@ def layer_windows(model: nn.Module) -> list[int | None]:
     return windows
 
 
-def layer_shapes(model: nn.Module) -> list[LayerShape]:
+def cache_shapes(model: nn.Module) -> list[CacheShape]:
     """Return what each layer caches, found by reading one token.
 
     Raises ModelError if a layer's cache cannot be a slot.
@@ -64,14 +58,14 @@ def layer_shapes(model: nn.Module) -> list[LayerShape]:
     layers = [PromptLayer(window) for window in layer_windows(model)]
     mx.eval(model(mx.array([[0]]), cache=layers))
 
-    shapes: list[LayerShape] = []
+    shapes: list[CacheShape] = []
     for layer in layers:
         if layer.keys is None or layer.values is None:
             raise ModelError("a layer's cache is never written")
         _, heads, _, dim = layer.keys.shape
         _, value_heads, _, value_dim = layer.values.shape
         shapes.append(
-            LayerShape((heads, dim), (value_heads, value_dim), layer.keys.dtype, layer.window)
+            CacheShape((heads, dim), (value_heads, value_dim), layer.keys.dtype, layer.window)
         )
     return shapes
 
@@ -160,12 +154,11 @@ def _written(slots: mx.array, new: mx.array, offset: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt that was read: row `index` of a batch's layers, `length` positions of it."""
+    """A prompt that was read: row `index` of a reading's keys and values, one array per layer."""
 
     keys: list[mx.array]
     values: list[mx.array]
     index: int
-    length: int
 
 
 class PromptReader:
@@ -211,13 +204,13 @@ class PromptReader:
         """Return what was read of each prompt."""
         keys = [layer.keys for layer in self._layers if layer.keys is not None]
         values = [layer.values for layer in self._layers if layer.values is not None]
-        return [Prefix(keys, values, index, n) for index, n in enumerate(self._lengths)]
+        return [Prefix(keys, values, index) for index in range(len(self._lengths))]
 
 
 class Slots:
     """The slots of all layers. Arrays are made when first needed and grow only in capacity."""
 
-    def __init__(self, shapes: Sequence[LayerShape], rows: int) -> None:
+    def __init__(self, shapes: Sequence[CacheShape], rows: int) -> None:
         self._shapes = list(shapes)
         self.rows = rows
         self.capacity = 0

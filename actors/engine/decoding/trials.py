@@ -6,7 +6,7 @@
 # (mlx and mlx-lm are only partly typed)
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
 import mlx.core as mx
@@ -16,9 +16,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from actors.engine.decoding.adapters import StackedAdapters, stack_adapters, unstack_adapters
 from actors.engine.decoding.prefill import Prefiller, merge, mergeable
 from actors.engine.decoding.shapes import Shapes
-from actors.engine.decoding.slots import PromptReader, Slots, layer_shapes
+from actors.engine.decoding.slots import CacheShape, PromptReader, Slots, cache_shapes
 from protocol.errors import ModelError
-from protocol.model.snapshots import named_arrays
+from protocol.model.dimensions import has_short_floats
 
 log = logging.getLogger("pippin.actor")
 
@@ -38,47 +38,74 @@ _PROMPTS = [[1, 2, 3, 4, 5], [6], [2, 1, 2]]
 _FORCED = [[3, 1, 2], [1, 4, 5], [5, 2, 6]]
 
 
-def decoding_path(model: nn.Module) -> tuple[Path, str]:
-    """Return how `model` decodes, and why not in a faster way ("" for slots).
+class Trial:
+    """The logits of a few short completions, each decoded alone, which any other way must give.
 
-    A ragged batch of three completions is decoded for three tokens each; its logits must be those
-    of each one decoded alone with mlx-lm's own caches.
+    They are ragged: three completions, decoded for three tokens each with mlx-lm's own caches.
     """
-    alone = _alone(model)
-    noise = _relative(_at_once(model), alone)
 
-    reason = _difference(model, lambda: _in_slots(model), alone, noise)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._expected = _alone(model)
+        self._allowed = _TOLERANCE
+        if has_short_floats(model):
+            noise = _relative(_at_once(model), self._expected)
+            self._allowed = min(_MOST, max(_LOW_PRECISION_TOLERANCE, 3 * noise))
+
+    def difference(self, way: Callable[[nn.Module], mx.array]) -> str:
+        """Return how the logits that `way` gives differ, or "" if they agree.
+
+        The difference is that of the worst row, relative to the spread of its logits.
+        """
+        try:
+            found = way(self.model)
+            mx.eval(found)
+        except _FAILURES as error:
+            text = str(error).splitlines()[0] if str(error) else "raised"
+            return f"{type(error).__name__}: {text}"
+
+        if found.shape != self._expected.shape:
+            return f"the logits have shape {found.shape}, not {self._expected.shape}"
+        error = _relative(found, self._expected)
+        if error <= self._allowed:
+            return ""
+        return (
+            f"the logits differ by {error:.2g} of their spread, of which {self._allowed:.2g} is "
+            "allowed"
+        )
+
+
+def decoding_path(trial: Trial) -> tuple[Path, str]:
+    """Return how the trial's model decodes, and why not in a faster way ("" for slots)."""
+    reason = trial.difference(_in_slots)
     if not reason:
         return "slots", ""
-    if not mergeable(make_prompt_cache(model)):
+    if not mergeable(make_prompt_cache(trial.model)):
         return "alone", f"{reason}; mlx-lm cannot batch them"
-    batched = _difference(model, lambda: _in_batch(model), alone, noise)
+    batched = trial.difference(_in_batch)
     if not batched:
         return "batched", reason
     return "alone", f"{reason}; in a batch of mlx-lm {batched}"
 
 
-def stacked_adapters(model: nn.Module) -> list[StackedAdapters]:
+def stacked_adapters(trial: Trial) -> list[StackedAdapters]:
     """Stack the model's adapters unless that changes its logits; the log says if it does."""
-    tokens = mx.array([_PROMPTS[0]])
-    plain = model(tokens)[0].astype(mx.float32)
-    mx.eval(plain)
-    noise = _relative(_at_once(model), _alone(model))
-    stacks = stack_adapters(model, join=True)
-    reason = _difference(model, lambda: model(tokens)[0].astype(mx.float32), plain, noise)
+    stacks = stack_adapters(trial.model, join=True)
+    reason = trial.difference(_alone) if stacks else ""
     if not reason:
         return stacks
-    unstack_adapters(model)
+    unstack_adapters(trial.model)
     log.warning("Adapters are computed layer by layer: with several at once %s", reason)
     return []
 
 
-def place_matters(model: nn.Module, shapes: Shapes, rows: int) -> bool:
+def place_matters(
+    model: nn.Module, layers: Sequence[CacheShape], shapes: Shapes, rows: int
+) -> bool:
     """Whether a completion's bits depend on its row, or on that of its prompt in a reading.
 
     Products of fixed shapes are not enough: some kernels compute the last rows of a tile otherwise.
     """
-    layers = layer_shapes(model)
     count, length = shapes.reading(len(_PROMPTS[0]))
     reader = PromptReader(
         model, [_PROMPTS[0]] * count, [each.window for each in layers], shape=(count, length)
@@ -99,32 +126,6 @@ def place_matters(model: nn.Module, shapes: Shapes, rows: int) -> bool:
 
 
 # ---- inside --------------------------------------------------------------------------------------
-
-
-def _difference(
-    model: nn.Module, trial: Callable[[], mx.array], expected: mx.array, noise: float
-) -> str:
-    """Return how a trial's logits (rows, V) differ from `expected`, or "" if they agree.
-
-    The difference is that of the worst row, relative to the spread of its logits; `noise` is what
-    another exact way to compute them makes.
-    """
-    try:
-        found = trial()
-        mx.eval(found)
-    except _FAILURES as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'raised'}"
-
-    if found.shape != expected.shape:
-        return f"the logits have shape {found.shape}, not {expected.shape}"
-    types = {array.dtype for array in named_arrays(model.parameters()).values()}
-    allowed = _TOLERANCE
-    if types & {mx.bfloat16, mx.float16}:
-        allowed = min(_MOST, max(_LOW_PRECISION_TOLERANCE, 3 * noise))
-    error = _relative(found, expected)
-    if error <= allowed:
-        return ""
-    return f"the logits differ by {error:.2g} of their spread, of which {allowed:.2g} is allowed"
 
 
 def _relative(found: mx.array, expected: mx.array) -> float:
@@ -154,7 +155,7 @@ def _at_once(model: nn.Module) -> mx.array:
 
 
 def _in_slots(model: nn.Module) -> mx.array:
-    shapes = layer_shapes(model)
+    shapes = cache_shapes(model)
     reader = PromptReader(
         model, [prompt[:-1] for prompt in _PROMPTS], [shape.window for shape in shapes]
     )

@@ -13,6 +13,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from actors.engine.base import GenerationRequest
 from actors.engine.decoding.shapes import FIXED_ON_CPU, Shapes
+from actors.engine.decoding.slots import cache_shapes
 from actors.engine.decoding.trials import place_matters
 from actors.engine.mlx_engine import MlxEngine
 from protocol.errors import ModelError
@@ -165,8 +166,9 @@ class Uneven(nn.Module):
 
 def test_kernels_for_which_the_row_matters_are_refused():
     model = adapted_model()
-    assert not place_matters(model, Shapes(4, 32, fixed=True), 9)
-    assert place_matters(Uneven(model), Shapes(4, 32, fixed=True), 9)
+    layers, shapes = cache_shapes(model), Shapes(4, 32, fixed=True)
+    assert not place_matters(model, layers, shapes, 9)
+    assert place_matters(Uneven(model), layers, shapes, 9)
     with pytest.raises(ModelError, match=r"set OPENBLAS_CORETYPE=Sandybridge in the actor's"):
         engine_of(Uneven(model), vocab_size=VOCAB, deterministic=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine.decoding.trials import decoding_path
+from actors.engine.decoding.trials import Trial, decoding_path
 from tests.actors.engine.alone import differences
 from tests.architectures import ARCHITECTURES, NOT_BUILT, build, model_types, vocab_size
 
@@ -36,7 +36,7 @@ def test_every_model_type_is_tried_or_named():
 def test_a_ragged_batch_decodes_as_each_completion_alone(model_type):
     model = build(model_type)
     expected = "batched" if model_type in BATCHED else "alone" if model_type in ALONE else "slots"
-    assert decoding_path(model)[0] == expected
+    assert decoding_path(Trial(model))[0] == expected
 
     difference, _ = differences(model, vocab_size(model_type))
     assert difference < 5e-5

@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from actors.engine.decoding.shapes import Shapes, bucketed_length, within_tokens
-from actors.engine.decoding.slots import PromptReader, SlotLayer, Slots, layer_shapes
+from actors.engine.decoding.slots import PromptReader, SlotLayer, Slots, cache_shapes
 from protocol.errors import ModelError
 from tests.actors.engine.engines import engine_of, request, tiny_llama
 from tests.actors.engine.test_caches import quantised_cache, sliding_window, state_space
@@ -39,13 +39,12 @@ def test_prompts_are_read_together_up_to_a_number_of_padded_tokens():
 
 
 def test_what_the_layers_cache_and_which_cannot_be_slots():
-    (first, *_), windows = layer_shapes(tiny_llama()), layer_shapes(sliding_window())
+    (first, *_), windows = cache_shapes(tiny_llama()), cache_shapes(sliding_window())
     assert (first.keys, first.values, first.window) == ((2, 8), (2, 8), None)
-    assert first.bytes_per_position == 2 * 2 * 8 * 4
     assert [shape.window for shape in windows] == [4, 4, None]
     for model, kind in ((quantised_cache(), "QuantizedKVCache"), (state_space(), "ArraysCache")):
         with pytest.raises(ModelError, match=kind):
-            layer_shapes(model)
+            cache_shapes(model)
 
 
 def test_chunks_copies_and_growth_keep_the_keys_of_each_prompt():
@@ -57,7 +56,7 @@ def test_chunks_copies_and_growth_keep_the_keys_of_each_prompt():
         read.append(reader.read(6))  # two positions of three prompts
     assert read == [6, 3, 1]
 
-    slots = Slots(layer_shapes(model), rows=6)
+    slots = Slots(cache_shapes(model), rows=6)
     slots.grow(8)
     slots.copy([4, 1, 2], reader.prefixes())
     slots.copy([5], [reader.prefixes()[0]])

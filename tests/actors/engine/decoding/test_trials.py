@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from actors.engine.decoding.trials import decoding_path, stacked_adapters
+from actors.engine.decoding.trials import Trial, decoding_path, stacked_adapters
 from tests.actors.engine.decoding.test_adapters import adapted
 from tests.actors.engine.engines import VOCAB, engine_of, request, run, tiny_llama, tokens
 from tests.actors.engine.test_caches import quantised_cache, sliding_window, state_space
@@ -20,7 +20,7 @@ from tests.actors.engine.test_caches import quantised_cache, sliding_window, sta
     ],
 )
 def test_the_way_of_decoding_follows_from_the_caches(make, path):
-    found, reason = decoding_path(make())
+    found, reason = decoding_path(Trial(make()))
     assert found == path
     assert ("caches of another kind" in reason) == (path != "slots")
 
@@ -40,7 +40,7 @@ class Forgetful(nn.Module):
 
 def test_a_model_that_is_wrong_in_any_batch_decodes_one_by_one(caplog: pytest.LogCaptureFixture):
     model = Forgetful()
-    found, reason = decoding_path(model)
+    found, reason = decoding_path(Trial(model))
     assert found == "alone"
     assert reason.count("the logits differ by") == 2
 
@@ -56,5 +56,5 @@ def test_a_model_that_is_wrong_in_any_batch_decodes_one_by_one(caplog: pytest.Lo
 def test_rounding_of_short_types_is_measured_and_allowed():
     model = adapted()
     model.set_dtype(mx.bfloat16)
-    assert decoding_path(model) == ("slots", "")
-    assert len(stacked_adapters(model)) == 8
+    assert decoding_path(Trial(model)) == ("slots", "")
+    assert len(stacked_adapters(Trial(model))) == 8
