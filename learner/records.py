@@ -46,6 +46,22 @@ class Records:
         """Append to `events.jsonl`, and log."""
         record_event(self.folder, event)
 
+    def newest(self) -> tuple[int, int]:
+        """Return the newest recorded step, 0 if none is, and the newest evaluated one, or -1."""
+        step, evaluated = 0, -1
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return step, evaluated
+
+        with path.open("rb") as file:
+            for data in file:
+                line = msgspec.json.decode(data, type=dict[str, Any])
+                if any(key.startswith("eval/") for key in line):
+                    evaluated = max(evaluated, int(line["step"]))
+                else:
+                    step = max(step, int(line["step"]))
+        return step, evaluated
+
     def undo(self, step: int, evaluated: int) -> None:
         """Move aside the lines that came after a checkpoint, which the resumed run writes again.
 

@@ -52,7 +52,11 @@ class Schedule:
 
 @dataclass
 class Trainer(Generic[BatchT]):
-    """One run's loop. `step` counts batches consumed, which is the policy's version."""
+    """One run's loop. `step` counts batches consumed, which is the policy's version.
+
+    After a recovery it trains again on what came after the checkpoint, up to the step that was
+    reached before. What these steps recorded is on disk already, and is not written twice.
+    """
 
     model: nn.Module
     source: Source[BatchT]
@@ -69,6 +73,9 @@ class Trainer(Generic[BatchT]):
     stopping: bool = False
     best: dict[str, float] = field(default_factory=dict[str, float])
     _evaluated: int = -1
+    _reached: int = 0
+    _recorded: int = 0
+    _recorded_evaluation: int = -1
     _idle_since: float = field(default_factory=time.monotonic)
 
     def advance(self, timeout_s: float = 0.0) -> bool:
@@ -80,7 +87,7 @@ class Trainer(Generic[BatchT]):
         if first and not self.stopping:
             self._start_eval()
         best_now = self._take_eval()
-        if self.stopping or self._complete():
+        if self._complete() or (self.stopping and not self.catching_up):
             return self._finish(timeout_s)
         if best_now and self.step > 0:
             self.save(required=False)
@@ -91,6 +98,14 @@ class Trainer(Generic[BatchT]):
         self._train(batch)
         self._idle_since = time.monotonic()
         return True
+
+    @property
+    def catching_up(self) -> bool:
+        """Whether the steps under way were taken before, by an earlier process of the run.
+
+        The ledger is ahead of the weights then, so no checkpoint can be made.
+        """
+        return self.step < self._reached
 
     def _complete(self) -> bool:
         limit = self.schedule.max_steps
@@ -126,8 +141,10 @@ class Trainer(Generic[BatchT]):
         metrics |= memory_use().metrics("memory/")
 
         self.last_metrics = metrics
-        self.records.metrics(self.step, metrics)
-        self.records.rollouts(prepared.rollouts)
+        if self.step > self._recorded:
+            # The line of metrics comes last: a step that has one is recorded completely.
+            self.records.rollouts(prepared.rollouts)
+            self.records.metrics(self.step, metrics)
         self._intervals()
 
     def _update(self, prepared: Prepared[Any]) -> dict[str, float]:
@@ -182,11 +199,13 @@ class Trainer(Generic[BatchT]):
             self._start_eval()
             best_now = self._take_eval()
         due = self.schedule.save_steps > 0 and self.step % self.schedule.save_steps == 0
+        # Not to train all of it once more if this process is killed, too.
+        due = due or self.step == self._reached
         if due or (best_now and not self._complete()):
             self.save(required=False)
 
     def _start_eval(self) -> None:
-        if self.evaluator is None or self.evaluator.pending:
+        if self.evaluator is None or self.evaluator.pending or self.step <= self._evaluated:
             return
         self._evaluated = self.step
         self.records.event(EvaluationStarted(step=self.step))
@@ -198,10 +217,11 @@ class Trainer(Generic[BatchT]):
         if result is None:
             return False
         version, metrics, rollouts = result
-        # Before the metrics, so that whoever has read those knows that the evaluation is over.
-        self.records.event(EvaluationFinished(step=version))
-        self.records.metrics(version, metrics)
-        self.records.rollouts(rollouts)
+        if version > self._recorded_evaluation:
+            # Before the metrics, so that whoever has read those knows that the evaluation is over.
+            self.records.event(EvaluationFinished(step=version))
+            self.records.rollouts(rollouts)
+            self.records.metrics(version, metrics)
         return self._keep_best(version, metrics) and version == self.step
 
     def _keep_best(self, version: int, metrics: dict[str, float]) -> bool:
@@ -235,6 +255,9 @@ class Trainer(Generic[BatchT]):
 
     def save(self, *, required: bool) -> None:
         """Write a checkpoint; unless it is `required`, a failure is only recorded."""
+        if self.catching_up:
+            return
+
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
@@ -272,11 +295,29 @@ class Trainer(Generic[BatchT]):
                 self.model.eval()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint whose tensors are already in the model."""
-        self.step = checkpoint.step
+        """Continue from a checkpoint whose tensors are already in the model; undo what came after.
+
+        `catch_up` may follow.
+        """
+        self.step = self._reached = self._recorded = checkpoint.step
         self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))
         self._evaluated = int(checkpoint.state.get("evaluated", -1))
         self.best = dict(checkpoint.state.get("best", {}))
         self.updater.load_state(checkpoint.optimizer)
         set_random_state(int(checkpoint.state["random"]))
+
+    def undo_records(self) -> None:
+        """Move aside what was recorded after the checkpoint, because it will be recorded again."""
         self.records.undo(self.step, self._evaluated)
+
+    def catch_up(self, reached: int, evaluated: int | None) -> None:
+        """Train again on the steps up to `reached`, whose batches the source has.
+
+        `evaluated` is the newest version whose evaluation was begun, if any was since.
+        """
+        step, evaluation = self.records.newest()
+        self._reached = reached
+        self._recorded, self._recorded_evaluation = min(step, reached), evaluation
+        self.records.undo(self._recorded, evaluation)
+        if evaluated is not None:
+            self._evaluated = max(self._evaluated, evaluated)

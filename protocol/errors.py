@@ -32,6 +32,10 @@ class CheckpointError(PippinError):
     """A checkpoint that cannot be written, read, or resumed from."""
 
 
+class JournalError(PippinError):
+    """A journal that cannot be written, read, or continued from."""
+
+
 class WireError(PippinError):
     """A message that cannot be accepted.
 

@@ -8,6 +8,7 @@ were answered or given up, or it was asked to stop; 1: it failed.
 
 import argparse
 import logging
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -58,6 +59,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     # Here, because these imports load MLX, which start_process prepares.
     from learner.build import online
     from learner.data.prompts import open_prompts
+    from learner.ledger.ledger import Ledger
     from learner.online.commands import Command, Reply
     from learner.online.source import OnlineSource
     from protocol.model.dimensions import weight_bytes
@@ -80,7 +82,8 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     plan = online.OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)
     bridge = Bridge[Command, Reply]()
     source = OnlineSource(bridge, policy.model, args.run_dir / "policy")
-    coordinator = online.new_coordinator(plan, weight_bytes(policy.model))
+    ledger = Ledger.new(online.ledger_settings(plan), args.run_dir.name, uuid.uuid4().hex)
+    coordinator = online.new_coordinator(plan, ledger, weight_bytes(policy.model))
     service = online.new_service(plan, coordinator, bridge)
     change_state(args.run_dir, "running")
 

@@ -47,8 +47,11 @@ def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
         try:
             _to_first_step(run, args.run_dir, lifeline, turn, stages)
             _advance(run.trainer, args.run_dir, lifeline, turn)
-        except RewardError:
-            # The run can be resumed from here once the reward functions are fixed.
+        except RewardError as error:
+            # The run can be resumed from here once the reward functions are fixed, and the batch
+            # that they did not score is sampled again.
+            if run.return_batch is not None:
+                run.return_batch(str(error))
             run.trainer.save(required=False)
             raise
         run.complete()

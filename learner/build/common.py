@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import structs
 
-from learner.checkpoint import Checkpoint, load_checkpoint
+from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
 from learner.model.reference import Reference
@@ -37,6 +37,7 @@ class Run:
     `base` is the path of the base model. `rehearse` builds the kernels of a step, without any
     effect on the run: call it once while the first batch is waited for. None where that saves
     nothing. `in_process` is for an actor in the learner's process, if the settings ask for one.
+    `return_batch` has the batch that was refused for a reason sampled again; None offline.
     """
 
     trainer: Trainer[Any]
@@ -45,6 +46,7 @@ class Run:
     base: str
     rehearse: Callable[[], None] | None = None
     in_process: InProcess | None = None
+    return_batch: Callable[[str], None] | None = None
 
     def complete(self) -> None:
         """Write the result in mlx-lm's format: `adapters/`, or `model/` after full fine-tuning."""
@@ -65,18 +67,15 @@ class Run:
         save(self.folder / "model", policy.folder, policy.model, policy.tokenizer, config)
 
 
-def resume_point(
-    resume: str, policy: LoadedPolicy, reference: Reference | None
-) -> Checkpoint | None:
-    """Load the checkpoint that `run.resume` names, and put its weights into the policy.
+def resume_point(run: Path, policy: LoadedPolicy, reference: Reference | None) -> Checkpoint | None:
+    """Load the newest good checkpoint of a run folder, and put its weights into the policy.
 
-    Raises CheckpointError if it was made with another model, tokenizer or reference.
+    None if the run has no checkpoint yet. Raises CheckpointError if it was made with another model,
+    tokenizer or reference.
     """
-    if not resume:
+    found = run / "checkpoints"
+    if not checkpoints(found):
         return None
-
-    folder = Path(resume)
-    found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     checkpoint = load_checkpoint(found)
 
     for name, ours in run_digests(policy, reference).items():

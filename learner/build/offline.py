@@ -77,7 +77,7 @@ def assemble_offline(
     head = choose_head(policy.model, settings.train.head)
     _report_memory(settings, policy, reference, head, first)
     digests = run_digests(policy, reference)
-    checkpoint = resume_point(settings.run.resume, policy, reference)
+    checkpoint = resume_point(folder, policy, reference)
     if reference is not None and _precompute(settings, reference, head, source, stopped):
         reference = None  # frees the weights that only it holds
 
@@ -100,6 +100,7 @@ def assemble_offline(
     if checkpoint is not None:
         source.restore(checkpoint.source)
         trainer.restore(checkpoint)
+        trainer.undo_records()
     done("preparation")
     return Run(trainer, policy, folder, settings.model.path)
 

@@ -10,15 +10,14 @@ launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `ne
 import logging
 import math
 import platform
-import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import msgspec
 
 from learner.build.common import (
     Run,
@@ -29,18 +28,24 @@ from learner.build.common import (
     started_at,
 )
 from learner.build.forward import Forward, choose_forward, longest_prompt
+from learner.build.recover import (
+    Continued,
+    begin_run,
+    continue_run,
+    drop_segments,
+    journal_identity,
+)
 from learner.build.rehearsal import rehearsal
 from learner.checkpoint import Checkpoint
 from learner.data.prompts import PromptSource, open_prompts
-from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
-from learner.ledger.types import LedgerSettings, ResumeReport
+from learner.ledger.types import LedgerSettings
 from learner.model.reference import Reference, make_reference
 from learner.objectives.grpo import GrpoObjective
 from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
-from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
+from learner.online.experience import PromptGroup, TrainBatch
 from learner.online.in_process import InProcess
 from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
@@ -128,45 +133,72 @@ def assemble_online(
     model = narrowed(settings.model, ModelSettings)
     shared = InProcess() if addresses.colocate else None
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total, shared)
-    checkpoint = resume_point(settings.run.resume, policy, reference)
+    checkpoint = resume_point(folder, policy, reference)
 
     prompt = longest_prompt(settings.data, prompts)
     forward = choose_forward(settings, policy, reference, prompt)
+    limits, identity = ledger_settings(plan), journal_identity(folder, settings, policy)
+    if checkpoint is None:
+        continued = begin_run(folder, limits, identity)
+    else:
+        continued = continue_run(folder, checkpoint, limits, identity, prompts)
     coordinator = new_coordinator(
-        plan, forward.peak_bytes, checkpoint, settings.eval.max_completion_length
+        plan, continued.ledger, forward.peak_bytes, settings.eval.max_completion_length
     )
+    if continued.history is not None:
+        coordinator.restore(continued.history)
+
     bridge = Bridge[Command, Reply](among=shared.bridges if shared else None)
     service = new_service(plan, coordinator, bridge)
-    source = _new_source(plan, bridge)
-    trainer = _new_trainer(settings, plan, reference, forward, source)
+    service.journal = continued.journal
+    if settings.run.journal == "recovery":
+        service.drop_old_segments = partial(drop_segments, folder, settings.run.save_total_limit)
+    source = _new_source(plan, bridge, continued)
+    trainer = _new_trainer(settings, plan, reference, forward, source, continued)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
+        _restore(trainer, checkpoint, continued)
 
     with bridge:
         bridge.start(lambda _: service.run())
-        source.publish(trainer.step)
+        if checkpoint is None:
+            trainer.save(required=True)  # before the first lease
+        source.begin(trainer.step)
         done("preparation")
         if shared is None:
             rehearse = rehearsal(settings, prompts.epochs.longest, trainer)
         else:
             # The actor's turn is at the same time: a rehearsal would only delay it.
             rehearse, shared.welcome = None, coordinator.welcome
-        yield Run(trainer, policy, folder, settings.model.path, rehearse, shared)
+        yield Run(
+            trainer, policy, folder, settings.model.path, rehearse, shared, source.return_batch
+        )
         source.finish("the run is over")
 
 
-def _new_source(plan: OnlinePlan, bridge: Bridge[Command, Reply]) -> OnlineSource:
-    """Return the source of a run whose earlier snapshots, if there are any, are deleted."""
-    snapshots = plan.folder / "policy"
+def _restore(trainer: Trainer[TrainBatch], checkpoint: Checkpoint, continued: Continued) -> None:
+    """Continue from a checkpoint, and from what the journal has after it."""
+    trainer.restore(checkpoint)
+    if continued.recovered is None:
+        trainer.undo_records()
+    else:
+        trainer.catch_up(continued.recovered.version, continued.recovered.evaluated)
+
+
+def _new_source(
+    plan: OnlinePlan, bridge: Bridge[Command, Reply], continued: Continued
+) -> OnlineSource:
+    """Return the source of a run; earlier snapshots that actors do not need are deleted."""
+    snapshots, recovered = plan.folder / "policy", continued.recovered
+    needed = "" if recovered is None or recovered.announced is None else recovered.announced.path
     for stale in snapshots.glob("policy-*"):
-        stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would delete them
+        if str(stale.resolve()) != needed:
+            stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would
 
     shared = plan.in_process
-    if shared is None:
-        return OnlineSource(bridge, plan.policy.model, snapshots)
     # Files are for actors elsewhere, if any can join.
-    folder = snapshots if plan.addresses.actors else None
-    return OnlineSource(bridge, plan.policy.model, folder, shared.shelf)
+    folder = snapshots if shared is None or plan.addresses.actors else None
+    shelf = None if shared is None else shared.shelf
+    return OnlineSource(bridge, plan.policy.model, folder, shelf, recovered)
 
 
 def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
@@ -193,7 +225,6 @@ def new_service(
         list(plan.addresses.actors),
         plan.addresses.snapshots,
         bridge,
-        plan.folder / "ledger.jsonl",
         keys=plan.settings.transport.keys,
         max_message_bytes=plan.settings.transport.max_message_mb << 20,
         in_process=plan.in_process.channel.server if plan.in_process else None,
@@ -201,46 +232,31 @@ def new_service(
 
 
 def new_coordinator(
-    plan: OnlinePlan,
-    learner_bytes: int,
-    checkpoint: Checkpoint | None = None,
-    eval_length: int | None = None,
+    plan: OnlinePlan, ledger: Ledger, learner_bytes: int, eval_length: int | None = None
 ) -> Coordinator:
-    """Return a run's coordinator, restored from `checkpoint` if there is one.
+    """Return the coordinator of a run's ledger.
 
     `learner_bytes` is this process's estimated memory, which actors leave it. `eval_length` limits
     the completions of an evaluation, in tokens; None: as in training.
     """
-    incarnation = uuid.uuid4().hex
-    limits = _ledger_settings(plan)
-    checkpointed, report = None, None
-    if checkpoint is None:
-        ledger = Ledger(limits, plan.folder.name, incarnation)
-    else:
-        checkpointed = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-        ledger, report = Ledger.restore(limits, checkpointed.ledger, incarnation)
-
     train = Sampling(**builtins(plan.settings.sampling))
     evaluation = Sampling(
         num_generations=1,
         max_completion_length=eval_length or train.max_completion_length,
         temperature=0.0,
     )
-    coordinator = Coordinator(
+    return Coordinator(
         ledger,
         plan.prompts,
         plan.prompts.evaluation,
-        _welcome(plan, incarnation, learner_bytes, evaluation.max_completion_length),
+        _welcome(plan, ledger.state.incarnation, learner_bytes, evaluation.max_completion_length),
         {"train": train, "eval": evaluation},
         plan.policy.vocab_size,
     )
-    if checkpointed is not None and report is not None:
-        coordinator.restore(checkpointed, report)
-        _report_losses(plan.folder, checkpointed, report)
-    return coordinator
 
 
-def _ledger_settings(plan: OnlinePlan) -> LedgerSettings:
+def ledger_settings(plan: OnlinePlan) -> LedgerSettings:
+    """Return the ledger's limits, from the run's settings."""
     settings = plan.settings
     return LedgerSettings(
         batch_size=settings.train.batch_size,
@@ -283,29 +299,13 @@ def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length
     )
 
 
-def _report_losses(folder: Path, checkpointed: CoordinatorState, report: ResumeReport) -> None:
-    """Write lost.json: what was in progress at the checkpoint, and what happened after it."""
-    events = read_journal(folder / "ledger.jsonl", checkpointed.ledger.incarnation)
-    after = events[checkpointed.events :]
-    losses = losses_since_checkpoint(report, checkpointed.ledger, after)
-    log.warning(
-        "lost when the previous learner ended: %d batches trained after the checkpoint (%d tasks), "
-        "%d groups not trained yet, %d leases; %d tasks are leased again; see lost.json",
-        losses.version_reached - losses.version,
-        len(losses.trained_since),
-        len(report.groups) + len(losses.received_since),
-        len(report.leases),
-        len(report.rejoined),
-    )
-    (folder / "lost.json").write_bytes(msgspec.json.format(msgspec.json.encode(losses)))
-
-
 def _new_trainer(
     settings: GrpoRun,
     plan: OnlinePlan,
     reference: Reference | None,
     forward: Forward,
     source: OnlineSource,
+    continued: Continued,
 ) -> Trainer[TrainBatch]:
     policy, weights = plan.policy, settings.rewards.reward_weights
 
@@ -324,6 +324,10 @@ def _new_trainer(
         reference=reference.model if reference is not None else None,
         share_prompt=forward.share_prompt,
     )
+    evaluator = OnlineEvaluator(source, weights, describe) if plan.prompts.evaluation else None
+    if evaluator is not None and continued.recovered is not None:
+        open_round = bool(continued.ledger.state.evals)
+        evaluator.pending = open_round or bool(continued.recovered.evaluations)
     updates = plan.total_batches * settings.objective.num_iterations
     return Trainer(
         policy.model,
@@ -332,6 +336,6 @@ def _new_trainer(
         new_step(settings, policy, reference, updates),
         Records(plan.folder, started_at(plan.folder)),
         schedule_of(settings, plan.total_batches),
-        OnlineEvaluator(source, weights, describe) if plan.prompts.evaluation else None,
+        evaluator,
         resume_state=run_digests(policy, reference),
     )

@@ -19,6 +19,19 @@ class LedgerEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
 
+class IncarnationBegan(LedgerEvent, frozen=True, kw_only=True, tag="Began"):
+    """A learner began whose actors know nothing of earlier ones; see `LedgerState.begin`.
+
+    `keep_groups`: what was received stays, and is not sampled again.
+    """
+
+    incarnation: str
+    keep_groups: bool
+
+    def apply_to(self, state: LedgerState) -> None:
+        state.begin(self.incarnation, keep_groups=self.keep_groups)
+
+
 class TaskJoined(LedgerEvent, frozen=True, kw_only=True, tag="Joined"):
     """A task was added to the end of the queue, or to the evaluation round."""
 
@@ -177,6 +190,20 @@ class BatchFormed(LedgerEvent, frozen=True, kw_only=True, tag="Formed"):
             state.training[number] = state.queue.pop(number)
 
 
+class BatchReturned(LedgerEvent, frozen=True, kw_only=True, tag="Returned"):
+    """The batch in training cannot be trained on: its tasks are queued again, without groups."""
+
+    detail: str
+    at: float
+
+    def apply_to(self, state: LedgerState) -> None:
+        require(bool(state.training), "a batch was returned while none is in training")
+        for record in state.training.values():
+            record.taken = None
+        state.queue = {**state.training, **state.queue}
+        state.training = {}
+
+
 class BatchConsumed(LedgerEvent, frozen=True, kw_only=True, tag="Consumed"):
     """The batch in training was consumed; `version` is the new policy version."""
 
@@ -193,10 +220,14 @@ class BatchConsumed(LedgerEvent, frozen=True, kw_only=True, tag="Consumed"):
 
 
 class PolicyPublished(LedgerEvent, frozen=True, kw_only=True, tag="Published"):
-    """Actors can fetch this version from now on."""
+    """Actors can fetch this version from now on.
+
+    `digest` is that of all trainable tensors, `tensors` those of each (`TensorDigests.short`).
+    """
 
     version: int
     digest: str
+    tensors: bytes = b""
 
     def apply_to(self, state: LedgerState) -> None:
         oldest = 0 if state.published is None else state.published
@@ -220,7 +251,8 @@ class EvaluationTaken(LedgerEvent, frozen=True, kw_only=True, tag="EvalTaken"):
 
 
 AnyEvent = (
-    TaskJoined
+    IncarnationBegan
+    | TaskJoined
     | TaskLeased
     | LeasesRenewed
     | GroupReceived
@@ -229,6 +261,7 @@ AnyEvent = (
     | TaskDropped
     | RowsEnded
     | BatchFormed
+    | BatchReturned
     | BatchConsumed
     | PolicyPublished
     | EvaluationTaken

@@ -1,92 +1,185 @@
-"""The journal of the ledger's events (`ledger.jsonl`), and what a restarted learner lost.
+"""The journal: the ledger's events and the groups that were accepted, on disk before anyone knows.
 
-The checkpoint says what was under way when it was written, the journal what happened after it.
+`journal/` holds segments, each named after the number of its first entry. A segment is a sequence
+of frames (`frames.py`) in msgpack: a `SegmentHeader`, then events and groups. `journal_reader.py`
+reads them.
+
+A group stands before the `GroupReceived` that accepts it. Every checkpoint begins a segment, so
+what follows a checkpoint is whole segments. A killed writer leaves a torn frame at the end at most:
+nobody was told of it, and it is cut off.
 """
 
-from collections.abc import Iterable
+import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from learner.ledger.events import AnyEvent, BatchConsumed, BatchFormed, GroupReceived, TaskJoined
-from learner.ledger.state import LedgerState
-from learner.ledger.types import ResumeReport
-from protocol.messages.parts import TaskId
-from protocol.run_record import cut_partial_line
+from learner.ledger.events import AnyEvent
+from learner.ledger.frames import frame
+from protocol.messages.messages import Group
+
+FORMAT = 1
+SEGMENT_BYTES = 64 << 20  # a segment that has grown to this size is followed by another
+
+Entry = AnyEvent | Group
+
+_encoder = msgspec.msgpack.Encoder()
 
 
-class JournalLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of ledger.jsonl: an event, and the learner incarnation that it happened to."""
+class JournalIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What two parts of a journal must share to belong together.
 
-    incarnation: str
-    event: AnyEvent
-
-
-class RestartLosses(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of lost.json: what was lost between a checkpoint and the learner's end.
-
-    `checkpoint` is what was under way at the checkpoint of `version`. The other fields happened
-    after it, until `version_reached`, and are undone: `trained_since` are the tasks of batches that
-    were consumed, and will be trained again from the checkpoint's weights; `received_since` those
-    whose group had come but was not trained; `joined_since` all training tasks that joined.
+    `settings` is a digest of the settings that decide what is trained; `boot` identifies the start
+    of the machine, since when written data cannot have been lost (see `protocol.hosts.boot_id`).
     """
 
-    checkpoint: ResumeReport
-    version: int
-    version_reached: int
-    trained_since: list[TaskId]
-    received_since: list[TaskId]
-    joined_since: list[TaskId]
+    run: str
+    model_digest: str
+    tokenizer_digest: str
+    settings: str
+    boot: str
 
 
-def encode_line(incarnation: str, event: AnyEvent) -> bytes:
-    return msgspec.json.encode(JournalLine(incarnation=incarnation, event=event)) + b"\n"
+class SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The first frame of a segment: whose it is, and where it begins.
+
+    `first` is the number of its first entry, counted over the whole journal. `checkpoint`: the
+    checkpoint of this step holds what all earlier entries led to.
+    """
+
+    identity: JournalIdentity
+    first: int
+    checkpoint: int | None
+    format: int = FORMAT
 
 
-def read_journal(path: Path, incarnation: str) -> list[AnyEvent]:
-    """Return the events of an incarnation, after cutting off a last line that is incomplete."""
-    cut_partial_line(path)
-    if not path.is_file():
-        return []
+class JournalWriter:
+    """Appends entries to the newest segment of `folder`; `number` is that of the next entry.
 
-    decoder = msgspec.json.Decoder(JournalLine)
-    with path.open("rb") as file:
-        lines = (decoder.decode(data) for data in file)
-        return [line.event for line in lines if line.incarnation == incarnation]
+    The first segment is made when the first entry is appended.
+    """
+
+    def __init__(self, folder: Path, identity: JournalIdentity, number: int) -> None:
+        self.number = number
+        self._folder = folder
+        self._identity = identity
+        self._checkpoint: int | None = None
+        self._descriptor: int | None = None
+        self._size = 0
+        self._synced = True
+        self._closing = threading.Lock()  # so that no descriptor is closed while it is synced
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Append entries, all or none; raises OSError if the disk does not take them.
+
+        Afterwards they survive the end of this process, however it comes. See `sync` for more.
+        """
+        if not entries:
+            return
+        if self._descriptor is None or self._size >= SEGMENT_BYTES:
+            self._open_segment()
+
+        self._write(b"".join(frame(_encoder.encode(entry)) for entry in entries))
+        self.number += len(entries)
+
+    def begin_segment(self, checkpoint: int) -> int:
+        """Have the next entry begin a segment, that of a checkpoint; return the entry's number."""
+        self.close()
+        self._checkpoint = checkpoint
+        return self.number
+
+    def sync(self) -> None:
+        """Make what was appended survive a power cut as well. Another thread may call this."""
+        with self._closing:
+            if self._descriptor is not None and not self._synced:
+                self._synced = True
+                os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the segment; a further entry begins another."""
+        self.sync()
+        with self._closing:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def _open_segment(self) -> None:
+        self.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Of that name there may be a segment without entries: its writer was killed at once.
+        path = self._folder / segment_name(self.number)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._size = 0
+
+        header = SegmentHeader(
+            identity=self._identity, first=self.number, checkpoint=self._checkpoint
+        )
+        try:
+            self._write(frame(_encoder.encode(header)))
+        except OSError:
+            self.close()  # the next append begins it again
+            raise
+        self._checkpoint = None
+        sync_folder(self._folder)
+
+    def _write(self, data: bytes) -> None:
+        assert self._descriptor is not None
+        rest, offset = memoryview(data), self._size
+        try:
+            while rest:
+                written = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+        except OSError:
+            # A part of it may be there; a reader would take it for a torn end, and stop.
+            os.ftruncate(self._descriptor, self._size)
+            raise
+        self._size = offset
+        self._synced = False
 
 
-def losses_since_checkpoint(
-    report: ResumeReport, checkpointed: LedgerState, events: Iterable[AnyEvent]
-) -> RestartLosses:
-    """Return what was lost, given the events that the old incarnation journalled afterwards."""
-    in_training: list[int] = []
-    trained: list[int] = []
-    received: list[int] = []
-    joined: list[int] = []
-    reached = checkpointed.version
+def segments(folder: Path) -> list[Path]:
+    """Return the segments of a journal, oldest first."""
+    return sorted(folder.glob("*.seg"))
 
-    for event in events:
-        match event:
-            case TaskJoined(number=number, kind="train"):
-                joined.append(number)
-            case GroupReceived(number=number):
-                received.append(number)
-            case BatchFormed(numbers=numbers):
-                in_training = numbers
-            case BatchConsumed(version=version):
-                reached = version
-                trained += in_training
-            case _:
-                pass
 
-    # Evaluation groups are received too, but are not lost work of the training.
-    training_tasks = {*joined, *(task.old.number for task in report.rejoined)}
-    untrained = [n for n in received if n in training_tasks and n not in set(trained)]
-    return RestartLosses(
-        checkpoint=report,
-        version=checkpointed.version,
-        version_reached=reached,
-        trained_since=[checkpointed.task_id(number) for number in trained],
-        received_since=[checkpointed.task_id(number) for number in untrained],
-        joined_since=[checkpointed.task_id(number) for number in joined],
-    )
+def segment_name(number: int) -> str:
+    """Return the name of the segment that begins with this entry."""
+    return f"{number:012d}.seg"
+
+
+def set_aside(folder: Path, start: int) -> None:
+    """Move the segments from entry `start` on to `undone/`: another history follows there."""
+    later = [path for path in segments(folder) if segment_number(path) >= start]
+    if not later:
+        return
+    aside = folder / "undone"
+    aside.mkdir(exist_ok=True)
+    for path in later:
+        os.replace(path, _unused(aside / path.name))
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as the files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def segment_number(path: Path) -> int:
+    """Return the number of the first entry of a segment."""
+    return int(path.stem)
+
+
+def _unused(path: Path) -> Path:
+    """Return `path`, or a name beside it that is free."""
+    count = 1
+    found = path
+    while found.exists():
+        count += 1
+        found = path.with_name(f"{path.name}.{count}")
+    return found

@@ -17,9 +17,11 @@ from learner.ledger.events import (
     AnyEvent,
     BatchConsumed,
     BatchFormed,
+    BatchReturned,
     EvaluationTaken,
     GroupDiscarded,
     GroupReceived,
+    IncarnationBegan,
     LeaseClosed,
     LeasesRenewed,
     PolicyPublished,
@@ -48,19 +50,23 @@ from protocol.messages.parts import TaskId
 class Ledger:
     """The ledger of one learner incarnation. `state` is for reading; operations change it."""
 
-    def __init__(self, settings: LedgerSettings, run: str, incarnation: str) -> None:
+    def __init__(self, settings: LedgerSettings, state: LedgerState) -> None:
         self.settings = settings
-        self.state = LedgerState(run=run, incarnation=incarnation)
+        self.state = state
         self._events: list[AnyEvent] = []
 
     @classmethod
-    def restore(
-        cls, settings: LedgerSettings, checkpointed: LedgerState, incarnation: str
-    ) -> tuple[Self, ResumeReport]:
-        """Continue from a checkpoint as a new incarnation (see `LedgerState.resumed`)."""
-        ledger = cls(settings, checkpointed.run, incarnation)
-        ledger.state = checkpointed.resumed(incarnation)
-        return ledger, _report_resume(checkpointed, ledger.state)
+    def new(cls, settings: LedgerSettings, run: str, incarnation: str) -> Self:
+        """Return the ledger of a run that begins."""
+        ledger = cls(settings, LedgerState(run=run, incarnation=""))
+        ledger.begin_incarnation(incarnation, keep_groups=False)
+        return ledger
+
+    def begin_incarnation(self, incarnation: str, *, keep_groups: bool) -> ResumeReport:
+        """Continue as a new incarnation (see `LedgerState.begin`), and say what that ended."""
+        before = self.state.copy()
+        self._emit(IncarnationBegan(incarnation=incarnation, keep_groups=keep_groups))
+        return _report_resume(before, self.state, keep_groups=keep_groups)
 
     def drain_events(self) -> list[AnyEvent]:
         """Return the events since the last drain."""
@@ -240,13 +246,17 @@ class Ledger:
         self._emit(BatchFormed(numbers=[r.number for r in records], version=version, at=now))
         return Batch(tasks=[self.state.task_id(r.number) for r in records], version=version)
 
+    def return_batch(self, reason: str, now: float) -> None:
+        """Queue the tasks of the batch in training again: their groups cannot be trained on."""
+        self._emit(BatchReturned(detail=reason, at=now))
+
     def consumed(self) -> None:
         """Record that the batch in training was consumed, which makes a new policy version."""
         self._emit(BatchConsumed(version=self.state.version + 1))
 
-    def published(self, version: int, digest: str) -> None:
+    def published(self, version: int, digest: str, tensors: bytes = b"") -> None:
         """Record that actors can fetch a version; nothing is leased before the first."""
-        self._emit(PolicyPublished(version=version, digest=digest))
+        self._emit(PolicyPublished(version=version, digest=digest, tensors=tensors))
 
     def eval_ready(self) -> bool:
         """Whether every task of the open evaluation round has a group or was dropped."""
@@ -256,14 +266,9 @@ class Ledger:
     def take_eval(self) -> EvalRound:
         """Close the evaluation round and return its results."""
         require(self.eval_ready(), "take_eval before the round ended; ask eval_ready() first")
-        records = list(self.state.evals.values())
-
-        self._emit(EvaluationTaken(numbers=[r.number for r in records]))
-        return EvalRound(
-            version=records[0].pinned_version or 0,
-            tasks=[self.state.task_id(r.number) for r in records if r.taken is not None],
-            dropped={r.row_key: r.dropped for r in records if r.dropped is not None},
-        )
+        ended = eval_round(self.state)
+        self._emit(EvaluationTaken(numbers=list(self.state.evals)))
+        return ended
 
     def _emit(self, event: AnyEvent) -> None:
         event.apply_to(self.state)
@@ -293,14 +298,30 @@ def _ended(
     )
 
 
-def _report_resume(old: LedgerState, new: LedgerState) -> ResumeReport:
+def _report_resume(old: LedgerState, new: LedgerState, *, keep_groups: bool) -> ResumeReport:
     unfinished = old.unfinished
+    groups = [] if keep_groups else [r for r in unfinished if r.taken is not None]
     return ResumeReport(
-        groups=[old.task_id(r.number) for r in unfinished if r.taken is not None],
+        groups=[old.task_id(record.number) for record in groups],
         leases=[_ended(old, r, lease, "learner resumed") for r, lease in old.open_leases()],
         eval_rows=[record.row_key for record in old.evals.values()],
-        rejoined=[
-            RejoinedTask(old=old.task_id(r.number), new=new.task_id(number), row_key=r.row_key)
-            for r, number in zip(unfinished, new.queue, strict=True)
-        ],
+        rejoined=rejoined_tasks(old, new),
+    )
+
+
+def rejoined_tasks(old: LedgerState, new: LedgerState) -> list[RejoinedTask]:
+    """Return what became of the unfinished tasks when a new incarnation began."""
+    return [
+        RejoinedTask(old=old.task_id(r.number), new=new.task_id(number), row_key=r.row_key)
+        for r, number in zip(old.unfinished, new.queue, strict=True)
+    ]
+
+
+def eval_round(state: LedgerState) -> EvalRound:
+    """Return what the open evaluation round, which must have ended, came to."""
+    records = list(state.evals.values())
+    return EvalRound(
+        version=records[0].pinned_version or 0,
+        tasks=[state.task_id(r.number) for r in records if r.taken is not None],
+        dropped={r.row_key: r.dropped for r in records if r.dropped is not None},
     )

@@ -112,23 +112,30 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def copy(self) -> "LedgerState":
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self), type=LedgerState)
 
-    def resumed(self, incarnation: str) -> "LedgerState":
-        """Return the state with which a new incarnation continues.
+    def begin(self, incarnation: str, *, keep_groups: bool) -> None:
+        """Continue as another incarnation, whose actors start over.
 
-        Training tasks that were not consumed join again, in order, as new tasks without leases or
-        groups. Evaluation tasks do not, because the version they are pinned to may be gone. Nothing
-        is published yet, so nothing can be leased.
+        Training tasks that were not consumed join again, in order, as new tasks without leases;
+        with `keep_groups`, those whose group was received keep it. Evaluation tasks do not join,
+        because the version they are pinned to may be gone. Nothing is published yet, so nothing can
+        be leased.
         """
-        require(incarnation != self.incarnation, "a resumed learner needs a new incarnation")
-        new = self.copy()
-        new.incarnation, new.published, new.digest = incarnation, None, ""
-        new.training, new.evals = {}, {}
-        new.queue = {
-            number: TaskRecord(number=number, row_key=old.row_key, kind="train")
-            for number, old in enumerate(self.unfinished, start=self.next_number)
+        require(incarnation != self.incarnation, "a new incarnation needs a name of its own")
+        first, unfinished = self.next_number, self.unfinished
+        self.incarnation, self.published, self.digest = incarnation, None, ""
+        self.training, self.evals = {}, {}
+        self.queue = {
+            number: _joined_again(number, old, keep_groups)
+            for number, old in enumerate(unfinished, start=first)
         }
-        new.next_number += len(self.unfinished)
-        return new
+        self.next_number = first + len(unfinished)
+
+
+def _joined_again(number: int, old: TaskRecord, keep_groups: bool) -> TaskRecord:
+    new = TaskRecord(number=number, row_key=old.row_key, kind="train")
+    if keep_groups and old.taken is not None:
+        new.floors, new.taken = [old.floors[old.taken - 1]], 1
+    return new
 
 
 def require(condition: bool, message: str) -> None:

@@ -96,7 +96,7 @@ class RejoinedTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResumeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was under way at the checkpoint that a learner resumed from.
+    """What was under way when a new incarnation began, and what became of it.
 
     `groups` had been received but not consumed, `leases` were open, `eval_rows` were under
     evaluation: all three are lost. `rejoined` are the training tasks that were queued again.

@@ -5,10 +5,12 @@
     RequestBatch        ──────────────────▶    waits until the next batch has all its groups
                         ◀──────────────────    QueueMetrics and TrainBatch, or NoMoreBatches
     PublishPolicy       ──────────────────▶    tells the actors to fetch the snapshot
+    RestorePolicy       ──────────────────▶    serves a snapshot that was published before
     StartEvaluation     ──────────────────▶    queues the held-out rows
                         ◀──────────────────    EvalResult, when all are answered or dropped
     RequestState        ──────────────────▶
                         ◀──────────────────    EncodedState
+    ReturnBatch         ──────────────────▶    queues the rows of the batch in training again
     EndRun              ──────────────────▶    tells the actors to stop, and ends
 
 They carry bytes, numbers and paths, never MLX arrays, which stay on the trainer's thread.
@@ -30,11 +32,21 @@ class RequestBatch:
 class PublishPolicy:
     """A snapshot can be fetched; a new version also says that the batch in training is consumed.
 
-    `path` None: the policy is on the shelf of an actor in this process, and in no file.
+    `path` None: the policy is on the shelf of an actor in this process, and in no file. `tensors`
+    are the digests of its tensors, for the journal.
     """
 
     policy: Policy
     path: Path | None
+    tensors: bytes
+
+
+@dataclass(frozen=True)
+class RestorePolicy:
+    """Actors can fetch this policy, of a version that was published before a recovery."""
+
+    policy: Policy
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,13 @@ class StartEvaluation:
 @dataclass(frozen=True)
 class RequestState:
     """Send the state of ledger and prompts, for a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ReturnBatch:
+    """The batch in training cannot be trained on; `reason` says why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -75,5 +94,13 @@ class NoMoreBatches:
     """No batch will come: the rows have ended."""
 
 
-Command = RequestBatch | PublishPolicy | StartEvaluation | RequestState | EndRun
+Command = (
+    RequestBatch
+    | PublishPolicy
+    | RestorePolicy
+    | StartEvaluation
+    | RequestState
+    | ReturnBatch
+    | EndRun
+)
 Reply = TrainBatch | EvalResult | EncodedState | QueueMetrics | NoMoreBatches

@@ -27,13 +27,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from learner.data.prompts import Prompt, PromptSource
-from learner.ledger.events import AnyEvent
+from learner.ledger.events import GroupReceived
+from learner.ledger.journal import Entry
 from learner.ledger.ledger import Ledger
-from learner.ledger.types import EndedLease, Grant, Receipt, ResumeReport
+from learner.ledger.types import EndedLease, Grant, Receipt
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
 from learner.online.queue_metrics import queue_metrics
+from learner.online.recovery import History
 from learner.online.tasks import group_error, task_message
 from protocol.messages.messages import (
     Ack,
@@ -74,9 +76,9 @@ class Coordinator:
     policy: Policy | None = None
     position: int = 0
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
+    _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
     _digests: dict[int, str] = field(default_factory=dict[int, str])
-    _journalled: int = 0
-    _unannounced: Policy | None = None
+    _unannounced: tuple[Policy, bytes] | None = None
 
     # ---- messages from actors ------------------------------------------------------------
 
@@ -170,6 +172,7 @@ class Coordinator:
             receipt = self.ledger.received(task, attempt, actor.actor_id, now, sorted(versions))
             if receipt.outcome == "accepted":
                 self._open_tasks.add_group(group)
+                self._accepted[task] = group
             self._settle(task, receipt)
 
         # Whatever became of it, the actor need not send it again.
@@ -255,22 +258,28 @@ class Coordinator:
 
     # ---- commands from the trainer, and results for it -----------------------------------
 
-    def publish(self, policy: Policy, now: float) -> None:
+    def publish(self, policy: Policy, now: float, tensors: bytes = b"") -> None:
         """Announce a policy; a newer version also means that the batch in training is consumed.
 
         While an evaluation is open the announcement waits, because actors must keep the version
-        that is evaluated.
+        that is evaluated. `tensors` are the digests of its tensors.
         """
         if policy.version > self.ledger.state.version:
             self.ledger.consumed()
             self._open_tasks.batch_consumed()
-        self._unannounced = policy
+        self._unannounced = policy, tensors
         self._announce(now)
+
+    def restore_policy(self, policy: Policy, now: float) -> None:
+        """Go on with a policy that was published before the ledger was restored."""
+        self.policy = policy
+        self.connected.send_all(policy)
+        self.assign(now)
 
     def _announce(self, now: float) -> None:
         if self._unannounced is not None and not self.ledger.state.evals:
-            self.policy, self._unannounced = self._unannounced, None
-            self.ledger.published(self.policy.version, self.policy.digest)
+            (self.policy, tensors), self._unannounced = self._unannounced, None
+            self.ledger.published(self.policy.version, self.policy.digest, tensors)
             self._digests[self.policy.version] = self.policy.digest
             self.connected.send_all(self.policy)
         self.assign(now)
@@ -289,6 +298,11 @@ class Coordinator:
         batch = self.ledger.form_batch(now)
         return TrainBatch(self._open_tasks.take_batch(batch.tasks), trained_at=batch.version)
 
+    def return_batch(self, reason: str, now: float) -> None:
+        """Have the batch in training sampled again: it cannot be trained on."""
+        self.ledger.return_batch(reason, now)
+        self._open_tasks.batch_returned()
+
     def next_eval(self, now: float) -> EvalResult | None:
         """Return a finished evaluation, if there is one."""
         if not self.ledger.eval_ready():
@@ -303,28 +317,29 @@ class Coordinator:
 
     # ---- checkpoints and the journal -----------------------------------------------------
 
-    def state(self) -> CoordinatorState:
-        """Return what a resumed learner needs: the ledger, the prompts, the untrained tasks."""
+    def state(self, journal: int) -> CoordinatorState:
+        """Return what a later learner needs; `journal` is the number of the next journal entry."""
         return CoordinatorState(
             ledger=self.ledger.state.copy(),
             prompts=self.prompts.state(),
             position=self.position,
-            outstanding=self._open_tasks.untrained_prompts(),
-            events=self._journalled,
+            tasks=self._open_tasks.contents(),
+            journal=journal,
         )
 
-    def restore(self, state: CoordinatorState, report: ResumeReport) -> None:
-        """Continue from a checkpoint whose ledger was restored already, as `report` says."""
-        self.prompts.restore(state.prompts)
-        self.position = state.position
-        for task in report.rejoined:
-            self._open_tasks.add(task.new, state.outstanding[task.old.number], "train")
+    def restore(self, history: History) -> None:
+        """Continue from what a journal led to, with a ledger of the same state."""
+        self.position, self._open_tasks = history.position, history.tasks
+        self._digests = {version: each.digest for version, each in history.published.items()}
 
-    def drain_journal(self) -> list[AnyEvent]:
-        """Return the ledger's events since the last drain."""
-        events = self.ledger.drain_events()
-        self._journalled += len(events)
-        return events
+    def drain_entries(self) -> list[Entry]:
+        """Return what the journal must have before anything is sent: the events since last time."""
+        entries: list[Entry] = []
+        for event in self.ledger.drain_events():
+            if isinstance(event, GroupReceived):
+                entries.append(self._accepted.pop(self.ledger.state.task_id(event.number)))
+            entries.append(event)
+        return entries
 
     # ---- snapshots -----------------------------------------------------------------------
 

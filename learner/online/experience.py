@@ -37,19 +37,25 @@ class EvalResult:
     dropped: int
 
 
+class OpenContents(msgspec.Struct, frozen=True, kw_only=True):
+    """Prompts of the tasks that are not finished, and the groups of those that have one."""
+
+    prompts: dict[int, Prompt]
+    groups: dict[int, Group]
+
+
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     """The coordinator's part of a checkpoint.
 
-    `position` counts the rows that joined. `outstanding` are the prompts of tasks that are queued
-    or in training, by task number. `events` is how many events of this incarnation are in the
-    journal already.
+    `position` counts the rows that joined; `tasks` holds the data of the ledger's open tasks, by
+    number. `journal` is the number of the first journal entry that comes after this state.
     """
 
     ledger: LedgerState
     prompts: bytes
     position: int
-    outstanding: dict[int, Prompt]
-    events: int = 0
+    tasks: OpenContents
+    journal: int
 
 
 def reward_matrix(groups: Sequence[PromptGroup]) -> tuple[list[str], np.ndarray]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from learner.data.prompts import Prompt
-from learner.online.experience import PromptGroup
+from learner.ledger.state import LedgerState
+from learner.ledger.types import RejoinedTask
+from learner.online.experience import OpenContents, PromptGroup
 from protocol.messages.messages import Group, TaskKind
 from protocol.messages.parts import TaskId
 
@@ -18,7 +21,7 @@ class OpenTasks:
 
     _train: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
     _eval: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
-    _in_training: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
+    _in_training: dict[TaskId, PromptGroup] = field(default_factory=dict[TaskId, PromptGroup])
     _groups: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
 
     def __contains__(self, task: TaskId) -> bool:
@@ -46,15 +49,22 @@ class OpenTasks:
         self._groups.pop(task, None)
 
     def take_batch(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
-        """Hand over the groups of a batch; its prompts are kept until `batch_consumed`.
+        """Hand over the groups of a batch, which are kept until `batch_consumed`.
 
-        A checkpoint may be written before the batch is consumed, and must not lose its rows.
+        A checkpoint may be written before the batch is consumed, and must not lose them.
         """
-        self._in_training = {task: self._train[task] for task in tasks}
-        return [self._take(task) for task in tasks]
+        groups = [self._take(task) for task in tasks]
+        self._in_training = dict(zip(tasks, groups, strict=True))
+        return groups
 
     def batch_consumed(self) -> None:
-        """Forget the prompts of the batch in training."""
+        """Forget the batch in training."""
+        self._in_training.clear()
+
+    def batch_returned(self) -> None:
+        """Queue the prompts of the batch in training again, without their groups."""
+        prompts = {task: item.prompt for task, item in self._in_training.items()}
+        self._train = {**prompts, **self._train}
         self._in_training.clear()
 
     def take_evaluation(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
@@ -63,10 +73,48 @@ class OpenTasks:
         self._eval.clear()
         return groups
 
-    def untrained_prompts(self) -> dict[int, Prompt]:
-        """Return the prompts of the tasks that are queued or in training, by task number."""
-        tasks = (*self._in_training.items(), *self._train.items())
-        return {task.number: prompt for task, prompt in tasks}
+    def contents(self) -> OpenContents:
+        """Return what is kept, for a checkpoint."""
+        training = {task.number: item for task, item in self._in_training.items()}
+        waiting = {**self._train, **self._eval}
+        return OpenContents(
+            prompts={
+                **{number: item.prompt for number, item in training.items()},
+                **{task.number: prompt for task, prompt in waiting.items()},
+            },
+            groups={
+                **{number: item.group for number, item in training.items()},
+                **{task.number: group for task, group in self._groups.items()},
+            },
+        )
+
+    @classmethod
+    def restored(cls, contents: OpenContents, ledger: LedgerState) -> Self:
+        """Return what `contents` held when the ledger was in this state."""
+        tasks = cls()
+        for record in (*ledger.unfinished, *ledger.evals.values()):
+            task = ledger.task_id(record.number)
+            tasks.add(task, contents.prompts[record.number], record.kind)
+            if record.number in contents.groups:
+                tasks.add_group(contents.groups[record.number])
+        if ledger.training:
+            tasks.take_batch([ledger.task_id(number) for number in ledger.training])
+        return tasks
+
+    def batch_in_training(self) -> list[PromptGroup]:
+        """Return the groups of the batch in training."""
+        return list(self._in_training.values())
+
+    def rejoin(self, rejoined: Sequence[RejoinedTask], *, keep_groups: bool) -> None:
+        """Continue with the tasks of a new incarnation, and nothing else."""
+        prompts = {task: item.prompt for task, item in self._in_training.items()} | self._train
+        groups = {task: item.group for task, item in self._in_training.items()} | self._groups
+        self._in_training.clear()
+        self._eval.clear()
+        self._train = {each.new: prompts[each.old] for each in rejoined}
+        self._groups = {
+            each.new: groups[each.old] for each in rejoined if keep_groups and each.old in groups
+        }
 
     def _take(self, task: TaskId) -> PromptGroup:
         taken = PromptGroup(self.prompt(task), self._groups[task])

@@ -1,20 +1,26 @@
 """The learner's I/O thread: sockets to the actors on one side, the trainer's bridge on the other.
 
 The coordinator, which owns the ledger, decides; the service moves bytes. After every message,
-command and tick, `_flush` sends what the coordinator decided, writes its events to the journal and
+command and tick, `_flush` writes what the coordinator decided to the journal, then sends it, and
 hands finished batches and evaluations to the trainer.
+
+If the journal cannot be written (the disk is full), nothing is sent, received or decided until it
+can; after `DISK_PATIENCE_S` the run ends with JournalError, and can be resumed from the journal.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import msgspec
 from msgspec import structs
 
-from learner.ledger.journal import encode_line
+from learner.ledger.journal import Entry, JournalWriter
 from learner.online.commands import (
     Command,
     EncodedState,
@@ -25,16 +31,24 @@ from learner.online.commands import (
     Reply,
     RequestBatch,
     RequestState,
+    RestorePolicy,
+    ReturnBatch,
     StartEvaluation,
 )
 from learner.online.coordinator import Coordinator
+from protocol.errors import JournalError
 from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server, ServerChannel
 from protocol.transport.memory_channel import PEER, MemoryServer
 from protocol.transport.snapshot_channel import SnapshotServer
 
+log = logging.getLogger("pippin.learner")
+
 TICK_S = 0.25
+SYNC_S = 1.0  # between two times that the journal is made to survive a power cut
+DISK_RETRY_S = 0.5
+DISK_PATIENCE_S = 60.0
 SnapshotKey = tuple[int, str]  # version and digest
 
 
@@ -43,18 +57,22 @@ class LearnerService:
     """Runs the coordinator over sockets until the trainer ends the run.
 
     `in_process` is the channel to an actor in this process; with it there may be no `endpoints`,
-    and then no socket is opened.
+    and then no socket is opened. Without `journal`, a run cannot be continued.
+    `drop_old_segments` is called when a checkpoint is made.
     """
 
     coordinator: Coordinator
     endpoints: list[str]
     snapshot_endpoint: str
     bridge: Bridge[Command, Reply]
-    journal: Path
+    journal: JournalWriter | None = None
     keys: str = ""
     max_message_bytes: int = 64 << 20
     in_process: MemoryServer | None = None
     batch_requested: bool = False
+    drop_old_segments: Callable[[], None] = lambda: None
+    disk_patience_s: float = DISK_PATIENCE_S
+    _flushing: anyio.Lock = field(default_factory=anyio.Lock)
     _server: Server | None = None
     _snapshots: SnapshotServer | None = None
     _snapshot_files: dict[SnapshotKey, Path] = field(default_factory=dict[SnapshotKey, Path])
@@ -71,8 +89,12 @@ class LearnerService:
                 for server in self._servers():
                     tasks.start_soon(self._receive, server)
                 tasks.start_soon(self._tick)
+                if self.journal is not None:
+                    tasks.start_soon(self._sync, self.journal)
                 await self._commands()
                 tasks.cancel_scope.cancel()
+        if self.journal is not None:
+            self.journal.close()
 
     async def _open_sockets(self, stack: AsyncExitStack) -> None:
         keys = self.keys or None
@@ -108,14 +130,17 @@ class LearnerService:
             match command:
                 case RequestBatch():
                     self.batch_requested = True
-                case PublishPolicy(policy, path):
-                    self.coordinator.publish(self._serve_snapshot(policy, path), now)
+                case PublishPolicy(policy, path, tensors):
+                    announced = self._serve_snapshot(policy, path)
+                    self.coordinator.publish(announced, now, tensors)
+                case RestorePolicy(policy, path):
+                    self.coordinator.restore_policy(self._serve_snapshot(policy, path), now)
                 case StartEvaluation(version):
                     self.coordinator.evaluate(version, now)
                 case RequestState():
-                    self._write_journal()  # the state counts the events that are journalled
-                    data = msgspec.msgpack.encode(self.coordinator.state())
-                    await self.bridge.aput(EncodedState(data))
+                    await self.bridge.aput(await self._state())
+                case ReturnBatch(reason):
+                    self.coordinator.return_batch(reason, now)
                 case EndRun(reason):
                     self.coordinator.connected.send_all(Stop(reason=reason))
                     await self._flush()
@@ -124,29 +149,37 @@ class LearnerService:
             await self._flush()
 
     async def _flush(self) -> None:
-        """Send what the coordinator decided, journal it, and hand over what is ready."""
-        for peer, message in self.coordinator.connected.take_outgoing():
-            server = self.in_process if peer == PEER else self._server
-            if server is not None:
-                server.send(peer, message)
-        self._write_journal()
+        """Journal what the coordinator decided, then send it, and hand over what is ready."""
+        async with self._flushing:
+            replies = self._replies()
+            entries = self.coordinator.drain_entries()
+            outgoing = self.coordinator.connected.take_outgoing()
 
+            await self._write(entries)
+            for peer, message in outgoing:
+                server = self.in_process if peer == PEER else self._server
+                if server is not None:
+                    server.send(peer, message)
+            for reply in replies:
+                await self.bridge.aput(reply)
+
+    def _replies(self) -> list[Reply]:
+        """Return a finished evaluation and, if the trainer waits for one, a batch; or their end."""
+        replies: list[Reply] = []
         result = self.coordinator.next_eval(time.monotonic())
         if result is not None:
-            await self.bridge.aput(result)
+            replies.append(result)
 
         # A batch that is formed counts as in training, so the trainer must be free for it.
-        if not self.batch_requested:
-            return
-
-        batch = self.coordinator.next_batch(time.monotonic())
-        if batch is not None:
-            self.batch_requested = False
-            await self.bridge.aput(self._metrics())
-            await self.bridge.aput(batch)
-        elif self.coordinator.ledger.is_finished():
-            self.batch_requested = False
-            await self.bridge.aput(NoMoreBatches())
+        if self.batch_requested:
+            batch = self.coordinator.next_batch(time.monotonic())
+            if batch is not None:
+                replies += [self._metrics(), batch]
+                self.batch_requested = False
+            elif self.coordinator.ledger.is_finished():
+                replies.append(NoMoreBatches())
+                self.batch_requested = False
+        return replies
 
     def _metrics(self) -> QueueMetrics:
         metrics = self.coordinator.metrics()
@@ -175,9 +208,52 @@ class LearnerService:
                 self._snapshots.unregister(*key)
                 path.unlink(missing_ok=True)
 
-    def _write_journal(self) -> None:
-        events = self.coordinator.drain_journal()
-        if events:
-            incarnation = self.coordinator.welcome.incarnation
-            with self.journal.open("ab") as file:
-                file.writelines(encode_line(incarnation, event) for event in events)
+    # ---- the journal ---------------------------------------------------------------------
+
+    async def _write(self, entries: list[Entry]) -> None:
+        """Append to the journal; while the disk does not take it, wait, and let nothing go on."""
+        if self.journal is None:
+            return
+
+        deadline: float | None = None
+        while True:
+            try:
+                self.journal.append(entries)
+                break
+            except OSError as error:
+                now = time.monotonic()
+                if deadline is None:
+                    deadline = now + self.disk_patience_s
+                    log.warning(
+                        "the journal cannot be written: %s. No group is acknowledged until it can; "
+                        "free space within %g s, or the run ends",
+                        error,
+                        self.disk_patience_s,
+                    )
+                if now > deadline:
+                    raise JournalError(
+                        f"the journal could not be written for {self.disk_patience_s:g} s: "
+                        f"{error}. What was acknowledged is in it; free space, then continue with "
+                        "--run.resume"
+                    ) from error
+            await anyio.sleep(DISK_RETRY_S)
+
+        if deadline is not None:
+            log.warning("the journal can be written again")
+
+    async def _sync(self, journal: JournalWriter) -> None:
+        while True:
+            await anyio.sleep(SYNC_S)
+            await anyio.to_thread.run_sync(journal.sync)
+
+    async def _state(self) -> EncodedState:
+        """Return the state for a checkpoint, with which a segment of the journal begins."""
+        async with self._flushing:
+            while entries := self.coordinator.drain_entries():
+                await self._write(entries)
+            step = self.coordinator.ledger.state.version
+            number = 0
+            if self.journal is not None:
+                number = self.journal.begin_segment(step)
+                self.drop_old_segments()
+            return EncodedState(msgspec.msgpack.encode(self.coordinator.state(number)))

@@ -20,15 +20,23 @@ from learner.online.commands import (
     Reply,
     RequestBatch,
     RequestState,
+    RestorePolicy,
+    ReturnBatch,
     StartEvaluation,
 )
 from learner.online.experience import EvalResult, TrainBatch
+from learner.online.recovery import Recovered
 from protocol.messages.messages import Policy
 from protocol.model.policy_shelf import PolicyShelf
-from protocol.model.snapshots import tensors_digest, trainable, write_snapshot
+from protocol.model.snapshots import TensorDigests, trainable, write_snapshot
 from protocol.transport.bridge import Bridge
 
-STATE_TIMEOUT_S = 60.0
+STATE_TIMEOUT_S = 90.0  # longer than the I/O thread waits for a full disk
+
+
+def snapshot_path(folder: Path, version: int) -> Path:
+    """Return where the snapshot of a policy version is."""
+    return folder / f"policy-{version:06d}.safetensors"
 
 
 @dataclass
@@ -36,13 +44,15 @@ class OnlineSource:
     """Batches of groups in queue order, evaluations, and metrics of the actors and the queue.
 
     Snapshots of `model` are written to `folder`, if there is one; the I/O thread deletes superseded
-    ones. An actor in this process finds its policies on `shelf`.
+    ones. An actor in this process finds its policies on `shelf`. `recovered` is what an earlier
+    learner process of the run left to do.
     """
 
     bridge: Bridge[Command, Reply]
     model: nn.Module
     folder: Path | None
     shelf: PolicyShelf | None = None
+    recovered: Recovered | None = None
     exhausted: bool = False
     _metrics: dict[str, float] = field(default_factory=dict[str, float])
     _batch: TrainBatch | None = None
@@ -52,6 +62,8 @@ class OnlineSource:
 
     def poll(self, timeout_s: float = 0.0) -> TrainBatch | None:
         """Return the next batch if it has arrived; wait at most `timeout_s` for any reply."""
+        if self.recovered is not None and self.recovered.batches:
+            return self.recovered.batches.popleft()
         if not self._requested and not self.exhausted:
             self.bridge.put(RequestBatch())
             self._requested = True
@@ -62,22 +74,43 @@ class OnlineSource:
             self._requested = False
         return batch
 
+    def begin(self, version: int) -> None:
+        """Let actors work for the policy as it is, or for the newest that they could fetch."""
+        if self.recovered is None or self.recovered.version == version:
+            self.publish(version)
+        elif self.recovered.announced is not None:
+            policy = self.recovered.announced
+            self.bridge.put(RestorePolicy(policy, Path(policy.path)))
+
     def publish(self, version: int) -> None:
-        """Offer the policy as `version`, in a file, on the shelf or both, and announce it."""
+        """Offer the policy as `version`, in a file, on the shelf or both, and announce it.
+
+        A version that an earlier process published is only compared with that.
+        """
         arrays = trainable(self.model)
+        if self.recovered is not None and self.recovered.is_known(version):
+            self.recovered.compare(version, TensorDigests.of(arrays))
+            return
+
         if self.folder is None:
-            path, policy = None, Policy(version=version, digest=tensors_digest(arrays), size=0)
+            digests, size, path = TensorDigests.of(arrays), 0, None
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"policy-{version:06d}.safetensors"
+            path = snapshot_path(self.folder, version)
             written = write_snapshot(path, self.model, version)
-            policy = Policy(
-                version=version, digest=written.digest, size=written.size, path=str(path.resolve())
-            )
+            digests, size = written.digests, written.size
 
+        if self.recovered is not None:
+            self.recovered.compare(version, digests)
         if self.shelf is not None:
-            self.shelf.put(version, policy.digest, arrays)
-        self.bridge.put(PublishPolicy(policy, path))
+            self.shelf.put(version, digests.whole, arrays)
+        policy = Policy(
+            version=version,
+            digest=digests.whole,
+            size=size,
+            path=str(path.resolve()) if path is not None else "",
+        )
+        self.bridge.put(PublishPolicy(policy, path, digests.short))
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of actors, queue and ledger as of the last batch."""
@@ -89,6 +122,8 @@ class OnlineSource:
 
     def next_eval(self) -> EvalResult | None:
         """Return a finished evaluation, if there is one."""
+        if self.recovered is not None and self.recovered.evaluations:
+            return self.recovered.evaluations.popleft()
         self._receive(0.0)
         return self._evals.popleft() if self._evals else None
 
@@ -103,6 +138,10 @@ class OnlineSource:
 
         state, self._state = self._state, None
         return state.data
+
+    def return_batch(self, reason: str) -> None:
+        """Have the batch that was handed out last sampled again."""
+        self.bridge.put(ReturnBatch(reason))
 
     def finish(self, reason: str) -> None:
         """End the I/O thread, which tells the actors to stop."""

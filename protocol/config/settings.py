@@ -67,6 +67,13 @@ class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):
             "bits whatever is sampled beside it, by however many actors."
         ),
     ] = False
+    journal: Annotated[
+        Literal["all", "recovery"],
+        doc(
+            "How much of the journal is kept: all of it, for `launch/replay.py`; or what a "
+            "recovery from the kept checkpoints needs."
+        ),
+    ] = "all"
     log_completions: Annotated[
         int,
         Meta(ge=-1),

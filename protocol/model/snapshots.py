@@ -15,7 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten
 
 from protocol.errors import SnapshotError
 
-FORMAT = "1"
+FORMAT = "2"
+SHORT_BYTES = 8
 _SAFETENSORS_NAMES = {
     mx.bool_: "BOOL",
     mx.uint8: "U8",
@@ -40,13 +41,56 @@ _SAFETENSORS_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class TensorDigests:
+    """Digests of tensors: of each one (SHA-256, by name, sorted), and of all of them (hex).
+
+    Each covers name, shape, dtype and bytes; `whole` is the SHA-256 of the others in order.
+    """
+
+    each: dict[str, bytes]
+
+    @classmethod
+    def of(cls, arrays: dict[str, mx.array]) -> Self:
+        """Digest the tensors."""
+        raw = _raw_bytes(arrays)
+        each: dict[str, bytes] = {}
+        for name in sorted(arrays):
+            array = arrays[name]
+            digest = hashlib.sha256(f"{name} {array.shape} {_dtype_name(name, array)}\n".encode())
+            digest.update(raw[name])
+            each[name] = digest.digest()
+        return cls(each)
+
+    @property
+    def whole(self) -> str:
+        return hashlib.sha256(b"".join(self.each.values())).hexdigest()
+
+    @property
+    def short(self) -> bytes:
+        """The first `SHORT_BYTES` of each, joined: enough to tell which tensors differ."""
+        return b"".join(digest[:SHORT_BYTES] for digest in self.each.values())
+
+    def differing(self, short: bytes) -> list[str]:
+        """Return the names of the tensors that differ from those of which `short` was made."""
+        theirs = [short[i : i + SHORT_BYTES] for i in range(0, len(short), SHORT_BYTES)]
+        if len(theirs) != len(self.each):
+            return list(self.each)
+        pairs = zip(self.each.items(), theirs, strict=True)
+        return [name for (name, ours), other in pairs if ours[:SHORT_BYTES] != other]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """What a `Policy` message announces about a snapshot file."""
 
     version: int
-    digest: str
+    digests: TensorDigests
     size: int  # bytes of the file
+
+    @property
+    def digest(self) -> str:
+        return self.digests.whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +113,17 @@ def named_arrays(tree: object) -> dict[str, mx.array]:
 
 
 def tensors_digest(arrays: dict[str, mx.array]) -> str:
-    """Digest names, shapes, dtypes and bytes, in the order of the names (SHA-256, hex)."""
-    raw = _raw_bytes(arrays)
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.shape} {_dtype_name(name, array)}\n".encode())
-        digest.update(raw[name])
-    return digest.hexdigest()
+    """Digest names, shapes, dtypes and bytes of all tensors; see `TensorDigests`."""
+    return TensorDigests.of(arrays).whole
 
 
 def write_snapshot(path: str | Path, model: nn.Module, version: int) -> Written:
     """Write the trainable tensors of `model` to `path`, completely or not at all."""
     arrays = trainable(model)
-    digest = tensors_digest(arrays)
-    metadata = {"pippin_snapshot": FORMAT, "version": str(version), "digest": digest}
+    digests = TensorDigests.of(arrays)
+    metadata = {"pippin_snapshot": FORMAT, "version": str(version), "digest": digests.whole}
     size = write_tensors(path, arrays, metadata)
-    return Written(version=version, digest=digest, size=size)
+    return Written(version=version, digests=digests, size=size)
 
 
 def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> int:

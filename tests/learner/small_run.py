@@ -50,7 +50,7 @@ def coordinator_of(ledger: Ledger, held_out: Sequence[Prompt] = ()) -> Coordinat
 def coordinator(*, eval_rows: int = 0) -> Coordinator:
     """Make a coordinator that has announced version 0."""
     held_out = [prompt(40 + number) for number in range(eval_rows)]
-    made = coordinator_of(Ledger(LIMITS, "r", "L1"), held_out)
+    made = coordinator_of(Ledger.new(LIMITS, "r", "L1"), held_out)
     made.publish(a_policy(0), 0.0)
     return made
 

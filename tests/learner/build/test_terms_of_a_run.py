@@ -5,8 +5,9 @@ import platform
 from pathlib import Path
 
 from learner.build.forward import DEFAULT_PROMPT_LIMIT
-from learner.build.online import OnlineAddresses, OnlinePlan, new_coordinator
+from learner.build.online import OnlineAddresses, OnlinePlan, ledger_settings, new_coordinator
 from learner.data.prompts import open_prompts
+from learner.ledger.ledger import Ledger
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun, ModelSettings, narrowed
 from protocol.messages.messages import Welcome
@@ -29,7 +30,8 @@ def terms(folder: Path, *flags: str, eval_length: int | None = None) -> Welcome:
     model = narrowed(settings.model, ModelSettings)
     addresses = OnlineAddresses(["ipc://a"], "ipc://s", [])
     plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, 2)
-    return new_coordinator(plan, 12_345, eval_length=eval_length).welcome
+    ledger = Ledger.new(ledger_settings(plan), "r", "L1")
+    return new_coordinator(plan, ledger, 12_345, eval_length=eval_length).welcome
 
 
 def test_the_terms_say_what_the_queue_holds_and_what_the_learner_takes(tmp_path: Path):

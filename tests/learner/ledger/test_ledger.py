@@ -6,7 +6,6 @@ import msgspec
 import pytest
 
 from learner.ledger.events import AnyEvent, PolicyPublished
-from learner.ledger.journal import encode_line
 from learner.ledger.ledger import Ledger
 from learner.ledger.state import LedgerState
 from learner.ledger.types import LedgerSettings, Receipt
@@ -22,7 +21,7 @@ def settings(**changes) -> LedgerSettings:
 
 
 def started(**changes) -> Ledger:
-    ledger = Ledger(settings(**changes), "run", "first")
+    ledger = Ledger.new(settings(**changes), "run", "first")
     ledger.published(0, "d0")
     return ledger
 
@@ -49,7 +48,7 @@ def replayed(state: LedgerState, events: list[AnyEvent]) -> LedgerState:
 
 
 def test_nothing_joins_or_is_leased_before_a_policy_can_be_fetched():
-    ledger = Ledger(settings(), "run", "first")
+    ledger = Ledger.new(settings(), "run", "first")
     assert ledger.room() == 0
     with pytest.raises(LedgerError, match="without room"):
         ledger.join("row", 0.0)
@@ -235,7 +234,10 @@ def test_a_resume_joins_again_in_order_and_says_what_was_lost():
         ledger.received(task, 1, ACTOR, 0.0)
     ledger.form_batch(0.0)
     saved = msgspec.json.decode(msgspec.json.encode(ledger.state), type=LedgerState)
-    resumed, lost = Ledger.restore(settings(), saved, "second")
+    resumed = Ledger(settings(), saved)
+    with pytest.raises(LedgerError, match="needs a name of its own"):
+        resumed.begin_incarnation("first", keep_groups=False)
+    lost = resumed.begin_incarnation("second", keep_groups=False)
     assert lost.groups == [first, second]
     assert [c.task for c in lost.leases] == [third, grants[0].task]
     assert lost.eval_rows == ["e"]
@@ -246,14 +248,44 @@ def test_a_resume_joins_again_in_order_and_says_what_was_lost():
     resumed.published(0, "d0")
     assert [g.task for g in resumed.lease(ACTOR, 100, 0.0)] == [r.new for r in lost.rejoined]
     assert resumed.received(first, 1, ACTOR, 0.0).outcome == "unknown"
-    with pytest.raises(LedgerError, match="new incarnation"):
-        Ledger.restore(settings(), saved, "first")
+
+
+def test_a_new_incarnation_keeps_the_groups_that_were_received():
+    ledger = started()
+    first, second, third, fourth = fill(ledger)
+    ledger.lease(ACTOR, 100, 0.0)
+    for task in (second, first, fourth):
+        ledger.received(task, 1, ACTOR, 0.0)
+    ledger.form_batch(0.0)
+    report = ledger.begin_incarnation("second", keep_groups=True)
+    assert report.groups == []
+    assert [c.task for c in report.leases] == [third]
+    ledger.published(0, "d0")
+    new = [each.new for each in report.rejoined]
+    # The batch that was in training forms again; only the third row is sampled again.
+    assert ledger.form_batch(1.0).tasks == new[:2]
+    assert [grant.task for grant in ledger.lease(ACTOR, 100, 1.0)] == [new[2]]
+
+
+def test_a_returned_batch_is_sampled_again_before_all_else():
+    ledger = started()
+    first, second, _, _ = fill(ledger)
+    ledger.lease(ACTOR, 100, 0.0)
+    for task in (first, second):
+        ledger.received(task, 1, ACTOR, 0.0)
+    ledger.form_batch(0.0)
+    ledger.return_batch("no rewards", 1.0)
+    again = ledger.lease(ACTOR, 100, 1.0)
+    assert [(grant.task, grant.attempt) for grant in again] == [(first, 2), (second, 2)]
+    with pytest.raises(LedgerError, match="none is in training"):
+        ledger.return_batch("no rewards", 1.0)
 
 
 def test_a_resume_with_a_tighter_bound_leases_only_what_the_bound_allows():
     ledger = started(max_staleness=4)
     fill(ledger)
-    resumed, _ = Ledger.restore(settings(max_staleness=0), ledger.state, "second")
+    resumed = Ledger(settings(max_staleness=0), ledger.state)
+    resumed.begin_incarnation("second", keep_groups=False)
     resumed.published(0, "d0")
     assert len(resumed.state.queue) == 10
     assert len(resumed.lease(ACTOR, 1000, 0.0)) == 2
@@ -261,8 +293,8 @@ def test_a_resume_with_a_tighter_bound_leases_only_what_the_bound_allows():
 
 
 def test_events_replay_to_the_same_state():
-    ledger = Ledger(settings(), "run", "first")
-    empty = ledger.state.copy()
+    ledger = Ledger.new(settings(), "run", "first")
+    empty = LedgerState(run="run", incarnation="")
     ledger.published(0, "d0")
     fill(ledger)
     deliver(ledger, 8)
@@ -274,13 +306,10 @@ def test_events_replay_to_the_same_state():
     assert ledger.drain_events() == []
 
 
-def test_journal_lines_keep_their_format():
-    line = encode_line("first", PolicyPublished(version=1, digest="d1"))
-    event = b'{"type":"Published","version":1,"digest":"d1"}'
-    assert line == b'{"incarnation":"first","event":' + event + b"}\n"
+def test_the_events_and_their_tags():
     assert {event.__struct_config__.tag for event in get_args(AnyEvent)} == {
-        "Joined", "Leased", "Renewed", "Received", "Discarded", "Closed", "Dropped", "RowsEnded",
-        "Formed", "Consumed", "Published", "EvalTaken",
+        "Began", "Joined", "Leased", "Renewed", "Received", "Discarded", "Closed", "Dropped",
+        "RowsEnded", "Formed", "Returned", "Consumed", "Published", "EvalTaken",
     }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ class Simulation(RuleBasedStateMachine):
             lease_s=LEASE_S,
             max_attempts=ATTEMPTS,
         )
-        self.ledger = Ledger(self.limits, "run", "0")
+        self.ledger = Ledger.new(self.limits, "run", "0")
+        self.ledger.drain_events()
         self.base, self.journal = self.ledger.state.copy(), list[AnyEvent]()
         self.now, self.incarnations, self.next_row, self.rows = 0.0, 1, 0, rows
         self.actors = {name: FakeActor() for name in "abc"}
@@ -124,22 +125,44 @@ class Simulation(RuleBasedStateMachine):
         self.now += seconds
         self.cancel(self.ledger.expire(self.now))
 
-    @rule(kill=st.sampled_from([False, False, False, True]))
-    def resume(self, kill: bool) -> None:
+    @precondition(lambda self: self.batch is not None)
+    @rule(back=st.sampled_from([False, False, True]))
+    def give_back(self, back: bool) -> None:
+        """Find, now and then, that a batch cannot be trained on."""
+        if not back:
+            return
+        assert self.batch is not None
+        self.ledger.return_batch("no rewards", self.now)
+        assert list(self.ledger.state.queue)[: len(self.batch.tasks)] == [
+            task.number for task in self.batch.tasks
+        ]
+        self.batch = None
+
+    @rule(kill=st.sampled_from([False, False, False, True]), keep=st.booleans())
+    def resume(self, kill: bool, keep: bool) -> None:
         """Kill the learner, now and then, and resume it from the newest state."""
         if not kill:
             return
         saved = msgspec.json.decode(msgspec.json.encode(self.ledger.state), type=type(self.base))
         old = [*saved.training.values(), *saved.queue.values()]
         self.check_replay()
-        self.ledger, lost = Ledger.restore(self.limits, saved, str(self.incarnations))
+        self.ledger = Ledger(self.limits, saved.copy())
+        lost = self.ledger.begin_incarnation(str(self.incarnations), keep_groups=keep)
+        self.ledger.drain_events()
         self.base, self.journal = self.ledger.state.copy(), []
         self.incarnations += 1
         self.batch, self.published = None, self.ledger.state.version
         assert [r.row_key for r in lost.rejoined] == [r.row_key for r in old]
-        assert {t.number for t in lost.groups} == {r.number for r in old if r.taken is not None}
+        received = {r.number for r in old if r.taken is not None}
+        assert {t.number for t in lost.groups} == (set() if keep else received)
+        kept = [r.row_key for r in self.ledger.state.queue.values() if r.taken is not None]
+        assert kept == [r.row_key for r in old if keep and r.taken is not None]
         assert len(lost.eval_rows) == len(saved.evals)
         self.row_of |= {r.new: self.row_of[r.old] for r in lost.rejoined}
+        if keep:
+            old_versions = self.versions
+            known = [r for r in lost.rejoined if r.old in old_versions]
+            self.versions |= {r.new: old_versions[r.old] for r in known}
         self.ledger.published(self.published, "again")
         for actor in self.actors.values():
             actor.work.clear()

@@ -25,6 +25,7 @@ from learner.objectives.completions import gather_completions
 from learner.objectives.grpo import GrpoObjective
 from learner.online.coordinator import Coordinator
 from learner.online.experience import CoordinatorState, PromptGroup, TrainBatch
+from learner.online.recovery import History
 from learner.optim.step import Step
 from learner.records import Records
 from learner.trainer import Schedule, Trainer
@@ -116,7 +117,7 @@ class Loop:
         return self.made.metrics()
 
     def state(self) -> bytes:
-        return msgspec.msgpack.encode(self.made.state())
+        return msgspec.msgpack.encode(self.made.state(0))
 
 
 class LoopIo:
@@ -165,17 +166,23 @@ def build(
     )
     checkpoint = load_checkpoint(folder / "run/checkpoints") if resume else None
 
-    def coordinator_of(ledger: Ledger) -> Coordinator:
+    def coordinator_of(ledger: Ledger, source: PromptSource | None = None) -> Coordinator:
         kinds: dict[TaskKind, Sampling] = {"train": sampling, "eval": sampling}
-        return Coordinator(ledger, prompts(), [], welcome, kinds, VOCAB, actor_timeout_s=1e6)
+        return Coordinator(
+            ledger, source or prompts(), [], welcome, kinds, VOCAB, actor_timeout_s=1e6
+        )
 
     if checkpoint is None:
-        made = coordinator_of(Ledger(limits, "r", incarnation))
+        made = coordinator_of(Ledger.new(limits, "r", incarnation))
     else:
         state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-        ledger, report = Ledger.restore(limits, state.ledger, incarnation)
-        made = coordinator_of(ledger)
-        made.restore(state, report)
+        source = prompts()
+        history = History.of_checkpoint(state, source, [])
+        ledger = Ledger(limits, history.ledger)
+        rejoined = ledger.begin_incarnation(incarnation, keep_groups=False).rejoined
+        history.tasks.rejoin(rejoined, keep_groups=False)
+        made = coordinator_of(ledger, source)
+        made.restore(history)
         load_trainable(learner.model, checkpoint.weights, "checkpoint")
     loop = Loop(made, learner, folder)
     engine = MlxEngine(

@@ -1,0 +1,244 @@
+"""Continues an online run from its newest checkpoint and the journal, or begins it."""
+
+# pyright: reportMissingTypeStubs=false
+# (mlx is only partly typed)
+
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from learner.checkpoint import Checkpoint, checkpoints
+from learner.data.prompts import PromptSource
+from learner.ledger.events import LedgerEvent
+from learner.ledger.journal import Entry, JournalIdentity, JournalWriter, segments, set_aside
+from learner.ledger.journal_reader import JournalReader, cut, drop_before, read_header
+from learner.ledger.ledger import Ledger
+from learner.ledger.losses import losses_since
+from learner.ledger.types import LedgerSettings, ResumeReport
+from learner.online.experience import CoordinatorState
+from learner.online.recovery import History, Recovered, follow
+from learner.online.source import snapshot_path
+from protocol.config.settings import OnlineRun, builtins
+from protocol.errors import CheckpointError, JournalError, SnapshotError
+from protocol.hosts import boot_id
+from protocol.messages.messages import Policy
+from protocol.model.policy import LoadedPolicy
+from protocol.model.snapshots import read_snapshot
+
+log = logging.getLogger("pippin.learner")
+
+# Sections of the settings without which recorded batches would train to other weights.
+_DECISIVE = ("model", "data", "objective", "optimizer", "sampling", "train")
+
+
+@dataclass
+class Continued:
+    """A ledger, new or restored; what else there was before; and the journal to append to."""
+
+    ledger: Ledger
+    journal: JournalWriter
+    history: History | None = None
+    recovered: Recovered | None = None
+
+
+def journal_folder(run: Path) -> Path:
+    """Return where a run keeps its journal."""
+    return run / "journal"
+
+
+def journal_identity(folder: Path, settings: OnlineRun, policy: LoadedPolicy) -> JournalIdentity:
+    """Return what the journal of this run, as it is set up now, shares with what it had before."""
+    values = builtins(settings)
+    decisive = {name: values[name] for name in _DECISIVE if name in values}
+    decisive |= {"seed": settings.run.seed, "max_staleness": settings.queue.max_staleness}
+    text = msgspec.json.encode(decisive, order="deterministic")
+    return JournalIdentity(
+        run=folder.name,
+        model_digest=policy.model_digest,
+        tokenizer_digest=policy.tokenizer_digest,
+        settings=hashlib.sha256(text).hexdigest(),
+        boot=boot_id(),
+    )
+
+
+def begin_run(folder: Path, limits: LedgerSettings, identity: JournalIdentity) -> Continued:
+    """Begin a run that has no checkpoint; nothing was leased before the first."""
+    set_aside(journal_folder(folder), 0)
+    ledger = Ledger.new(limits, folder.name, uuid.uuid4().hex)
+    return Continued(ledger, JournalWriter(journal_folder(folder), identity, 0))
+
+
+def continue_run(
+    folder: Path,
+    checkpoint: Checkpoint,
+    limits: LedgerSettings,
+    identity: JournalIdentity,
+    prompts: PromptSource,
+) -> Continued:
+    """Continue from a checkpoint and what the journal has after it.
+
+    Where the journal ends as the last learner process left it, its incarnation goes on: actors that
+    are still there keep their leases, and deliver what they hold. Otherwise a new one begins.
+    Raises CheckpointError or JournalError if these files are not this run's.
+    """
+    state = decode_state(checkpoint)
+    journal = journal_folder(folder)
+    history = History.of_checkpoint(state, prompts, prompts.evaluation)
+    reader = JournalReader(journal, state.journal)
+    headers = [h for p in segments(journal) if (h := read_header(p)) and h.first >= state.journal]
+    for header in headers:
+        _require_same_run(header.identity, identity, journal)
+
+    if any(header.identity.settings != identity.settings for header in headers):
+        return _with_other_settings(folder, history, reader, limits, identity, state)
+
+    batches, evaluations = follow(history, _entries(reader))
+    cut(journal, reader.end)
+    ledger = Ledger(limits, history.ledger)
+    writer = JournalWriter(journal, identity, reader.end.number)
+    if reader.end.number == state.journal:
+        writer.begin_segment(checkpoint.step)
+
+    same_boot = bool(headers) and bool(identity.boot) and headers[-1].identity.boot == identity.boot
+    reached = ledger.state.version
+    announced = None
+    if reader.end.damage or not same_boot:
+        _begin_incarnation(folder, ledger, history, reader)
+    else:
+        announced = _announced(folder, history)
+        for actor in {lease.actor for _, lease in ledger.state.open_leases()}:
+            ledger.renew_leases(actor, time.monotonic())
+    if batches and not history.ledger.training and batches[-1].trained_at == reached:
+        batches.pop()  # it is queued again
+
+    log.info(
+        "continuing from step %d: %d batches are trained on again from the journal, which leads to "
+        "step %d; %d groups wait, %d leases are open",
+        checkpoint.step,
+        len(batches),
+        reached,
+        sum(record.taken is not None for record in ledger.state.queue.values()),
+        len(ledger.state.open_leases()),
+    )
+    recovered = Recovered(
+        reached, history.evaluated, batches, evaluations, history.published, announced
+    )
+    return Continued(ledger, writer, history, recovered)
+
+
+def drop_segments(folder: Path, keep: int) -> None:
+    """Delete what only checkpoints older than the newest `keep` need of a run's journal."""
+    newest = checkpoints(folder / "checkpoints")[-keep:]
+    if newest:
+        drop_before(journal_folder(folder), int(newest[0].name.removeprefix("step-")))
+
+
+def decode_state(checkpoint: Checkpoint) -> CoordinatorState:
+    """Return the coordinator's part of a checkpoint."""
+    try:
+        return msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(
+            f"source.msgpack of the checkpoint of step {checkpoint.step} cannot be read: {error}. "
+            "Delete that checkpoint to continue from the one before it"
+        ) from error
+
+
+def _entries(reader: JournalReader) -> Iterator[Entry]:
+    return (entry for _, entry in reader)
+
+
+def _require_same_run(theirs: JournalIdentity, ours: JournalIdentity, journal: Path) -> None:
+    for name in ("model_digest", "tokenizer_digest"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise JournalError(
+                f"{journal}: required a journal made with {name} {getattr(ours, name)}, got one "
+                f"with {getattr(theirs, name)}; resume with the model that the run began with"
+            )
+
+
+def _with_other_settings(
+    folder: Path,
+    history: History,
+    reader: JournalReader,
+    limits: LedgerSettings,
+    identity: JournalIdentity,
+    state: CoordinatorState,
+) -> Continued:
+    """Continue from the checkpoint alone, as a new incarnation: the rest belongs to other settings.
+
+    It is moved aside, and lost.json lists it.
+    """
+    events = [entry for entry in _entries(reader) if isinstance(entry, LedgerEvent)]
+    ledger = Ledger(limits, history.ledger)
+    before = ledger.state.copy()
+    report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=False)
+    history.tasks.rejoin(report.rejoined, keep_groups=False)
+
+    reason = "the run was resumed with other settings, so what came after the checkpoint is undone"
+    lost = losses_since(before, report, events, reason)
+    _write_losses(folder, msgspec.json.encode(lost))
+    set_aside(journal_folder(folder), state.journal)
+    log.warning(
+        "%s: %d batches trained since, %d groups; lost.json lists them. To keep them, resume "
+        "without changes first",
+        reason,
+        lost.version_reached - lost.version,
+        len(report.groups) + len(lost.received_since),
+    )
+    writer = JournalWriter(journal_folder(folder), identity, state.journal)
+    writer.begin_segment(ledger.state.version)
+    return Continued(ledger, writer, history)
+
+
+def _begin_incarnation(
+    folder: Path, ledger: Ledger, history: History, reader: JournalReader
+) -> ResumeReport:
+    """Begin a new incarnation with all received groups; say why, and what damage has cost."""
+    before = ledger.state.copy()
+    report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=True)
+    history.tasks.rejoin(report.rejoined, keep_groups=True)
+    if not reader.end.damage:
+        log.info("the machine was started again since: actors begin anew, with what was received")
+        return report
+
+    events = [entry for entry in reader.end.lost if isinstance(entry, LedgerEvent)]
+    lost = losses_since(before, report, events, reader.end.damage)
+    _write_losses(folder, msgspec.json.encode(lost))
+    log.warning(
+        "the journal is damaged (%s): the run goes on from what came before. After it there were "
+        "%d batches and %d groups that can still be read, listed in lost.json; the damaged files "
+        "are in %s",
+        reader.end.damage,
+        lost.version_reached - lost.version,
+        len(lost.received_since),
+        journal_folder(folder) / "damaged",
+    )
+    return report
+
+
+def _write_losses(folder: Path, data: bytes) -> None:
+    (folder / "lost.json").write_bytes(msgspec.json.format(data))
+
+
+def _announced(folder: Path, history: History) -> Policy | None:
+    """Return the newest policy that actors knew of, if its snapshot is there and whole."""
+    version = history.ledger.published
+    if version is None:
+        return None
+
+    path = snapshot_path(folder / "policy", version)
+    try:
+        snapshot = read_snapshot(path)
+    except SnapshotError:
+        return None
+    if snapshot.digest != history.ledger.digest:
+        return None
+    size, where = path.stat().st_size, str(path.resolve())
+    return Policy(version=version, digest=snapshot.digest, size=size, path=where)
