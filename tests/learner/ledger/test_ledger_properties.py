@@ -136,6 +136,8 @@ class Simulation(RuleBasedStateMachine):
         assert list(self.ledger.state.queue)[: len(self.batch.tasks)] == [
             task.number for task in self.batch.tasks
         ]
+        for task in self.batch.tasks:
+            del self.outcomes[task]  # it is sampled again
         self.batch = None
 
     @rule(kill=st.sampled_from([False, False, False, True]), keep=st.booleans())
