@@ -97,7 +97,7 @@ def check_records(run: Launcher, bound: int, steps: int, *, left: int = 0) -> fl
     check_complete(books, left=left)
     rollouts, metrics = lines(run.folder / "rollouts.jsonl"), run.steps()
     written = [line["task"] for line in rollouts if line["kind"] == "train"]
-    check(written == [n for n, _ in books.trained], "rollouts.jsonl and ledger.jsonl disagree")
+    check(written == [n for n, _ in books.trained], "rollouts.jsonl and the journal disagree")
     check(len(metrics) == steps, f"{len(metrics)} steps on record, required {steps}")
     print(
         f"  tasks leased {len(books.leased)}, trained {len(books.trained)}, dropped "

@@ -1,4 +1,4 @@
-"""What became of every leased training task, from ledger.jsonl alone (not from the ledger)."""
+"""What became of every leased training task, from the journal's events, not from the ledger."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -68,6 +68,8 @@ def _enter(books: Accounts, event: Json) -> None:
             books.open = event["numbers"]
         case "Consumed":
             books.trained += [(task, event["version"]) for task in books.open]
+            books.open = []
+        case "Returned":
             books.open = []
         case _:
             pass

@@ -12,6 +12,9 @@ from typing import Any
 
 import msgspec
 
+from learner.ledger.events import IncarnationBegan, LedgerEvent
+from learner.ledger.journal_reader import JournalReader
+
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.05
 STALL_S = 240.0
@@ -34,6 +37,18 @@ def lines(path: Path) -> list[Json]:
     return [msgspec.json.decode(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
+def ledger_events(run: Path) -> list[Json]:
+    """Return the events in a run's journal: {"incarnation", "event"} each, in order."""
+    found: list[Json] = []
+    incarnation = ""
+    for _, entry in JournalReader(run / "journal"):
+        if isinstance(entry, IncarnationBegan):
+            incarnation = entry.incarnation
+        if isinstance(entry, LedgerEvent):
+            found.append({"incarnation": incarnation, "event": msgspec.to_builtins(entry)})
+    return found
+
+
 class Launcher:
     """launch/grpo.py as a child; `folder` is its run folder."""
 
@@ -52,8 +67,8 @@ class Launcher:
         return [line for line in lines(self.folder / "metrics.jsonl") if "loss" in line]
 
     def events(self) -> list[Json]:
-        """Return the journal so far: {"incarnation", "event"} each."""
-        return lines(self.folder / "ledger.jsonl")
+        """Return the ledger's events so far, each with the incarnation that it belongs to."""
+        return ledger_events(self.folder)
 
     def child(self, name: str) -> tuple[int, str] | None:
         """Return (process ID, command) of the live child whose command holds `name`."""

@@ -28,6 +28,7 @@ from protocol.errors import ChannelError, SnapshotError
 from protocol.messages.messages import Heartbeat
 from protocol.model.policy import load_policy
 from protocol.model.snapshots import load_trainable, trainable
+from tests.acceptance.run import ledger_events
 from tests.launch.processes.whole_runs import adapters, launched, lines
 from tests.tiny import VOCAB, tensors, write_model_folder
 
@@ -108,7 +109,7 @@ def test_an_actor_elsewhere_can_join_a_colocated_run(tmp_path: Path, flags: list
     folder = tmp_path / "runs" / "r"
     holders = {
         line["event"]["actor"]
-        for line in lines(folder, "ledger.jsonl")
+        for line in ledger_events(folder)
         if line["event"]["type"] == "Received"
     }
     assert holders == {"actor-0", "guest"}

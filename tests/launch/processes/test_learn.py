@@ -25,6 +25,7 @@ from protocol.run_record import (
     write_run,
 )
 from protocol.transport.endpoints import ipc_folder
+from tests.acceptance.run import ledger_events
 from tests.tiny import write_model_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -198,8 +199,9 @@ def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(t
         assert (run.folder / "actor.log").read_text().count("Training lora: ") == 2
         numbers = [line["task"] for line in trained(run)]
         assert len(numbers) == len(set(map(str, numbers))) == 12
-        assert len({str(line["incarnation"]) for line in run.lines("ledger.jsonl")}) == 1
-        events = [line["event"] for line in run.lines("ledger.jsonl")]
+        journal = ledger_events(run.folder)
+        assert len({str(line["incarnation"]) for line in journal}) == 1
+        events = [line["event"] for line in journal]
         formed = [n for event in events if event["type"] == "Formed" for n in event["numbers"]]
         assert formed == numbers
         last = [line for line in run.lines("metrics.jsonl") if "loss" in line][-1]
