@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import structs
 
-from learner.checkpoint import Checkpoint, load_checkpoint
+from learner.checkpoint import Checkpoint, load_checkpoint, remove_unfinished
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
 from learner.model.reference import Reference
@@ -77,18 +77,19 @@ def resume_point(
 
     folder = Path(resume)
     found = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    remove_unfinished(found)  # this learner holds the run's lock
     checkpoint = load_checkpoint(found)
 
     for name, ours in run_digests(policy, reference).items():
         theirs = checkpoint.state.get(name, "none")
         if theirs != ours:
             raise CheckpointError(
-                f"The checkpoint in {found} was made with {name} {theirs}, this run has {ours}. "
-                "Resume with the model, dtype, adapter and reference that the run began with."
+                f"The checkpoint {checkpoint.path} was made with {name} {theirs}, this run has "
+                f"{ours}. Resume with the model, dtype, adapter and reference that it began with."
             )
 
     load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
-    log.info("resuming from step %d of %s", checkpoint.step, found)
+    log.info("resuming from step %d: %s", checkpoint.step, checkpoint.path)
     return checkpoint
 
 

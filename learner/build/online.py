@@ -30,7 +30,7 @@ from learner.build.common import (
 )
 from learner.build.forward import Forward, choose_forward, longest_prompt
 from learner.build.rehearsal import rehearsal
-from learner.checkpoint import Checkpoint
+from learner.checkpoint import Checkpoint, restoring
 from learner.data.prompts import PromptSource, open_prompts
 from learner.ledger.journal import losses_since_checkpoint, read_journal
 from learner.ledger.ledger import Ledger
@@ -217,7 +217,8 @@ def new_coordinator(
     if checkpoint is None:
         ledger = Ledger(limits, plan.folder.name, incarnation)
     else:
-        checkpointed = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+        with restoring(checkpoint) as source:
+            checkpointed = msgspec.msgpack.decode(source, type=CoordinatorState)
         ledger, report = Ledger.restore(limits, checkpointed.ledger, incarnation)
 
     train = Sampling(**builtins(plan.settings.sampling))
