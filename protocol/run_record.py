@@ -179,8 +179,13 @@ def read_run(folder: Path) -> RunRecord:
         return msgspec.json.decode(path.read_bytes(), type=RunRecord)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder}: required a run folder with {RUN}; found none") from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}. Put back a copy; without one, write "
+            '{"program": "grpo"} into it, with the program that made the run.'
+        ) from error
 
 
 def write_run(folder: Path, record: RunRecord) -> None:
@@ -191,7 +196,10 @@ def write_run(folder: Path, record: RunRecord) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file; a reader sees the old contents or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the name on an empty file
     temporary.replace(path)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from launch.pages.charts import line_chart
 from launch.pages.html import page, points, prompt_text, table
 from launch.run_folder.tail import number, parse_lines
+from protocol.errors import ConfigError
 from protocol.run_record import (
     EVENTS,
     RUN,
@@ -82,7 +83,11 @@ def _about(folder: Path) -> str:
     if not (folder / RUN).exists():
         return ""
 
-    record = read_run(folder)
+    try:
+        record = read_run(folder)
+    except ConfigError as error:  # the other files have the curves
+        return f"<p>{escape(str(error))}</p>"
+
     steps = f" of {record.total_steps} steps" if record.total_steps is not None else ""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     state = record.state.replace("_", " ")

@@ -165,6 +165,14 @@ def test_a_checkpoint_that_failed_is_shown_once(tmp_path: Path):
     assert out.getvalue().splitlines()[1:] == [said]
 
 
+def test_a_damaged_run_json_does_not_stop_the_display(tmp_path: Path):
+    (tmp_path / "run.json").write_text("")
+    out = io.StringIO()
+    with Progress(tmp_path, out=out):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert out.getvalue().splitlines()[1:] == ["step 1  loss 0.5"]
+
+
 def test_a_sink_is_given_each_line_and_event_once_in_order(tmp_path: Path):
     seen: list[object] = []
 

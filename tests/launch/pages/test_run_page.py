@@ -121,3 +121,16 @@ def test_an_empty_run_gives_a_page_and_a_missing_one_an_error(tmp_path: Path):
 @pytest.mark.parametrize("prompt", ["plain", None, [{"role": "user"}, 3]])
 def test_any_prompt_has_a_text(prompt: object):
     assert isinstance(prompt_text(prompt), str)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"program": "gr', '{"state": "running"}', "[]"])
+def test_a_damaged_run_json_is_named_and_the_rest_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+):
+    (tmp_path / "run.json").write_text(damaged)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    assert report.main() == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f"<p>{tmp_path}/run.json is damaged: " in page
+    assert "loss: 0.5 first, 0.25 last" in page
