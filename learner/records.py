@@ -26,6 +26,7 @@ class Records:
     def __init__(self, folder: Path, started_at: float) -> None:
         self.folder = folder
         self.started_at = started_at
+        self._unwritten: list[AnyEvent] = []
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             cut_partial_line(folder / name)
@@ -43,8 +44,9 @@ class Records:
         self._append("rollouts.jsonl", lines)
 
     def event(self, event: AnyEvent) -> None:
-        """Append to `events.jsonl`, and log."""
-        record_event(self.folder, event)
+        """Append to `events.jsonl`, and log; what a full disk refuses comes with a later event."""
+        written = record_event(self.folder, event, self._unwritten)
+        self._unwritten = [] if written else [*self._unwritten, event]
 
     def undo(self, step: int, evaluated: int) -> None:
         """Move aside the lines that came after a checkpoint, which the resumed run writes again.

@@ -69,6 +69,7 @@ class Trainer(Generic[BatchT]):
     stopping: bool = False
     best: dict[str, float] = field(default_factory=dict[str, float])
     _evaluated: int = -1
+    _save_failed: bool = False
     _idle_since: float = field(default_factory=time.monotonic)
 
     def advance(self, timeout_s: float = 0.0) -> bool:
@@ -255,10 +256,12 @@ class Trainer(Generic[BatchT]):
             folder, keep = self.records.folder / "checkpoints", self.schedule.save_total_limit
             path = save_checkpoint(folder, checkpoint, keep=keep, also=also)
             relative = str(path.relative_to(self.records.folder))
-            self.records.event(CheckpointSaved(step=self.step, path=relative))
+            again, self._save_failed = self._save_failed, False
+            self.records.event(CheckpointSaved(step=self.step, path=relative, again=again))
         except CheckpointError as error:
             if required:
                 raise
+            self._save_failed = True
             self.records.event(CheckpointFailed(step=self.step, reason=str(error)))
 
     def rehearse(self, batch: BatchT) -> None:

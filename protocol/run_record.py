@@ -6,9 +6,11 @@ does so: the launcher before and after the learner's life, the learner during it
 `events.jsonl`, one whole line per event, and a resumed run adds to what is there.
 """
 
+import errno
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,14 +87,15 @@ class EvaluationFinished(Event, frozen=True, kw_only=True):
 
 
 class CheckpointSaved(Event, frozen=True, kw_only=True):
-    """A checkpoint was written to `path`, relative to the run folder."""
+    """A checkpoint was written to `path`, relative to the run folder; `again`: the last was not."""
 
     step: int
     path: str
+    again: bool = False
 
     @property
     def text(self) -> str:
-        return f"saved {self.path}"
+        return f"{'saving works again: ' if self.again else ''}saved {self.path}"
 
 
 class CheckpointFailed(Event, frozen=True, kw_only=True):
@@ -209,23 +212,37 @@ def change_state(folder: Path, state: State, **changes: Any) -> None:  # noqa: A
     record_event(folder, StateChanged(state=state))
 
 
-def record_event(folder: Path, event: AnyEvent) -> None:
-    """Append an event to `events.jsonl`, and log it.
+def record_event(folder: Path, event: AnyEvent, before: Sequence[AnyEvent] = ()) -> bool:
+    """Append an event to `events.jsonl`, and log it; return whether it was written.
 
-    A full disk does not end the run: the event is then only logged.
+    A full disk does not end the run: the event is then only logged. `before` are earlier events
+    that it refused.
     """
+    written = True
     try:
-        append_event(folder, event)
+        append_events(folder, [*before, event])
     except OSError as error:
         log.info("%s cannot be written: %s", folder / EVENTS, error)
+        written = False
+
     level = logging.WARNING if isinstance(event, CheckpointFailed) else logging.INFO
     log.log(level, "%s", event.text)
+    return written
 
 
-def append_event(folder: Path, event: AnyEvent) -> None:
-    """Append one whole line to `events.jsonl`, which another process may append to as well."""
+def append_events(folder: Path, events: Sequence[AnyEvent]) -> None:
+    """Append whole lines to `events.jsonl`, all or none; another process may append to it as well.
+
+    Raises OSError where the disk does not take them.
+    """
+    data = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
     with (folder / EVENTS).open("ab", buffering=0) as file:  # unbuffered: one write
-        file.write(msgspec.json.encode(event) + b"\n")
+        written = file.write(data)
+        if written != len(data):
+            size = os.fstat(file.fileno()).st_size
+            if file.tell() == size:  # nobody has appended since
+                file.truncate(size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def parse_events(data: bytes) -> list[AnyEvent]:

@@ -23,6 +23,7 @@ from protocol.run_record import (
     RUN,
     AnyEvent,
     CheckpointFailed,
+    CheckpointSaved,
     EvaluationFinished,
     EvaluationStarted,
     Notice,
@@ -122,9 +123,9 @@ class Progress(Follower):
             self.say(f"evaluating step {self._evaluating}")
 
     def on_event(self, event: AnyEvent) -> None:
-        """Show notices, failed checkpoints and times of start, and note evaluations."""
+        """Show notices, times of start, and whether saving fails or works; note evaluations."""
         match event:
-            case Notice() | CheckpointFailed() | StartUp():
+            case Notice() | CheckpointFailed() | CheckpointSaved(again=True) | StartUp():
                 self.say(event.text)
             case EvaluationStarted():
                 self._evaluating = event.step

@@ -17,6 +17,7 @@ from protocol.run_record import (
     EVENTS,
     RUN,
     CheckpointFailed,
+    CheckpointSaved,
     Fault,
     Restart,
     StartUp,
@@ -102,10 +103,14 @@ def _start(folder: Path) -> str:
 
 
 def _troubles(folder: Path) -> str:
-    """Return what went wrong, in order."""
-    events = parse_events(_bytes(folder / EVENTS))
-    found = [each for each in events if isinstance(each, CheckpointFailed | Fault | Restart)]
-    items = "".join(f"<li>{escape(event.text)}</li>" for event in found)
+    """Return what went wrong, in order, and that saving works again where it does."""
+    items = ""
+    for event in parse_events(_bytes(folder / EVENTS)):
+        match event:
+            case CheckpointFailed() | CheckpointSaved(again=True) | Fault() | Restart():
+                items += f"<li>{escape(event.text)}</li>"
+            case _:
+                pass
     return f"<h2>Faults</h2><ul>{items}</ul>" if items else ""
 
 
