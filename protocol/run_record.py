@@ -30,6 +30,7 @@ State = Literal[
 ]
 
 RUN, EVENTS = "run.json", "events.jsonl"
+BLOCK = 1 << 16  # bytes; files of long runs are not read whole
 EVENT_LOGGER = "pippin.events"
 T = TypeVar("T")
 log = logging.getLogger(EVENT_LOGGER)
@@ -266,8 +267,13 @@ def cut_partial_line(path: Path) -> None:
     if not path.is_file():
         return
 
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("r+b") as file:
+    with path.open("r+b") as file:
+        size = whole = file.seek(0, os.SEEK_END)
+        newline = -1
+        while newline < 0 and whole > 0:
+            start = max(0, whole - BLOCK)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            whole = start + newline + 1
+        if whole != size:
             file.truncate(whole)

@@ -2,14 +2,17 @@
 
 import json
 import resource
+import tracemalloc
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from launch.run_folder.tail import JsonTail
 from learner.records import Records, move_lines
 from protocol.run_record import (
+    BLOCK,
     CheckpointFailed,
     CheckpointSaved,
     cut_partial_line,
@@ -37,6 +40,32 @@ def test_a_line_that_a_killed_writer_left_is_cut_off(tmp_path):
     cut_partial_line(whole)
     assert whole.read_text() == '{"step":1}\n'
     cut_partial_line(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("partial", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 5])
+@pytest.mark.parametrize("whole", [b"", b"\n", b"a\n" * BLOCK])
+def test_partial_lines_of_any_length_are_cut_off(tmp_path, whole, partial):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(whole + b"x" * partial)
+    cut_partial_line(path)
+    assert path.read_bytes() == whole
+
+
+def test_no_file_of_a_long_run_is_held_in_memory(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    line = json.dumps({"kind": "train", "trained_at": 7, "text": "x" * 2000}) + "\n"
+    path.write_text(line * 4000 + '{"kind"')
+    tracemalloc.start()
+    try:
+        Records(tmp_path, started_at=0.0).undo(5, 5)
+        Records(tmp_path, started_at=0.0).undo(5, 5)
+        JsonTail(tmp_path / "rollouts.undone.jsonl").skip()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "rollouts.undone.jsonl").read_text() == line * 4000
+    assert path.read_bytes() == b""
+    assert peak < 1 << 20  # of 8 MB
 
 
 @contextmanager
