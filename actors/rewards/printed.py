@@ -8,11 +8,13 @@ there.
 """
 
 import fcntl
+import logging
 import os
 import re
 import stat
 import threading
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
 
 LIMIT = 16 << 20  # bytes of a log, above which its oldest lines are dropped
 KEPT = 9 << 20  # bytes that are left then
@@ -37,13 +39,34 @@ class Relay:
         self._thread.join(timeout_s)
 
     def _copy(self) -> None:
+        held = b""
         while data := os.read(self._source, _BLOCK):
-            # A full disk or closed terminal costs what was printed, never the functions.
-            with suppress(OSError):
-                _write(self._sink, data)
-                if self._limit is not None and os.fstat(self._sink).st_size > self._limit:
-                    shorten(self._sink, self._kept)
+            # In a log, what this process says itself begins a line of its own.
+            data = held + data
+            whole = data.rfind(b"\n") + 1
+            end = whole if self._limit is not None and (whole or len(data) < _BLOCK) else len(data)
+            held = data[end:]
+            self._pass_on(data[:end])
+        self._pass_on(held + b"\n" if held else b"")
         os.close(self._source)
+
+    def _pass_on(self, data: bytes) -> None:
+        # A full disk or closed terminal costs what was printed, never the functions.
+        with suppress(OSError):
+            _write(self._sink, data)
+            if self._limit is not None and os.fstat(self._sink).st_size > self._limit:
+                with _nobody_logs():
+                    shorten(self._sink, self._kept)
+
+
+@contextmanager
+def _nobody_logs() -> Generator[None]:
+    """Keep this process's own messages waiting: one that came meanwhile would be lost."""
+    with ExitStack() as stack:
+        for handler in logging.getLogger().handlers:
+            handler.acquire()
+            stack.callback(handler.release)
+        yield
 
 
 def shorten(log: int, kept: int) -> None:
