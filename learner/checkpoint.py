@@ -1,14 +1,17 @@
 """Checkpoints: weights, optimiser, random state and source in one folder, committed by one rename.
 
 `checkpoints/step-000050/` holds `weights.safetensors` (trainable tensors), `optimizer.safetensors`,
-`source.msgpack` (ledger and prompts, or the dataset's position) and `state.json`. A folder without
-`state.json`, or whose name begins with a dot, is unfinished and is ignored.
+`source.msgpack` (ledger and prompts, or the dataset's position) and `state.json`, which has a
+SHA-256 of each of the others and of its own content, so that damage is noticed before anything is
+used. A folder without `state.json`, or whose name begins with a dot, is unfinished and is ignored.
 """
 
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ import msgspec
 from protocol.errors import CheckpointError, SnapshotError
 from protocol.model.snapshots import read_tensors, write_tensors
 
+WEIGHTS, OPTIMIZER, SOURCE = "weights.safetensors", "optimizer.safetensors", "source.msgpack"
+STATE = "state.json"
 log = logging.getLogger("pippin.learner")
 
 
@@ -27,6 +32,7 @@ class Checkpoint:
     """Everything a run needs to continue exactly.
 
     `state` becomes JSON: counters, the random state, and the digests that are checked on resume.
+    `path` is the folder that it was read from.
     """
 
     step: int
@@ -34,6 +40,7 @@ class Checkpoint:
     optimizer: dict[str, mx.array]
     source: bytes
     state: dict[str, Any]
+    path: Path | None = None
 
 
 def save_checkpoint(
@@ -41,15 +48,14 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint under `folder`, then delete old ones; return its folder.
 
-    The newest `keep` stay (0: all), and those of the steps in `also` (the best evaluation's).
-    Raises CheckpointError, with earlier checkpoints untouched, if the disk does not take it.
+    The newest `keep` up to this step stay (0: all), and those of the steps in `also` (the best
+    evaluation's). Raises CheckpointError, with earlier checkpoints untouched, if the disk does not
+    take it.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        # Left by a killed writer: nobody else would delete them.
-        for unfinished in folder.glob(".step-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(folder)
         _write_files(temporary, checkpoint)
         _commit(temporary, final)
     except (OSError, SnapshotError) as error:
@@ -59,54 +65,165 @@ def save_checkpoint(
             "Free space, then continue with --run.resume."
         ) from error
 
-    kept = {f"step-{step:06d}" for step in also}
-    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
-        if old.name not in kept:
+    # Later ones were left by a resume from before them: newer names, but older than this one.
+    past = [path for path in checkpoints(folder) if _step_of(path) <= checkpoint.step]
+    for old in past[:-keep] if keep > 0 else []:
+        if _step_of(old) not in also:
             # Without this file, a folder that is half deleted does not count as a checkpoint.
-            (old / "state.json").unlink(missing_ok=True)
+            (old / STATE).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints under `folder`, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+    """Return the finished checkpoints under `folder`, damaged or not, oldest first."""
+    found = [path.parent for path in folder.glob(f"step-*/{STATE}")]
+    return sorted((path for path in found if _step_of(path) >= 0), key=_step_of)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed writers left under `folder`; nobody may be writing there.
+
+    A checkpoint that was moved away for a replacement which never came gets its name back.
+    """
+    for replaced in folder.glob(".step-*.replaced"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not final.exists() and (replaced / STATE).is_file():
+            os.replace(replaced, final)
+
+    named = [path for path in folder.glob("step-*/") if _step_of(path) >= 0]
+    half_deleted = [path for path in named if not (path / STATE).is_file()]
+    for unfinished in [*folder.glob(".step-*"), *half_deleted]:
+        log.info("deleting the unfinished checkpoint %s", unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read the newest finished checkpoint under `folder`, or `folder` itself if it is one.
+    """Read the newest intact checkpoint under `folder`, or `folder` itself if it is one.
 
-    Raises CheckpointError if there is none or if it cannot be read.
+    Damaged ones are named in warnings. Raises CheckpointError if none is intact.
     """
-    found = [folder] if (folder / "state.json").is_file() else checkpoints(folder)
+    found = [folder] if (folder / STATE).is_file() else checkpoints(folder)
     if not found:
         raise CheckpointError(
             f"There is no finished checkpoint in {folder}. Name a run folder that has one in "
             "run.resume, or leave run.resume out to start from the beginning."
         )
 
-    path = found[-1]
+    faults: list[str] = []
+    for path in reversed(found):
+        try:
+            checkpoint = _read(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            log.warning("passing over a damaged checkpoint: %s", error)
+            continue
+        if faults:
+            log.warning("continuing from the checkpoint before it: %s", path)
+        return checkpoint
+
+    raise CheckpointError(
+        f"There is no intact checkpoint in {folder}: {'; '.join(faults)}. Put back a copy of one, "
+        "or start from the beginning in another folder: leave run.resume out and choose another "
+        "run.name."
+    )
+
+
+@contextmanager
+def restoring(checkpoint: Checkpoint) -> Generator[bytes]:
+    """Give the source's bytes to be decoded; CheckpointError, with their file, if they cannot be.
+
+    Damage is found when a checkpoint is read, so these bytes are what some learner wrote.
+    """
     try:
-        state = msgspec.json.decode((path / "state.json").read_bytes(), type=dict[str, Any])
-        weights = _read_tensors(path / "weights.safetensors")
-        optimizer = _read_tensors(path / "optimizer.safetensors")
-        source = (path / "source.msgpack").read_bytes()
-    except (OSError, SnapshotError, msgspec.DecodeError) as error:
+        yield checkpoint.source
+    except msgspec.MsgspecError as error:
+        where = checkpoint.path / SOURCE if checkpoint.path else SOURCE
         raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {error}. Delete that folder to continue from "
-            "the checkpoint before it."
+            f"{where}: not what this program writes there ({error}). Resume with the program and "
+            "the version of Pippin that made the run, or start a new one."
         ) from error
-    return Checkpoint(int(state["step"]), weights, optimizer, source, state)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Read a checkpoint whose files match their digests; CheckpointError names one that does not.
+
+    Those of versions of Pippin that wrote no digests are refused too.
+    """
+    state = _read_state(path / STATE)
+    digests = state.pop("files")
+    data = {name: _read_bytes(path / name) for name in (WEIGHTS, OPTIMIZER, SOURCE)}
+    for name, content in data.items():
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != digests.get(name):
+            raise CheckpointError(
+                f"{path / name}: {len(content):,} bytes with SHA-256 {digest[:12]}, required "
+                f"{str(digests.get(name))[:12]}"
+            )
+
+    try:
+        weights, optimizer = (
+            read_tensors(data.pop(name), str(path / name))[0] for name in (WEIGHTS, OPTIMIZER)
+        )
+    except SnapshotError as error:
+        raise CheckpointError(str(error)) from error
+    return Checkpoint(int(state["step"]), weights, optimizer, data[SOURCE], state, path)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read a `state.json` that matches its own digest, which is left out of the result."""
+    content = _read_bytes(path)
+    try:
+        state = msgspec.json.decode(content, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(
+            f"{path}: {len(content):,} bytes, not a JSON object: {error}"
+        ) from error
+
+    digest = state.pop("digest", None)
+    if digest is None or not isinstance(state.get("files"), dict):
+        raise CheckpointError(
+            f"{path}: it has no digests, as those of earlier versions of Pippin, which cannot be "
+            "checked for damage"
+        )
+    if digest != _state_digest(state):
+        raise CheckpointError(
+            f"{path}: its content has SHA-256 {_state_digest(state)[:12]}, required "
+            f"{str(digest)[:12]}: it was edited or damaged"
+        )
+    return state
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _state_digest(state: dict[str, Any]) -> str:
+    """Return the SHA-256 of a state's content, however it is laid out."""
+    return hashlib.sha256(msgspec.json.encode(state, order="sorted")).hexdigest()
+
+
+def _step_of(path: Path) -> int:
+    """Return the step that a checkpoint's folder is named after; -1 for other names."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True)
-    write_tensors(folder / "weights.safetensors", checkpoint.weights, {"format": "mlx"})
-    write_tensors(folder / "optimizer.safetensors", checkpoint.optimizer, {"format": "mlx"})
-    _write(folder / "source.msgpack", checkpoint.source)
+    digests = {SOURCE: hashlib.sha256(checkpoint.source).hexdigest()}
+    for name, arrays in ((WEIGHTS, checkpoint.weights), (OPTIMIZER, checkpoint.optimizer)):
+        digest = hashlib.sha256()
+        write_tensors(folder / name, arrays, {"format": "mlx"}, digest.update)
+        digests[name] = digest.hexdigest()
+    _write(folder / SOURCE, checkpoint.source)
 
-    state = {"step": checkpoint.step, **checkpoint.state}
-    _write(folder / "state.json", msgspec.json.format(msgspec.json.encode(state)))
+    state = {"step": checkpoint.step, **checkpoint.state, "files": digests}
+    state["digest"] = _state_digest(state)
+    _write(folder / STATE, msgspec.json.format(msgspec.json.encode(state)))
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -122,10 +239,6 @@ def _commit(temporary: Path, final: Path) -> None:
     # Before older checkpoints are deleted: a power cut must leave at least one.
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _read_tensors(path: Path) -> dict[str, mx.array]:
-    return read_tensors(path.read_bytes(), str(path))[0]
 
 
 def _sync(folder: Path) -> None:

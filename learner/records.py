@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, Any
 
 import msgspec
 
-from protocol.run_record import AnyEvent, cut_partial_line, record_event
+from protocol.run_record import BLOCK, AnyEvent, cut_partial_line, record_event
 
 log = logging.getLogger("pippin.learner")
 
@@ -26,6 +27,7 @@ class Records:
     def __init__(self, folder: Path, started_at: float) -> None:
         self.folder = folder
         self.started_at = started_at
+        self._unwritten: list[AnyEvent] = []
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             cut_partial_line(folder / name)
@@ -43,8 +45,9 @@ class Records:
         self._append("rollouts.jsonl", lines)
 
     def event(self, event: AnyEvent) -> None:
-        """Append to `events.jsonl`, and log."""
-        record_event(self.folder, event)
+        """Append to `events.jsonl`, and log; what a full disk refuses comes with a later event."""
+        written = record_event(self.folder, event, self._unwritten)
+        self._unwritten = [] if written else [*self._unwritten, event]
 
     def newest(self) -> tuple[int, int]:
         """Return the newest recorded step, 0 if none is, and the newest evaluated one, or -1."""
@@ -99,24 +102,25 @@ def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:
     if not path.is_file():
         return 0
 
-    moved: list[bytes] = []
-    # A run has one learner at a time, so a killed one's temporary file may be overwritten.
-    fresh = path.with_name(f".{path.name}")
+    moved = 0
+    # A run has one learner at a time, so a killed one's temporary files may be overwritten.
+    aside = path.with_name(_aside(path.name))
+    stay, leave = path.with_name(f".{path.name}"), path.with_name(f".{aside.name}")
     try:
-        with path.open("rb") as old, fresh.open("wb") as new:
+        with path.open("rb") as old, stay.open("wb") as staying, leave.open("wb") as leaving:
             for line in old:
-                if _holds(away, line):
-                    moved.append(line)
-                else:
-                    new.write(line)
-            _sync(new)
+                goes = _holds(away, line)
+                moved += goes
+                (leaving if goes else staying).write(line)
+            _sync(staying)
 
         if moved:
-            _add_once(path.with_name(_aside(path.name)), b"".join(moved))
-            fresh.replace(path)
+            _add_once(aside, leave)
+            stay.replace(path)
     finally:
-        fresh.unlink(missing_ok=True)
-    return len(moved)
+        stay.unlink(missing_ok=True)
+        leave.unlink(missing_ok=True)
+    return moved
 
 
 def _aside(name: str) -> str:
@@ -130,12 +134,15 @@ def _holds(away: Callable[[dict[str, Any]], bool], line: bytes) -> bool:
         return False
 
 
-def _add_once(path: Path, data: bytes) -> None:
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(data)))
-        if file.read() != data:
-            file.write(data)
+def _add_once(path: Path, added: Path) -> None:
+    """Append what `added` holds to a file, unless the file ends with it."""
+    with path.open("a+b") as file, added.open("rb") as new:
+        start = path.stat().st_size - added.stat().st_size
+        file.seek(max(0, start))
+        blocks = iter(lambda: new.read(BLOCK), b"")
+        if start < 0 or not all(file.read(len(block)) == block for block in blocks):
+            new.seek(0)
+            shutil.copyfileobj(new, file)
         _sync(file)
 
 

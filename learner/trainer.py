@@ -76,6 +76,7 @@ class Trainer(Generic[BatchT]):
     _reached: int = 0
     _recorded: int = 0
     _recorded_evaluation: int = -1
+    _save_failed: bool = False
     _idle_since: float = field(default_factory=time.monotonic)
 
     def advance(self, timeout_s: float = 0.0) -> bool:
@@ -278,10 +279,12 @@ class Trainer(Generic[BatchT]):
             folder, keep = self.records.folder / "checkpoints", self.schedule.save_total_limit
             path = save_checkpoint(folder, checkpoint, keep=keep, also=also)
             relative = str(path.relative_to(self.records.folder))
-            self.records.event(CheckpointSaved(step=self.step, path=relative))
+            again, self._save_failed = self._save_failed, False
+            self.records.event(CheckpointSaved(step=self.step, path=relative, again=again))
         except CheckpointError as error:
             if required:
                 raise
+            self._save_failed = True
             self.records.event(CheckpointFailed(step=self.step, reason=str(error)))
 
     def rehearse(self, batch: BatchT) -> None:

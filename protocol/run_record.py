@@ -6,9 +6,11 @@ does so: the launcher before and after the learner's life, the learner during it
 `events.jsonl`, one whole line per event, and a resumed run adds to what is there.
 """
 
+import errno
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +30,7 @@ State = Literal[
 ]
 
 RUN, EVENTS = "run.json", "events.jsonl"
+BLOCK = 1 << 16  # bytes; files of long runs are not read whole
 EVENT_LOGGER = "pippin.events"
 T = TypeVar("T")
 log = logging.getLogger(EVENT_LOGGER)
@@ -85,14 +88,15 @@ class EvaluationFinished(Event, frozen=True, kw_only=True):
 
 
 class CheckpointSaved(Event, frozen=True, kw_only=True):
-    """A checkpoint was written to `path`, relative to the run folder."""
+    """A checkpoint was written to `path`, relative to the run folder; `again`: the last was not."""
 
     step: int
     path: str
+    again: bool = False
 
     @property
     def text(self) -> str:
-        return f"saved {self.path}"
+        return f"{'saving works again: ' if self.again else ''}saved {self.path}"
 
 
 class CheckpointFailed(Event, frozen=True, kw_only=True):
@@ -179,8 +183,13 @@ def read_run(folder: Path) -> RunRecord:
         return msgspec.json.decode(path.read_bytes(), type=RunRecord)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder}: required a run folder with {RUN}; found none") from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}. Put back a copy; without one, write "
+            '{"program": "grpo"} into it, with the program that made the run.'
+        ) from error
 
 
 def write_run(folder: Path, record: RunRecord) -> None:
@@ -191,7 +200,10 @@ def write_run(folder: Path, record: RunRecord) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file; a reader sees the old contents or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the name on an empty file
     temporary.replace(path)
 
 
@@ -201,23 +213,37 @@ def change_state(folder: Path, state: State, **changes: Any) -> None:  # noqa: A
     record_event(folder, StateChanged(state=state))
 
 
-def record_event(folder: Path, event: AnyEvent) -> None:
-    """Append an event to `events.jsonl`, and log it.
+def record_event(folder: Path, event: AnyEvent, before: Sequence[AnyEvent] = ()) -> bool:
+    """Append an event to `events.jsonl`, and log it; return whether it was written.
 
-    A full disk does not end the run: the event is then only logged.
+    A full disk does not end the run: the event is then only logged. `before` are earlier events
+    that it refused.
     """
+    written = True
     try:
-        append_event(folder, event)
+        append_events(folder, [*before, event])
     except OSError as error:
         log.info("%s cannot be written: %s", folder / EVENTS, error)
+        written = False
+
     level = logging.WARNING if isinstance(event, CheckpointFailed) else logging.INFO
     log.log(level, "%s", event.text)
+    return written
 
 
-def append_event(folder: Path, event: AnyEvent) -> None:
-    """Append one whole line to `events.jsonl`, which another process may append to as well."""
+def append_events(folder: Path, events: Sequence[AnyEvent]) -> None:
+    """Append whole lines to `events.jsonl`, all or none; another process may append to it as well.
+
+    Raises OSError where the disk does not take them.
+    """
+    data = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
     with (folder / EVENTS).open("ab", buffering=0) as file:  # unbuffered: one write
-        file.write(msgspec.json.encode(event) + b"\n")
+        written = file.write(data)
+        if written != len(data):
+            size = os.fstat(file.fileno()).st_size
+            if file.tell() == size:  # nobody has appended since
+                file.truncate(size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def parse_events(data: bytes) -> list[AnyEvent]:
@@ -241,8 +267,13 @@ def cut_partial_line(path: Path) -> None:
     if not path.is_file():
         return
 
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("r+b") as file:
+    with path.open("r+b") as file:
+        size = whole = file.seek(0, os.SEEK_END)
+        newline = -1
+        while newline < 0 and whole > 0:
+            start = max(0, whole - BLOCK)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            whole = start + newline + 1
+        if whole != size:
             file.truncate(whole)

@@ -118,7 +118,7 @@ def test_the_reward_function_of_how_to_add_scores():
     completions = [[{"content": text}] for text in (r"\boxed{1} \boxed{4}", r"\boxed{5}", "4")]
     rewards = scope["boxed"](completions, ["4"] * 3, lambda *item: logged.append(item))
     assert rewards == [1.0, 0.0, None]
-    assert logged == [("boxed/share", pytest.approx(2 / 3))]
+    assert logged == [("share", pytest.approx(2 / 3))]
 
 
 def test_the_dpo_loss_of_how_to_add_has_its_value():

@@ -2,7 +2,8 @@
 
 The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that only
 this process holds open, so that nothing outlives a server that is killed. In `function_worker.py`,
-a process that user code cannot block watches the other end of the pipe.
+a process that user code cannot block watches the other end of the pipe. What the functions print
+passes through this process (`printed.py`), so that the log stays bounded.
 """
 
 import os
@@ -14,14 +15,18 @@ from contextlib import suppress
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 import msgspec
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from actors.rewards.function_worker import MAX_LINE, ScoreJob, WorkerMessage
+from actors.rewards.printed import Relay
 from protocol.errors import RewardError
 
 LOAD_TIMEOUT_S = 300.0
 MAX_STARTS = 3
+LAST_WORDS_S = 1.0
+STDERR = 2
 
 
 class WorkerDied(Exception):
@@ -36,6 +41,7 @@ class WorkerProcess:
         self._process: anyio.abc.Process | None = None
         self._output: BufferedByteReceiveStream | None = None
         self._lifeline = -1
+        self._printed: Relay | None = None
         self.names: list[str] = []
 
     @property
@@ -61,6 +67,8 @@ class WorkerProcess:
 
     async def _start(self) -> None:
         guarded, self._lifeline = os.pipe()
+        printed, output = os.pipe()
+        self._printed = Relay(printed, STDERR)
         worker = [sys.executable, "-m", "actors.rewards.function_worker"]
         try:
             with anyio.CancelScope(shield=True):  # a half-started process could not be killed
@@ -68,7 +76,7 @@ class WorkerProcess:
                     [*worker, str(guarded), *self._functions],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=None,
+                    stderr=output,
                     start_new_session=True,
                     pass_fds=[guarded],
                 )
@@ -77,6 +85,7 @@ class WorkerProcess:
                 self._output = BufferedByteReceiveStream(process.stdout)
         finally:
             os.close(guarded)
+            os.close(output)
 
         try:
             with anyio.fail_after(LOAD_TIMEOUT_S):
@@ -122,6 +131,7 @@ class WorkerProcess:
         """Kill the worker and everything that it started, whatever they are doing."""
         process, self._process, self._output = self._process, None, None
         lifeline, self._lifeline = self._lifeline, -1
+        printed, self._printed = self._printed, None
 
         if process is not None:
             with suppress(ProcessLookupError):
@@ -131,3 +141,7 @@ class WorkerProcess:
                 await process.aclose()
         if lifeline >= 0:
             os.close(lifeline)
+        if printed is not None:
+            # So that a worker's last words come before what is logged of its end.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(printed.wait, LAST_WORDS_S)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 import anyio
@@ -44,14 +45,19 @@ class Scores:
         outcomes = [self.outcomes.get(index, RewardOutcome()) for index in range(len(names))]
         faults = [self.faults.get(index) or outcome.fault for index, outcome in enumerate(outcomes)]
 
-        metrics = join_lists(outcome.log_metric for outcome in outcomes)
+        logged = zip(names, outcomes, strict=True)
         no_rewards: list[float | None] = [None] * count
         return ScoreReply(
             id=request_id,
             names=names,
             rewards=[no_rewards if o.rewards is None else o.rewards for o in outcomes],
             log_extra=join_lists(outcome.log_extra for outcome in outcomes),
-            log_metric={name: sum(numbers) / len(numbers) for name, numbers in metrics.items()},
+            log_metric={
+                # Functions that use the same name do not mean the same number.
+                f"{function}/{name}": fmean(numbers)
+                for function, outcome in logged
+                for name, numbers in outcome.log_metric.items()
+            },
             faults=[fault for fault in faults if fault is not None],
             elapsed_s=elapsed_s,
         )

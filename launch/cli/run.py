@@ -48,7 +48,7 @@ def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
     except KeyboardInterrupt:  # before the supervisor listened for it
         status = INTERRUPTED
 
-    saved = any((folder / "checkpoints").glob("*"))
+    saved = any((folder / "checkpoints").glob("step-*/state.json"))
     try:
         # A resume that was refused leaves the run as it was.
         if not restore_settings(folder):

@@ -24,7 +24,7 @@ class Follower:
         self._events = EventTail(folder)
 
     def __enter__(self) -> Self:
-        self._metrics.read()  # written by an earlier learner, and shown then
+        self._metrics.skip()  # written by an earlier learner, and shown then
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ On a terminal, a panel (rich) that is redrawn as lines arrive; elsewhere, one li
 
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -17,10 +18,12 @@ from rich.text import Text
 
 from launch.pages.followers import Follower
 from launch.run_folder.tail import number
+from protocol.errors import ConfigError
 from protocol.run_record import (
     RUN,
     AnyEvent,
     CheckpointFailed,
+    CheckpointSaved,
     EvaluationFinished,
     EvaluationStarted,
     Notice,
@@ -120,9 +123,9 @@ class Progress(Follower):
             self.say(f"evaluating step {self._evaluating}")
 
     def on_event(self, event: AnyEvent) -> None:
-        """Show notices, failed checkpoints and times of start, and note evaluations."""
+        """Show notices, times of start, and whether saving fails or works; note evaluations."""
         match event:
-            case Notice() | CheckpointFailed() | StartUp():
+            case Notice() | CheckpointFailed() | CheckpointSaved(again=True) | StartUp():
                 self.say(event.text)
             case EvaluationStarted():
                 self._evaluating = event.step
@@ -134,7 +137,8 @@ class Progress(Follower):
     def on_metrics(self, line: dict[str, Any]) -> None:
         """Add a line of metrics to the curves; without a terminal, show it."""
         if self._max_steps < 1 and (self.folder / RUN).exists():
-            self._max_steps = read_run(self.folder).total_steps or -1
+            with suppress(ConfigError):  # damaged: the run goes on, only the total is unknown
+                self._max_steps = read_run(self.folder).total_steps or -1
 
         # Actors may finish an evaluation after later steps, whose line must not set the step back.
         step, seconds = number(line, "step"), number(line, "time_s")

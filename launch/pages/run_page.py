@@ -12,10 +12,12 @@ from typing import Any, cast
 from launch.pages.charts import line_chart
 from launch.pages.html import page, points, prompt_text, table
 from launch.run_folder.tail import number, parse_lines
+from protocol.errors import ConfigError
 from protocol.run_record import (
     EVENTS,
     RUN,
     CheckpointFailed,
+    CheckpointSaved,
     Fault,
     Restart,
     StartUp,
@@ -82,7 +84,11 @@ def _about(folder: Path) -> str:
     if not (folder / RUN).exists():
         return ""
 
-    record = read_run(folder)
+    try:
+        record = read_run(folder)
+    except ConfigError as error:  # the other files have the curves
+        return f"<p>{escape(str(error))}</p>"
+
     steps = f" of {record.total_steps} steps" if record.total_steps is not None else ""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     state = record.state.replace("_", " ")
@@ -97,10 +103,14 @@ def _start(folder: Path) -> str:
 
 
 def _troubles(folder: Path) -> str:
-    """Return what went wrong, in order."""
-    events = parse_events(_bytes(folder / EVENTS))
-    found = [each for each in events if isinstance(each, CheckpointFailed | Fault | Restart)]
-    items = "".join(f"<li>{escape(event.text)}</li>" for event in found)
+    """Return what went wrong, in order, and that saving works again where it does."""
+    items = ""
+    for event in parse_events(_bytes(folder / EVENTS)):
+        match event:
+            case CheckpointFailed() | CheckpointSaved(again=True) | Fault() | Restart():
+                items += f"<li>{escape(event.text)}</li>"
+            case _:
+                pass
     return f"<h2>Faults</h2><ul>{items}</ul>" if items else ""
 
 

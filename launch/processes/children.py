@@ -18,6 +18,8 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process
 
+from actors.rewards.printed import KEPT_AT_START, shorten
+
 TAIL_BYTES = 262_144  # of a log, in which its ending is looked for
 # Our processes log `date time LEVEL message`; tracebacks and libraries write other lines.
 _ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
@@ -95,10 +97,13 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
     """Spawn a child; its output is appended to `logs/<name>.log`."""
     await anyio.Path(logs).mkdir(parents=True, exist_ok=True)
 
-    # Appended to: a restarted child's log continues its predecessor's.
+    # Appended to: a restarted child's log continues its predecessor's. Read from by reward servers,
+    # which shorten it while they run; what they keep is longer than what is there at their start,
+    # so that their own ending never lies before `log_start`.
     path = logs / f"{spec.name}.log"
-    with path.open("ab") as log:
-        log_start = log.tell()
+    with path.open("a+b") as log:
+        shorten(log.fileno(), KEPT_AT_START)
+        log_start = log.seek(0, os.SEEK_END)
         process = await anyio.open_process(
             list(spec.command),
             stdin=subprocess.PIPE,

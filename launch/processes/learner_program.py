@@ -17,7 +17,7 @@ from protocol.run_record import (
     Fault,
     Notice,
     State,
-    append_event,
+    append_events,
     change_state,
     record_event,
 )
@@ -55,7 +55,7 @@ class NoticeHandler(logging.Handler):
 
         level = "warning" if record.levelno >= logging.WARNING else "info"
         with suppress(OSError):  # a full disk; the message is in the log
-            append_event(self._folder, Notice(level=level, message=text))
+            append_events(self._folder, [Notice(level=level, message=text)])
 
 
 def arguments(description: str | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Reads a run's files while they are written: partial and damaged lines are left out."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ class LineTail:
         self._offset = offset
         self._inode: int | None = None
 
-    def read(self) -> bytes:
-        """Return the lines that were completed since the last call."""
+    def lines(self) -> Generator[bytes]:
+        """Read the lines that were completed since the last call, one at a time."""
         if not self.path.exists():
-            return b""
+            return
 
         with self.path.open("rb") as file:
             # A resume that leaves lines out replaces the file: another inode.
@@ -35,12 +36,11 @@ class LineTail:
                 self._offset = 0
             self._inode = inode
             file.seek(self._offset)
-            data = file.read()
-
-        # What follows the last newline is still being written.
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        return data[:end]
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # it is still being written
+                self._offset += len(line)
+                yield line
 
 
 class JsonTail:
@@ -53,11 +53,15 @@ class JsonTail:
         self._lines = LineTail(path)
         self._seen: set[int] = set()
 
+    def skip(self) -> None:
+        """Count what is there as returned."""
+        self._seen.update(map(hash, self._lines.lines()))
+
     def read(self) -> list[dict[str, Any]]:
         """Return the objects that were completed since the last call."""
-        lines = [line for line in self._lines.read().splitlines() if hash(line) not in self._seen]
+        lines = [line for line in self._lines.lines() if hash(line) not in self._seen]
         self._seen.update(map(hash, lines))
-        return parse_lines(b"\n".join(lines))
+        return parse_lines(b"".join(lines))
 
 
 class EventTail:
@@ -69,7 +73,7 @@ class EventTail:
 
     def read(self) -> list[AnyEvent]:
         """Return the events that were completed since the last call."""
-        return parse_events(self._lines.read())
+        return parse_events(b"".join(self._lines.lines()))
 
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import structs
 
-from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint
+from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint, remove_unfinished
 from learner.model.logprobs import Head
 from learner.model.memory import estimate_memory, warn_if_too_large
 from learner.model.reference import Reference
@@ -74,6 +74,7 @@ def resume_point(run: Path, policy: LoadedPolicy, reference: Reference | None) -
     tokenizer or reference.
     """
     found = run / "checkpoints"
+    remove_unfinished(found)  # this learner holds the run's lock
     if not checkpoints(found):
         return None
     checkpoint = load_checkpoint(found)
@@ -82,12 +83,13 @@ def resume_point(run: Path, policy: LoadedPolicy, reference: Reference | None) -
         theirs = checkpoint.state.get(name, "none")
         if theirs != ours:
             raise CheckpointError(
-                f"The checkpoint in {found} was made with {name} {theirs}, this run has {ours}. "
-                "Resume with the model, dtype, adapter and reference that the run began with."
+                f"The checkpoint {checkpoint.path} was made with {name} {theirs}, this run has "
+                f"{ours}. Resume with the model, dtype, adapter and reference that the run began "
+                "with."
             )
 
     load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
-    log.info("resuming from step %d of %s", checkpoint.step, found)
+    log.info("resuming from step %d: %s", checkpoint.step, checkpoint.path)
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from learner.build.common import (
     schedule_of,
     started_at,
 )
+from learner.checkpoint import restoring
 from learner.model.logprobs import Head
 from learner.model.reference import Reference, make_reference
 from learner.model.trials import choose_head
@@ -98,7 +99,8 @@ def assemble_offline(
 
     trainer.stopping = stopped()
     if checkpoint is not None:
-        source.restore(checkpoint.source)
+        with restoring(checkpoint) as position:
+            source.restore(position)
         trainer.restore(checkpoint)
         trainer.undo_records()
     done("preparation")

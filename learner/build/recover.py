@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from learner.checkpoint import Checkpoint, checkpoints
+from learner.checkpoint import Checkpoint, checkpoints, restoring
 from learner.data.prompts import PromptSource
 from learner.ledger.events import LedgerEvent
 from learner.ledger.journal import Entry, JournalIdentity, JournalWriter, segments, set_aside
@@ -25,7 +25,7 @@ from learner.online.experience import CoordinatorState
 from learner.online.recovery import History, Recovered, follow
 from learner.online.source import snapshot_path
 from protocol.config.settings import OnlineRun, builtins
-from protocol.errors import CheckpointError, JournalError, SnapshotError
+from protocol.errors import JournalError, SnapshotError
 from protocol.hosts import boot_id
 from protocol.messages.messages import Policy
 from protocol.model.policy import LoadedPolicy
@@ -87,7 +87,8 @@ def continue_run(
     are still there keep their leases, and deliver what they hold. Otherwise a new one begins.
     Raises CheckpointError or JournalError if these files are not this run's.
     """
-    state = decode_state(checkpoint)
+    with restoring(checkpoint) as source:
+        state = msgspec.msgpack.decode(source, type=CoordinatorState)
     journal = journal_folder(folder)
     history = History.of_checkpoint(state, prompts, prompts.evaluation)
     reader = JournalReader(journal, state.journal)
@@ -137,17 +138,6 @@ def drop_segments(folder: Path, keep: int) -> None:
     newest = checkpoints(folder / "checkpoints")[-keep:]
     if newest:
         drop_before(journal_folder(folder), int(newest[0].name.removeprefix("step-")))
-
-
-def decode_state(checkpoint: Checkpoint) -> CoordinatorState:
-    """Return the coordinator's part of a checkpoint."""
-    try:
-        return msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(
-            f"source.msgpack of the checkpoint of step {checkpoint.step} cannot be read: {error}. "
-            "Delete that checkpoint to continue from the one before it"
-        ) from error
 
 
 def _entries(reader: JournalReader) -> Iterator[Entry]:

@@ -37,7 +37,8 @@ def advantages(
     `groups` (N,) is the group of each; groups may differ in size. `weights` (F,) default to 1.
     Deviations are Bessel-corrected and 1e-4 is added to them; a group with one rewarded completion
     gets advantage 0. `normalize_then_sum` is GDPO: each function is normalised within groups, then
-    their weighted sum over the batch.
+    their weighted sum over the batch. Where a group's rewards are all equal, its advantages are
+    exactly 0; in TRL, rounding may leave up to about 1e-4.
     """
     table = np.asarray(rewards, np.float64)
     scale = np.asarray(weights if weights is not None else [1.0] * table.shape[1], np.float64)
@@ -45,6 +46,7 @@ def advantages(
     deviations = _per_group(total, groups, _std)
 
     if aggregation == "sum_then_normalize":
+        equal = _per_group(total, groups, _range) <= _rounding(table * scale)
         result = total - _per_group(total, groups, _mean)
         if scale_rewards == "group":
             result = result / (deviations + EPSILON)
@@ -52,6 +54,7 @@ def advantages(
             deviations = np.full(len(total), _std(total))
             result = result / (deviations + EPSILON)
     else:
+        equal = np.all([_per_group(c, groups, _range) == 0 for c in table.T], axis=0)
         columns = [
             (c - _per_group(c, groups, _mean)) / (_per_group(c, groups, _std) + EPSILON)
             for c in table.T
@@ -60,7 +63,8 @@ def advantages(
         deviations = np.full(len(total), _std(summed))
         result = (summed - _mean(summed)) / (deviations + EPSILON)
 
-    return Advantages(np.nan_to_num(result, nan=0.0), _metrics(table, total, deviations, names))
+    result = np.where(equal | np.isnan(result), 0.0, result)
+    return Advantages(result, _metrics(table, total, deviations, names))
 
 
 def _metrics(
@@ -95,6 +99,22 @@ def _mean(values: Floats) -> float:
 def _std(values: Floats) -> float:
     valid = values[~np.isnan(values)]
     return float(valid.std(ddof=1)) if valid.size > 1 else np.nan
+
+
+def _range(values: Floats) -> float:
+    valid = values[~np.isnan(values)]
+    return float(valid.max() - valid.min()) if valid.size else 0.0
+
+
+def _rounding(weighted: Floats) -> Floats:
+    """Return by how much equal sums of rewards (N, F) may differ, for each completion (N,).
+
+    Rewards travel in float32: 0.1 + 0.2 and 0.3 + 0 are sums of rounded numbers. One number is not
+    rounded differently from its equals.
+    """
+    if weighted.shape[1] < 2:
+        return np.zeros(len(weighted))
+    return np.nansum(np.abs(weighted), axis=1) * np.finfo(np.float32).eps
 
 
 def _per_group(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NotRequired
 
 import mlx.core as mx
@@ -119,7 +120,16 @@ def batch_metrics(batch: TrainBatch, completions: Completions) -> dict[str, floa
         "batch_tokens": float(lengths.sum() + sum(len(p) for p in completions.prompts)),
     }
 
+    return metrics | _logged_by_functions(batch)
+
+
+def _logged_by_functions(batch: TrainBatch) -> dict[str, float]:
+    """Return the metrics that reward functions logged: means over the groups that have them.
+
+    The prefix keeps them apart from the run's own, whatever their names.
+    """
+    found: dict[str, list[float]] = {}
     for item in batch.groups:
         for name, value in item.group.reward.log_metric.items():
-            metrics[name] = metrics.get(name, 0.0) + value / len(batch.groups)
-    return metrics
+            found.setdefault(f"log_metric/{name}", []).append(value)
+    return {name: fmean(values) for name, values in found.items()}

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -126,10 +127,16 @@ def write_snapshot(path: str | Path, model: nn.Module, version: int) -> Written:
     return Written(version=version, digests=digests, size=size)
 
 
-def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> int:
+def write_tensors(
+    path: str | Path,
+    arrays: dict[str, mx.array],
+    metadata: dict[str, str],
+    written: Callable[[bytes | memoryview], object] = lambda _: None,
+) -> int:
     """Write a safetensors file under a temporary name, then rename it; returns its size in bytes.
 
-    Raises SnapshotError, and leaves nothing behind, if it cannot be written.
+    `written` is told of all bytes in order, to hash them for example. Raises SnapshotError, and
+    leaves nothing behind, if the file cannot be written.
     """
     path = Path(path)
     raw = _raw_bytes(arrays)
@@ -148,14 +155,15 @@ def write_tensors(path: str | Path, arrays: dict[str, mx.array], metadata: dict[
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned to 8 bytes
-    size = 8 + len(head) + offset
+    head = len(head).to_bytes(8, "little") + head
+    size = len(head) + offset
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for name in names:
-                file.write(raw[name])
+            for part in (head, *(raw[name] for name in names)):
+                file.write(part)
+                written(part)
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)

@@ -95,13 +95,18 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path):
 
 
 def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """An unfinished checkpoint is nothing to resume from."""
+
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch.cli.run.anyio, "run", interrupted)
     flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
     run, folder = read_command_line(PreferenceRun, flags, "")
+    (folder / "checkpoints/.step-000002.77").mkdir(parents=True)
+    (folder / "checkpoints/step-000001").mkdir()
     assert supervise(folder, run, offline_processes(run, folder)) == INTERRUPTED
     assert read_run(folder).state == "failed_to_start"
+    assert "resume:" not in capsys.readouterr().out

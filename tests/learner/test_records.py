@@ -1,12 +1,23 @@
 """What a run writes as it goes."""
 
 import json
+import resource
+import tracemalloc
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from launch.run_folder.tail import JsonTail
 from learner.records import Records, move_lines
-from protocol.run_record import cut_partial_line
+from protocol.run_record import (
+    BLOCK,
+    CheckpointFailed,
+    CheckpointSaved,
+    cut_partial_line,
+    parse_events,
+)
 
 
 def test_lines_are_appended_whole_and_what_is_not_finite_is_null(tmp_path):
@@ -29,6 +40,59 @@ def test_a_line_that_a_killed_writer_left_is_cut_off(tmp_path):
     cut_partial_line(whole)
     assert whole.read_text() == '{"step":1}\n'
     cut_partial_line(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("partial", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 5])
+@pytest.mark.parametrize("whole", [b"", b"\n", b"a\n" * BLOCK])
+def test_partial_lines_of_any_length_are_cut_off(tmp_path, whole, partial):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(whole + b"x" * partial)
+    cut_partial_line(path)
+    assert path.read_bytes() == whole
+
+
+def test_no_file_of_a_long_run_is_held_in_memory(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    line = json.dumps({"kind": "train", "trained_at": 7, "text": "x" * 2000}) + "\n"
+    path.write_text(line * 4000 + '{"kind"')
+    tracemalloc.start()
+    try:
+        Records(tmp_path, started_at=0.0).undo(5, 5)
+        Records(tmp_path, started_at=0.0).undo(5, 5)
+        JsonTail(tmp_path / "rollouts.undone.jsonl").skip()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "rollouts.undone.jsonl").read_text() == line * 4000
+    assert path.read_bytes() == b""
+    assert peak < 1 << 20  # of 8 MB
+
+
+@contextmanager
+def full_disk(size: int) -> Generator[None]:
+    """Let no file of this process grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 10, 150])
+def test_events_that_a_full_disk_refuses_follow_once_there_is_room(tmp_path, room):
+    records, path = Records(tmp_path, started_at=0.0), tmp_path / "events.jsonl"
+    records.event(CheckpointSaved(step=1, path="a"))
+    before = path.read_bytes()
+    failed = [CheckpointFailed(step=step, reason="the disk is full") for step in (2, 3)]
+    with full_disk(len(before) + room):
+        records.event(failed[0])
+        assert path.read_bytes().startswith(before)
+        records.event(failed[1])
+    last = CheckpointSaved(step=4, path="b", again=True)
+    records.event(last)
+    assert parse_events(path.read_bytes())[1:] == [*failed, last]
+    assert path.read_bytes().count(b"\n") == 4  # no line was torn or written twice
 
 
 METRICS = [

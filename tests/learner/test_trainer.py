@@ -204,6 +204,21 @@ def test_a_save_that_fails_on_the_way_is_logged_and_the_last_one_is_an_error(tmp
         run(made)
 
 
+def test_the_first_save_that_works_again_says_so(tmp_path):
+    made = trainer(tmp_path, [], [1, 2, 3], save_steps=1)
+    (tmp_path / "checkpoints").write_text("no room for a folder")
+    made.advance()
+    (tmp_path / "checkpoints").unlink()
+    made.advance()
+    made.advance()
+    events = parse_events((tmp_path / "events.jsonl").read_bytes())
+    assert isinstance(events[0], CheckpointFailed)
+    assert [event.text for event in events[1:]] == [
+        "saving works again: saved checkpoints/step-000002",
+        "saved checkpoints/step-000003",
+    ]
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     whole = trainer(tmp_path / "a", [], [1, 2, 3, 4], save_steps=2)
     run(whole)

@@ -138,3 +138,9 @@ def logs_too_much(completions, log_extra, **kwargs):
 
 def step(completions, trainer_state, **kwargs):
     return [float(trainer_state.global_step)] * len(completions)
+
+
+def prints_and_raises(completions, **kwargs):
+    for number in range(32 << 10):
+        print(f"{number:06}", "x" * 1016)
+    raise ValueError("after all that")

@@ -170,7 +170,7 @@ async def test_logs_are_merged_and_bounded():
     async with serving("logs", "logs_too", "logs_too_much") as (_, socket):
         reply = await score(socket)
     assert reply["log_extra"] == {"seen": ["a", "bb", 0, 0]}
-    assert reply["log_metric"] == {"accuracy": 0.5}
+    assert reply["log_metric"] == {"logs/accuracy": 1.0, "logs_too/accuracy": 0.0}
     assert [(f["function"], f["kind"]) for f in reply["faults"]] == [("logs_too_much", "contract")]
 
 

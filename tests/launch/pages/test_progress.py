@@ -9,6 +9,7 @@ from launch.pages.followers import Follower, Sink
 from launch.pages.progress import Progress, duration, sparkline
 from protocol.run_record import (
     CheckpointFailed,
+    CheckpointSaved,
     EvaluationFinished,
     EvaluationStarted,
     Notice,
@@ -155,14 +156,26 @@ def test_an_evaluation_that_takes_its_time_is_shown_and_no_time_is_left_after_th
     ]
 
 
-def test_a_checkpoint_that_failed_is_shown_once(tmp_path: Path):
+def test_a_checkpoint_that_failed_is_shown_once_and_that_saving_works_again(tmp_path: Path):
     out = io.StringIO()
     with Progress(tmp_path, max_steps=9, out=out) as progress:
         record_event(tmp_path, CheckpointFailed(step=3, reason="the disk is full"))
         progress.update()
         progress.update()
-    said = "step 3: training goes on without this checkpoint: the disk is full"
-    assert out.getvalue().splitlines()[1:] == [said]
+        record_event(tmp_path, CheckpointSaved(step=6, path="checkpoints/step-000006", again=True))
+        record_event(tmp_path, CheckpointSaved(step=9, path="checkpoints/step-000009"))
+    assert out.getvalue().splitlines()[1:] == [
+        "step 3: training goes on without this checkpoint: the disk is full",
+        "saving works again: saved checkpoints/step-000006",
+    ]
+
+
+def test_a_damaged_run_json_does_not_stop_the_display(tmp_path: Path):
+    (tmp_path / "run.json").write_text("")
+    out = io.StringIO()
+    with Progress(tmp_path, out=out):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert out.getvalue().splitlines()[1:] == ["step 1  loss 0.5"]
 
 
 def test_a_sink_is_given_each_line_and_event_once_in_order(tmp_path: Path):

@@ -14,6 +14,7 @@ from launch.pages.html import prompt_text
 from launch.pages.run_page import write_report
 from protocol.run_record import (
     CheckpointFailed,
+    CheckpointSaved,
     Notice,
     Restart,
     RunRecord,
@@ -74,7 +75,9 @@ def test_the_page_says_what_ran_how_it_ended_and_what_went_wrong(tmp_path: Path)
     record_event(tmp_path, Notice(level="info", message="seven rows"))
     record_event(tmp_path, StartUp(process="a", parts={"model": 1.5, "first tokens": 2.0}))
     record_event(tmp_path, StartUp(process="<b>", parts={"model": 1.0, "first step": 3.0}))
+    record_event(tmp_path, CheckpointSaved(step=2, path="checkpoints/step-000002"))
     record_event(tmp_path, CheckpointFailed(step=4, reason="<full>"))
+    record_event(tmp_path, CheckpointSaved(step=6, path="checkpoints/step-000006", again=True))
     record_event(
         tmp_path,
         Restart(process="actor-1", reason="SIGKILL", attempt=1, max_restarts=3, delay_s=0.5),
@@ -83,6 +86,7 @@ def test_the_page_says_what_ran_how_it_ended_and_what_went_wrong(tmp_path: Path)
     assert "<p>grpo run of 9 steps, stopped; mlx 0.32.0, mlx-lm 0.32.1</p>" in page
     assert (
         "<ul><li>step 4: training goes on without this checkpoint: &lt;full&gt;</li>"
+        "<li>saving works again: saved checkpoints/step-000006</li>"
         "<li>actor-1 ended with SIGKILL; restart 1 of 3 in 0.5 s</li></ul>"
     ) in page
     assert (
@@ -121,3 +125,16 @@ def test_an_empty_run_gives_a_page_and_a_missing_one_an_error(tmp_path: Path):
 @pytest.mark.parametrize("prompt", ["plain", None, [{"role": "user"}, 3]])
 def test_any_prompt_has_a_text(prompt: object):
     assert isinstance(prompt_text(prompt), str)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"program": "gr', '{"state": "running"}', "[]"])
+def test_a_damaged_run_json_is_named_and_the_rest_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+):
+    (tmp_path / "run.json").write_text(damaged)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    assert report.main() == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f"<p>{tmp_path}/run.json is damaged: " in page
+    assert "loss: 0.5 first, 0.25 last" in page

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+
 from launch.run_folder.resume import (
     accept_settings,
     changed_settings,
     prepare_resume,
+    require_program,
     restore_settings,
 )
 from protocol.config.load import load, to_toml
 from protocol.config.settings import SftRun
+from protocol.errors import ConfigError
 from protocol.run_record import RunRecord, StateChanged, parse_events, read_run, write_run
 
 FLAGS = ["--model.path=m", "--data.path=d"]
@@ -52,3 +56,12 @@ def test_refused_settings_are_undone_and_events_keep_their_history(tmp_path: Pat
     assert states == ["finished", "starting", "finished", "starting"]  # the partial line is gone
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["config.toml", "events.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize("damaged", ["", '{"program": "s', "[]"])
+def test_a_damaged_run_json_is_an_error_that_says_how_to_repair_it(tmp_path: Path, damaged: str):
+    (tmp_path / "run.json").write_text(damaged)
+    with pytest.raises(ConfigError, match=r'run\.json is damaged: .*write \{"program": "grpo"\}'):
+        require_program(tmp_path, "sft")
+    (tmp_path / "run.json").write_text('{"program": "sft"}')
+    require_program(tmp_path, "sft")

@@ -57,3 +57,49 @@ def test_normalize_then_sum():
     summed = np.array([-z, z, -y, y])
     expected = summed / (summed.std(ddof=1) + 1e-4)
     assert result.advantages == pytest.approx(expected)
+
+
+# Weighted rewards (reward, weight, size of the group) whose float64 mean differs from each of them.
+BITING = [(8.1, 0.9, 3), (4.2, 1.4, 3), (1.4, 2.6, 3), (5.3, 1.3, 3), (7.8, 0.7, 3), (7.1, 2.2, 3)]
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize(("reward", "weight", "size"), [*BITING, (0.1, 1.0, 8)])
+def test_equal_rewards_have_advantage_zero_whatever_rounding_says(
+    aggregation, scale_rewards, reward, weight, size
+):
+    """Beside a group of other rewards, whose own advantages are not zero."""
+    column = np.array([reward] * size + [0.1, 0.7, 0.9], np.float32)
+    groups = np.array([0] * size + [1, 1, 1])
+    result = advantages(
+        column[:, None],
+        groups=groups,
+        names=["f"],
+        weights=[weight],
+        scale_rewards=scale_rewards,
+        aggregation=aggregation,
+    )
+    assert result.advantages[:size].tolist() == [0.0] * size
+    assert np.abs(result.advantages[size:]).min() > 0.01
+
+
+def test_the_values_above_are_such_that_rounding_bites():
+    for reward, weight, size in BITING:
+        values = np.full(size, np.float64(np.float32(reward)) * weight)
+        assert values.mean() != values[0]
+
+
+def test_sums_of_rounded_rewards_are_equal_and_what_float32_tells_apart_is_not():
+    rewards = np.array([[0.1, 0.2], [0.3, 0.0], [0.2, 0.1]], np.float32)
+    groups = np.zeros(3, int)
+    result = advantages(rewards, groups=groups, names=["f", "g"], scale_rewards="none")
+    assert len(set(rewards.astype(np.float64).sum(axis=1))) == 2  # by 7e-9
+    assert result.advantages.tolist() == [0.0, 0.0, 0.0]
+    ulp = np.spacing(np.float32(0.3))
+    apart = np.array([[0.3], [np.float32(0.3) + ulp]], np.float32)
+    result = advantages(apart, groups=groups[:2], names=["f"], scale_rewards="none")
+    assert result.advantages == pytest.approx([-ulp / 2, ulp / 2])
+    rewards[0, 0] += 1e-6
+    result = advantages(rewards, groups=groups, names=["f", "g"], scale_rewards="none")
+    assert result.advantages[0] == pytest.approx(2e-6 / 3, rel=0.05)

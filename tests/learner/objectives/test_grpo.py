@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec import structs
 
 from learner.data.prompts import Prompt
 from learner.losses.metrics import Metrics, finish_metrics, merge_metrics
@@ -253,3 +254,20 @@ def test_a_rollout_line_has_identity_spans_times_and_the_asked_texts():
     assert line["rewards"] == [[1.0], [None]]
     assert line["completions"] == ["w5"]
     assert (line["lengths"], line["finish_reasons"]) == ([1, 2], ["stop", "length"])
+
+
+def test_what_functions_log_cannot_overwrite_the_runs_own_metrics():
+    """Each name's mean is over the groups that have it."""
+    names = ("step", "time_s", "batch_tokens", "eval/loss", "reward", "rewards/f/mean", "f/share")
+    logged = [dict.fromkeys(names, 99.0), {"f/share": 1.0}]
+    found: list[dict[str, float]] = []
+    for logs in ([{}, {}], logged):
+        groups: list[PromptGroup] = []
+        for number, each in enumerate(logs):
+            item = group(number, [[0.0], [1.0]], [2, 3])
+            reward = structs.replace(item.group.reward, log_metric=each)
+            made = structs.replace(item.group, reward=reward)
+            groups.append(PromptGroup(item.prompt, made))
+        found.append(objective().prepare(TrainBatch(groups=groups, trained_at=3)).metrics)
+    ours = {f"log_metric/{name}": 99.0 for name in names} | {"log_metric/f/share": 50.0}
+    assert found[1] == found[0] | ours
