@@ -58,6 +58,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
     """Serve the prompts until all are answered; write pairs and their counts; say how it ended."""
     # Here, because these imports load MLX, which start_process prepares.
     from learner.build import online
+    from learner.build.grpo_run import total_batches
     from learner.data.prompts import open_prompts
     from learner.ledger.ledger import Ledger
     from learner.online.commands import Command, Reply
@@ -76,7 +77,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
         epochs=epochs(settings),
         batch_size=settings.train.batch_size,
     )
-    total = online.total_batches(settings, prompts)
+    total = total_batches(settings, prompts)
 
     addresses = online.OnlineAddresses(args.endpoint, args.snapshots, args.rewards)
     plan = online.OnlinePlan(args.run_dir, addresses, settings, model, policy, prompts, total)

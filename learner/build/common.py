@@ -79,6 +79,16 @@ def resume_point(run: Path, policy: LoadedPolicy, reference: Reference | None) -
         return None
     checkpoint = load_checkpoint(found)
 
+    require_same_inputs(checkpoint, policy, reference)
+    load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
+    log.info("resuming from step %d: %s", checkpoint.step, checkpoint.path)
+    return checkpoint
+
+
+def require_same_inputs(
+    checkpoint: Checkpoint, policy: LoadedPolicy, reference: Reference | None
+) -> None:
+    """Raise CheckpointError if a checkpoint is of another model, tokenizer or reference."""
     for name, ours in run_digests(policy, reference).items():
         theirs = checkpoint.state.get(name, "none")
         if theirs != ours:
@@ -87,10 +97,6 @@ def resume_point(run: Path, policy: LoadedPolicy, reference: Reference | None) -
                 f"{ours}. Resume with the model, dtype, adapter and reference that the run began "
                 "with."
             )
-
-    load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
-    log.info("resuming from step %d: %s", checkpoint.step, checkpoint.path)
-    return checkpoint
 
 
 def run_digests(policy: LoadedPolicy, reference: Reference | None) -> dict[str, str]:

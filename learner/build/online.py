@@ -8,26 +8,20 @@ launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `ne
 # (mlx is only partly typed)
 
 import logging
-import math
 import platform
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-import mlx.core as mx
 
 from learner.build.common import (
     Run,
-    new_step,
     resume_point,
-    run_digests,
-    schedule_of,
     started_at,
 )
-from learner.build.forward import Forward, choose_forward, longest_prompt
+from learner.build.forward import choose_forward, longest_prompt
+from learner.build.grpo_run import LoadedRun, describe_with, load_run, new_trainer
 from learner.build.recover import (
     Continued,
     begin_run,
@@ -37,23 +31,18 @@ from learner.build.recover import (
 )
 from learner.build.rehearsal import rehearsal
 from learner.checkpoint import Checkpoint
-from learner.data.prompts import PromptSource, open_prompts
+from learner.data.prompts import PromptSource
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
-from learner.model.reference import Reference, make_reference
-from learner.objectives.grpo import GrpoObjective
 from learner.online.commands import Command, Reply
 from learner.online.coordinator import Coordinator
 from learner.online.evaluation import OnlineEvaluator
-from learner.online.experience import PromptGroup, TrainBatch
+from learner.online.experience import TrainBatch
 from learner.online.in_process import InProcess
-from learner.online.rollout_lines import Decoder, rollout_line
 from learner.online.service import LearnerService
 from learner.online.source import OnlineSource
 from learner.records import Records
 from learner.trainer import Trainer
-from protocol.config.idle import idle
-from protocol.config.load import load
 from protocol.config.settings import (
     GrpoRun,
     ModelSettings,
@@ -61,11 +50,10 @@ from protocol.config.settings import (
     builtins,
     narrowed,
 )
-from protocol.errors import ConfigError
 from protocol.messages.messages import Welcome
 from protocol.messages.parts import RewardService, Sampling
 from protocol.model.device_memory import visible_device
-from protocol.model.policy import LoadedPolicy, load_policy
+from protocol.model.policy import LoadedPolicy
 from protocol.transport.bridge import Bridge
 
 log = logging.getLogger("pippin.learner")
@@ -112,31 +100,15 @@ def assemble_online(
 
     `done` is told of each stage that has ended, by name.
     """
-    settings = load(GrpoRun, folder / "config.toml")
-    for line in idle(settings):
-        log.warning(line)
-
-    mx.random.seed(settings.run.seed)  # for dropout
-    policy = load_policy(settings.model, seed=settings.run.seed)
-    reference = make_reference(policy, settings.model) if settings.objective.beta > 0 else None
-    done("model")
-    prompts = open_prompts(
-        settings.data,
-        policy.tokenizer,
-        seed=settings.run.seed,
-        epochs=None if settings.train.max_steps >= 0 else settings.train.num_train_epochs,
-        batch_size=settings.train.batch_size,
-        repeat_sampler=True,
-    )
-    done("data")
-    total = total_batches(settings, prompts)
+    loaded = load_run(folder, done)
+    settings, policy, prompts = loaded.settings, loaded.policy, loaded.prompts
     model = narrowed(settings.model, ModelSettings)
     shared = InProcess() if addresses.colocate else None
-    plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, total, shared)
-    checkpoint = resume_point(folder, policy, reference)
+    plan = OnlinePlan(folder, addresses, settings, model, policy, prompts, loaded.total, shared)
+    checkpoint = resume_point(folder, policy, loaded.reference)
 
     prompt = longest_prompt(settings.data, prompts)
-    forward = choose_forward(settings, policy, reference, prompt)
+    forward = choose_forward(settings, policy, loaded.reference, prompt)
     limits, identity = ledger_settings(plan), journal_identity(folder, settings, policy)
     if checkpoint is None:
         continued = begin_run(folder, limits, identity)
@@ -154,7 +126,9 @@ def assemble_online(
     if settings.run.journal == "recovery":
         service.drop_old_segments = partial(drop_segments, folder, settings.run.save_total_limit)
     source = _new_source(plan, bridge, continued)
-    trainer = _new_trainer(settings, plan, reference, forward, source, continued)
+    records = Records(folder, started_at(folder))
+    evaluator = _new_evaluator(loaded, source, continued)
+    trainer = new_trainer(loaded, forward, source, records, evaluator)
     if checkpoint is not None:
         _restore(trainer, checkpoint, continued)
 
@@ -199,21 +173,6 @@ def _new_source(
     folder = snapshots if shared is None or plan.addresses.actors else None
     shelf = None if shared is None else shared.shelf
     return OnlineSource(bridge, plan.policy.model, folder, shelf, recovered)
-
-
-def total_batches(settings: OnlineRun, prompts: PromptSource) -> int:
-    """Return the number of batches: `train.max_steps`, or fewer if the prompts end earlier.
-
-    Raises ConfigError if it is unknown before a stream ends.
-    """
-    limits: list[int] = []
-    if settings.train.max_steps >= 0:
-        limits.append(settings.train.max_steps)
-    if prompts.total is not None:
-        limits.append(math.ceil(prompts.total / settings.train.batch_size))
-    if not limits:
-        raise ConfigError("a streamed dataset has no length: set train.max_steps")
-    return min(limits)
 
 
 def new_service(
@@ -299,43 +258,14 @@ def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length
     )
 
 
-def _new_trainer(
-    settings: GrpoRun,
-    plan: OnlinePlan,
-    reference: Reference | None,
-    forward: Forward,
-    source: OnlineSource,
-    continued: Continued,
-) -> Trainer[TrainBatch]:
-    policy, weights = plan.policy, settings.rewards.reward_weights
-
-    def describe(item: PromptGroup, trained_at: int) -> dict[str, Any]:
-        decoder = cast(Decoder, policy.tokenizer)
-        return rollout_line(item, trained_at, decoder, settings.run.log_completions)
-
-    objective = GrpoObjective(
-        settings.objective,
-        settings.train,
-        settings.sampling,
-        settings.rewards,
-        policy.model,
-        forward.head,
-        describe,
-        reference=reference.model if reference is not None else None,
-        share_prompt=forward.share_prompt,
-    )
-    evaluator = OnlineEvaluator(source, weights, describe) if plan.prompts.evaluation else None
-    if evaluator is not None and continued.recovered is not None:
+def _new_evaluator(
+    run: LoadedRun, source: OnlineSource, continued: Continued
+) -> OnlineEvaluator | None:
+    if not run.prompts.evaluation:
+        return None
+    weights = run.settings.rewards.reward_weights
+    evaluator = OnlineEvaluator(source, weights, describe_with(run))
+    if continued.recovered is not None:
         open_round = bool(continued.ledger.state.evals)
         evaluator.pending = open_round or bool(continued.recovered.evaluations)
-    updates = plan.total_batches * settings.objective.num_iterations
-    return Trainer(
-        policy.model,
-        source,
-        objective,
-        new_step(settings, policy, reference, updates),
-        Records(plan.folder, started_at(plan.folder)),
-        schedule_of(settings, plan.total_batches),
-        evaluator,
-        resume_state=run_digests(policy, reference),
-    )
+    return evaluator
