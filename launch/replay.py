@@ -20,8 +20,10 @@ from protocol.config.settings import GrpoRun, builtins
 from protocol.errors import PippinError
 
 if TYPE_CHECKING:
-    from launch.run_folder.resample import Resampler
+    import mlx.core as mx
+
     from learner.build.replay import Replay
+    from learner.online.experience import PromptGroup
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

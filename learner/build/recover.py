@@ -70,7 +70,7 @@ def journal_identity(folder: Path, settings: OnlineRun, policy: LoadedPolicy) ->
 def begin_run(folder: Path, limits: LedgerSettings, identity: JournalIdentity) -> Continued:
     """Begin a run that has no checkpoint; nothing was leased before the first."""
     set_aside(journal_folder(folder), 0)
-    ledger = Ledger.new(limits, folder.name, uuid.uuid4().hex)
+    ledger = Ledger.new(limits, identity.run, uuid.uuid4().hex)
     return Continued(ledger, JournalWriter(journal_folder(folder), identity, 0))
 
 
@@ -89,14 +89,16 @@ def continue_run(
     """
     with restoring(checkpoint) as source:
         state = msgspec.msgpack.decode(source, type=CoordinatorState)
+    identity = msgspec.structs.replace(identity, run=state.ledger.run)
     journal = journal_folder(folder)
     history = History.of_checkpoint(state, prompts, prompts.evaluation)
     reader = JournalReader(journal, state.journal)
-    headers = [h for p in segments(journal) if (h := read_header(p)) and h.first >= state.journal]
-    for header in headers:
+    headers = [header for path in segments(journal) if (header := read_header(path)) is not None]
+    since = [header for header in headers if header.first >= state.journal]
+    for header in since:
         _require_same_run(header.identity, identity, journal)
 
-    if any(header.identity.settings != identity.settings for header in headers):
+    if any(header.identity.settings != identity.settings for header in since):
         return _with_other_settings(folder, history, reader, limits, identity, state)
 
     batches, evaluations = follow(history, _entries(reader))
@@ -145,11 +147,12 @@ def _entries(reader: JournalReader) -> Iterator[Entry]:
 
 
 def _require_same_run(theirs: JournalIdentity, ours: JournalIdentity, journal: Path) -> None:
-    for name in ("model_digest", "tokenizer_digest"):
+    for name in ("run", "model_digest", "tokenizer_digest"):
         if getattr(theirs, name) != getattr(ours, name):
             raise JournalError(
-                f"{journal}: required a journal made with {name} {getattr(ours, name)}, got one "
-                f"with {getattr(theirs, name)}; resume with the model that the run began with"
+                f"{journal}: required a journal whose {name} is {getattr(ours, name)}, as the "
+                f"checkpoint's; got one whose {name} is {getattr(theirs, name)}. Put back the "
+                "journal and the model that the run began with"
             )
 
 

@@ -1,0 +1,219 @@
+"""Where a learner goes on: from a checkpoint and the journal, whatever has become of them."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from learner.build.recover import Continued, begin_run, continue_run, drop_segments, journal_folder
+from learner.checkpoint import Checkpoint
+from learner.ledger.journal import JournalIdentity, JournalWriter, segments
+from learner.ledger.journal_reader import JournalReader
+from learner.online.coordinator import Coordinator
+from protocol.errors import JournalError
+from tests.learner.small_run import LIMITS, A, B, G, coordinator_of, group, join, prompts, tasks
+from tests.protocol.builders import a_completion, a_policy
+
+IDENTITY = JournalIdentity(
+    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
+)
+
+
+def checkpoint_of(made: Coordinator, journal: JournalWriter, step: int) -> Checkpoint:
+    """Make a checkpoint as the service does: it begins a segment."""
+    journal.append(made.drain_entries())
+    source = msgspec.msgpack.encode(made.state(journal.begin_segment(step)))
+    return Checkpoint(step, {}, {}, source, {})
+
+
+def a_run(folder: Path, run: str = "r") -> tuple[Coordinator, Checkpoint]:
+    """Train on a batch after the checkpoint of step 0, and form another; then the learner dies."""
+    identity = msgspec.structs.replace(IDENTITY, run=run)
+    continued = begin_run(folder, LIMITS, identity)
+    made, journal = coordinator_of(continued.ledger), continued.journal
+    checkpoint = checkpoint_of(made, journal, 0)
+    made.publish(a_policy(0), 0.0)
+    leased = join(made, free_completions=16)
+    for task in leased[:2]:
+        made.receive(A, group(task), 1.0)
+    assert made.next_batch(1.0) is not None
+    made.publish(a_policy(1), 2.0)
+    for task in leased[2:]:
+        made.receive(A, group(task), 3.0)
+    assert made.next_batch(3.0) is not None
+    newest = [a_completion([5, 1], version=1)] * G
+    made.receive(A, group(tasks(made, A)[0], completions=newest), 3.0)
+    journal.append(made.drain_entries())
+    journal.close()
+    return made, checkpoint
+
+
+def again(folder: Path, checkpoint: Checkpoint, **changes: str) -> tuple[Coordinator, Continued]:
+    """Start the learner again."""
+    identity = msgspec.structs.replace(IDENTITY, **changes)
+    source = prompts()
+    continued = continue_run(folder, checkpoint, LIMITS, identity, source)
+    assert continued.history is not None
+    made = coordinator_of(continued.ledger)
+    made.prompts = source
+    made.restore(continued.history)
+    return made, continued
+
+
+def test_the_same_incarnation_goes_on_where_the_journal_ends(tmp_path: Path):
+    before, checkpoint = a_run(tmp_path)
+    made, continued = again(tmp_path, checkpoint)
+    assert made.ledger.state.incarnation == before.ledger.state.incarnation
+    assert (
+        msgspec.to_builtins(made.state(0))["tasks"] == msgspec.to_builtins(before.state(0))["tasks"]
+    )
+    recovered = continued.recovered
+    assert recovered is not None
+    assert (recovered.version, recovered.announced) == (1, None)
+    assert [batch.trained_at for batch in recovered.batches] == [0, 1]
+    # The actor that stayed up says Hello again: it keeps what it has.
+    made.policy = a_policy(1)
+    (open_lease,) = join(made, free_completions=0)
+    assert open_lease.attempt == 1
+    assert made.ledger.state.counters.leased == before.ledger.state.counters.leased
+
+
+def test_after_a_start_of_the_machine_actors_begin_anew_and_groups_stay(tmp_path: Path):
+    before, checkpoint = a_run(tmp_path)
+    made, continued = again(tmp_path, checkpoint, boot="later")
+    assert made.ledger.state.incarnation != before.ledger.state.incarnation
+    recovered = continued.recovered
+    assert recovered is not None
+    # The batch in training is queued again, the one before it is trained on again.
+    assert [batch.trained_at for batch in recovered.batches] == [0]
+    assert [r.taken for r in made.ledger.state.queue.values()] == [1, 1, 1, None]
+    made.publish(a_policy(1), 0.0)
+    assert len(join(made, B, "b")) == 1
+    batch = made.next_batch(0.0)
+    assert batch is not None
+    assert [item.prompt.row_key for item in batch.groups] == [2, 3]
+    assert not (tmp_path / "lost.json").exists()
+
+
+def test_other_settings_undo_what_came_after_the_checkpoint_and_list_it(tmp_path: Path):
+    _, checkpoint = a_run(tmp_path)
+    journal = journal_folder(tmp_path)
+    old = segments(journal)
+    made, continued = again(tmp_path, checkpoint, settings="other")
+    assert continued.recovered is None
+    assert made.ledger.state.version == 0
+    lost = msgspec.json.decode((tmp_path / "lost.json").read_bytes())
+    assert "other settings" in lost["reason"]
+    assert (lost["version"], lost["version_reached"]) == (0, 1)
+    assert len(lost["trained_since"]) == 2
+    assert len(lost["received_since"]) == 3
+    assert sorted(path.name for path in (journal / "undone").iterdir()) == [old[-1].name]
+    # The new history is appended, and can be continued in its turn.
+    made.publish(a_policy(0), 0.0)
+    continued.journal.append(made.drain_entries())
+    continued.journal.close()
+    third, more = again(tmp_path, checkpoint, settings="other")
+    assert more.recovered is not None
+    assert third.ledger.state == made.ledger.state
+
+
+def test_damage_ends_the_recovery_there_and_says_what_was_lost(tmp_path: Path):
+    before, checkpoint = a_run(tmp_path)
+    (_, path) = segments(journal_folder(tmp_path))
+    entries = [entry for _, entry in JournalReader(journal_folder(tmp_path))]
+    consumed = [type(entry).__name__ for entry in entries].index("BatchConsumed")
+    # Damage the entry before the batch was consumed: the frames after it can still be read.
+    data = bytearray(path.read_bytes())
+    at = data.index(msgspec.msgpack.encode(entries[consumed]))
+    data[at + 3] ^= 0xFF
+    path.write_bytes(data)
+
+    made, continued = again(tmp_path, checkpoint)
+    assert made.ledger.state.incarnation != before.ledger.state.incarnation
+    assert made.ledger.state.version == 0
+    assert [r.taken for r in made.ledger.state.queue.values()] == [1, 1, None, None]
+    lost = msgspec.json.decode((tmp_path / "lost.json").read_bytes())
+    assert "does not have its checksum" in lost["reason"]
+    assert len(lost["received_since"]) == 3
+    assert continued.recovered is not None
+    assert list(continued.recovered.batches) == []
+
+
+def test_every_prefix_of_the_journal_can_be_continued(tmp_path: Path):
+    """A kill between any two writes: the recovered ledger can go on."""
+    _, checkpoint = a_run(tmp_path)
+    (_, path) = segments(journal_folder(tmp_path))
+    data = path.read_bytes()
+    reached: set[int] = set()
+    for size in range(0, len(data), 13):
+        path.write_bytes(data[:size])
+        made, continued = again(tmp_path, checkpoint)
+        assert continued.recovered is not None
+        reached.add(continued.recovered.version)
+        formed = continued.recovered.batches
+        assert [batch.trained_at for batch in formed] == list(range(len(formed)))
+        assert len(formed) in (made.ledger.state.version, made.ledger.state.version + 1)
+    assert reached == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["model_digest", "tokenizer_digest"])
+def test_the_journal_of_another_model_is_refused_by_name(tmp_path: Path, name: str):
+    _, checkpoint = a_run(tmp_path)
+    with pytest.raises(JournalError, match=f"whose {name} is z, as the checkpoint's; got"):
+        again(tmp_path, checkpoint, **{name: "z"})
+
+
+def test_the_journal_of_another_run_is_refused_by_name(tmp_path: Path):
+    _, checkpoint = a_run(tmp_path / "one", "one")
+    a_run(tmp_path / "two", "two")
+    with pytest.raises(JournalError, match="whose run is one, as the checkpoint's; got one whose"):
+        again(tmp_path / "two", checkpoint)
+
+
+def test_an_older_checkpoint_and_a_longer_journal_lead_to_the_same(tmp_path: Path):
+    continued = begin_run(tmp_path, LIMITS, IDENTITY)
+    made, journal = coordinator_of(continued.ledger), continued.journal
+    older = checkpoint_of(made, journal, 0)
+    made.publish(a_policy(0), 0.0)
+    for task in join(made)[:3]:
+        made.receive(A, group(task), 1.0)
+    assert made.next_batch(1.0) is not None
+    made.publish(a_policy(1), 2.0)
+    newer = checkpoint_of(made, journal, 1)
+    journal.append(made.drain_entries())
+    journal.close()
+
+    states: list[object] = []
+    for checkpoint, batches in ((older, 1), (newer, 0)):
+        each, found = again(tmp_path, checkpoint)
+        assert found.recovered is not None
+        assert len(found.recovered.batches) == batches
+        for _, lease in each.ledger.state.open_leases():
+            lease.expires_at = 0.0  # they were renewed at different times
+        states.append(msgspec.to_builtins(each.state(0)))
+    assert states[0] == states[1]
+
+
+def saved_steps(folder: Path, *steps: int) -> None:
+    for step in steps:
+        path = folder / "checkpoints" / f"step-{step:06d}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "state.json").touch()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, 1), (2, 2), (9, 3)])
+def test_segments_that_no_kept_checkpoint_needs_are_dropped(tmp_path: Path, keep: int, left: int):
+    continued = begin_run(tmp_path, LIMITS, IDENTITY)
+    made, journal = coordinator_of(continued.ledger), continued.journal
+    for step in range(3):
+        checkpoint_of(made, journal, step)
+        made.ledger.end_of_rows(0.0) if step == 0 else made.ledger.join_eval([step], 0, 0.0)
+        if step == 0:
+            made.ledger.published(0, "d0")
+        else:
+            made.ledger.state.evals.clear()
+        journal.append(made.drain_entries())
+    saved_steps(tmp_path, 0, 1, 2)
+    before = segments(journal_folder(tmp_path))
+    drop_segments(tmp_path, keep)
+    assert segments(journal_folder(tmp_path)) == before[-left:]
