@@ -85,7 +85,8 @@ def resume_point(
         if theirs != ours:
             raise CheckpointError(
                 f"The checkpoint {checkpoint.path} was made with {name} {theirs}, this run has "
-                f"{ours}. Resume with the model, dtype, adapter and reference that it began with."
+                f"{ours}. Resume with the model, dtype, adapter and reference that the run "
+                "began with."
             )
 
     load_trainable(policy.model, checkpoint.weights, f"checkpoint of step {checkpoint.step}")
