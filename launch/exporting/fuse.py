@@ -137,7 +137,13 @@ def _best(run: Path, model: str, scratch: Path) -> tuple[str, str]:
     states = sorted((run / "checkpoints").glob("step-*/state.json"))
     best: dict[str, float] = {}
     if states:
-        best = json.loads(states[-1].read_text()).get("best", {})
+        try:
+            best = json.loads(states[-1].read_text(encoding="utf-8")).get("best", {})
+        except (ValueError, AttributeError) as error:
+            raise ModelError(
+                f"--best: {states[-1]} is damaged: {error}; leave --best out to export the last "
+                "policy"
+            ) from error
     weights = run / "checkpoints" / f"step-{int(best.get('step', -1)):06d}" / "weights.safetensors"
     settings = run / "adapters" / "adapter_config.json"
     if not weights.is_file() or not settings.is_file():

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load
 
 from launch.export import main
-from launch.exporting.fuse import export
+from launch.exporting.fuse import export, locate
 from launch.exporting.modelfile import family_of, modelfile, template_notes
 from protocol.config.settings import LoraSettings, ModelSettings
 from protocol.errors import ModelError
@@ -54,6 +54,15 @@ def test_the_fused_model_has_the_adapters_logits(tmp_path, kind):
     np.testing.assert_allclose(logits(model), wanted, atol=1e-5, rtol=0)
     assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
     assert tokenizer.encode("w5 w9") == [5, 9]
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"best"'])
+def test_a_damaged_state_is_named_with_its_file(tmp_path, damaged):
+    state = tmp_path / "checkpoints/step-000004/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(damaged)
+    with pytest.raises(ModelError, match=r"--best: .*step-000004/state.json is damaged: "):
+        locate(tmp_path, "", tmp_path, best=True)
 
 
 def test_a_best_checkpoint_is_exported_in_place_of_the_last(tmp_path):

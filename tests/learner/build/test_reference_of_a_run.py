@@ -157,9 +157,7 @@ def test_a_resume_is_refused_where_the_adapter_file_was_swapped(bench):
             bench.resume(run.folder)
     finally:
         file.write_bytes(original)
-    assert "Resume with the model, dtype, adapter and reference that the run began with" in str(
-        refused.value
-    )
+    assert "reference that the run began with" in str(refused.value)
     assert bench.resume(run.folder).trainer.step == 1  # its own file again
 
 
