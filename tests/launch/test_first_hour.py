@@ -12,8 +12,8 @@ import launch.cli.run
 from launch import preference
 from launch.cli.command_line import read_command_line
 from launch.cli.run import supervise
+from launch.processes.exit_status import STOPPED
 from launch.processes.specs import offline_processes
-from launch.processes.supervisor import INTERRUPTED
 from protocol.config.settings import PreferenceRun
 from protocol.run_record import read_run
 from tests.tiny import write_model_folder
@@ -103,5 +103,5 @@ def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
     monkeypatch.setattr(launch.cli.run.anyio, "run", interrupted)
     flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
     run, folder = read_command_line(PreferenceRun, flags, "")
-    assert supervise(folder, run, offline_processes(run, folder)) == INTERRUPTED
+    assert supervise(folder, run, offline_processes(run, folder)) == STOPPED
     assert read_run(folder).state == "failed_to_start"
