@@ -30,8 +30,8 @@ def offline_processes(run: OfflineRun, folder: Path) -> Processes:
 
 def learner_spec(run: TrainingRun, folder: Path, *arguments: str) -> ChildSpec:
     """Return the learner of a run, which recovers what it did before when it is started again."""
-    command = program("processes/learn.py", str(folder), "--child", *arguments)
-    command += ["--stop-timeout-s", str(run.run.stop_timeout_s)]
+    command = program("processes/learn.py", str(folder), "--child")
+    command += ["--stop-timeout-s", f"{run.run.stop_timeout_s:g}", *arguments]
     limit = RestartLimit(run.run.max_restarts, run.run.restart_window_s)
     return ChildSpec("learner", "learner", command, limit)
 

@@ -47,9 +47,9 @@ class Lifeline:
         while os.read(descriptor, 4096):
             self.request_stop()
 
-        self.request_stop()
         # Not a thread of ours, which would wait for whoever holds the interpreter's lock.
         signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+        self.request_stop()
 
 
 def start_process(*, child: bool, mlx: bool, grace_s: float = GRACE_S) -> Lifeline:

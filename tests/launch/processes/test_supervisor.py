@@ -77,8 +77,8 @@ if how == "obeys":
     sys.exit(0)
 lifeline.wait()
 if how == "stubborn":
-    import threading
-    threading.Event().wait()
+    import ctypes
+    ctypes.PyDLL(None).pause()  # holds the GIL
 if how == "dies":
     os.abort()
 sys.exit(130 if name == "learner" else 0)
@@ -264,7 +264,8 @@ def test_an_actor_that_leaves_although_nobody_asked_it_is_replaced(launched: Lau
 
 @pytest.mark.parametrize("launched", [("dismisses,works", "obeys,works")], indirect=True)
 def test_an_actor_that_was_dismissed_comes_back_only_with_another_learner(launched: Launched):
-    launched.ready(), launched.ready()
+    launched.ready()
+    launched.ready()
     assert {launched.ready()[0], launched.ready()[0]} == {"learner", "actor-0"}
     launched.interrupt()
     assert launched.process.wait() == 130
