@@ -1,24 +1,31 @@
-"""Starts a reward server's worker process, talks to it, and kills it and all its children.
+"""Starts a reward server's worker process, talks to it, and kills it and all that it started.
 
-The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that only
-this process holds open, so that nothing outlives a server that is killed. In `function_worker.py`,
-a process that user code cannot block watches the other end of the pipe.
+The worker leads a process group, and its environment marks what leaves the group (`strays.py`). Two
+things end them all: `kill`, and the end of a pipe that only this process holds open, so that
+nothing outlives a server that is killed. In `function_worker.py`, a process that user code cannot
+block watches the other end of the pipe.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
 import anyio
 import anyio.abc
 import msgspec
+from anyio import to_thread
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from actors.rewards.function_worker import MAX_LINE, ScoreJob, WorkerMessage
+from actors.rewards.strays import MARK, end_marked
 from protocol.errors import RewardError
+
+log = logging.getLogger("pippin.rewards")
 
 LOAD_TIMEOUT_S = 300.0
 MAX_STARTS = 3
@@ -36,6 +43,7 @@ class WorkerProcess:
         self._process: anyio.abc.Process | None = None
         self._output: BufferedByteReceiveStream | None = None
         self._lifeline = -1
+        self._mark = uuid.uuid4().hex
         self.names: list[str] = []
 
     @property
@@ -71,6 +79,7 @@ class WorkerProcess:
                     stderr=None,
                     start_new_session=True,
                     pass_fds=[guarded],
+                    env={**os.environ, MARK: self._mark},
                 )
                 assert process.stdout is not None
                 self._process = process
@@ -123,11 +132,15 @@ class WorkerProcess:
         process, self._process, self._output = self._process, None, None
         lifeline, self._lifeline = self._lifeline, -1
 
+        strays: list[str] = []
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with anyio.CancelScope(shield=True):
                 await process.wait()
                 await process.aclose()
+                strays = await to_thread.run_sync(end_marked, self._mark, process.pid)
         if lifeline >= 0:
             os.close(lifeline)
+        if strays:
+            log.warning("ended what reward functions had left running: %s", ", ".join(strays))

@@ -118,10 +118,8 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
 
     # Appended to: a restarted child's log continues its predecessor's.
     path = logs / f"{spec.name}.log"
-    log_start = path.stat().st_size if path.exists() else 0
-    # Shielded: nobody could end a child whose start was cancelled half-way.
-    process: Process | None = None
-    with path.open("ab") as log, anyio.CancelScope(shield=True):
+    with path.open("ab") as log:
+        log_start = log.tell()
         process = await anyio.open_process(
             list(spec.command),
             stdin=subprocess.PIPE,
@@ -130,7 +128,6 @@ async def start(spec: ChildSpec, logs: Path) -> Child:
             env={**os.environ, **spec.environment},
             start_new_session=True,
         )
-    assert process is not None
     return Child(spec, process, path, log_start)
 
 

@@ -207,7 +207,10 @@ class Supervisor:
 
     async def _run_once(self, spec: ChildSpec) -> tuple[Child, int]:
         """Run a process to its end, or end it when cancelled; return its exit status, too."""
-        child = await start(spec, self._logs)
+        child: Child | None = None
+        with anyio.CancelScope(shield=True):  # a half-started process could not be killed
+            child = await start(spec, self._logs)
+        assert child is not None
         self._alive[spec.name] = child
         try:
             # What was asked for while it was being started.
