@@ -93,8 +93,7 @@ class Child:
     async def close(self) -> None:
         """Kill the child, if it has not ended, and what it left behind; close the pipe to it."""
         self.kill()
-        with anyio.CancelScope(shield=True):
-            await self.process.aclose()
+        await self.process.aclose()
 
     def reason(self, status: int) -> str:
         """Return in a line why the child ended with `status`: with the error that it logged."""

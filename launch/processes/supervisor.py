@@ -221,7 +221,11 @@ class Supervisor:
             status = await child.wait()
         finally:
             del self._alive[spec.name]
-            await child.close()
+            with anyio.CancelScope(shield=True):
+                # Cancelled by an error of ours, such as a terminal that went away.
+                if spec is self._learner and not self._killed:
+                    await child.end(self._processes.stop_timeout_s)
+                await child.close()
 
         self._read_events()
         return child, status

@@ -76,6 +76,7 @@ if how == "obeys":
         time.sleep(0.01)
     sys.exit(0)
 lifeline.wait()
+(folder / f"{name}.stopped").touch()
 if how == "stubborn":
     import ctypes
     ctypes.PyDLL(None).pause()  # holds the GIL
@@ -122,7 +123,7 @@ class Launched:
         command = [sys.executable, str(folder / "launcher.py"), str(folder), learner, actor]
         command.append(str(backoff_s))
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._folder = folder
+        self.folder = folder
 
     def ready(self) -> tuple[str, int]:
         """Wait for the next child; return its name and process id."""
@@ -145,7 +146,7 @@ class Launched:
 
     def events(self) -> list[AnyEvent]:
         """Return the faults and restarts that were recorded."""
-        events = parse_events((self._folder / "events.jsonl").read_bytes())
+        events = parse_events((self.folder / "events.jsonl").read_bytes())
         return [event for event in events if isinstance(event, Fault | Restart)]
 
     def said(self) -> list[str]:
@@ -154,7 +155,7 @@ class Launched:
 
     def starts(self, name: str) -> int:
         """Return how many times a child was started."""
-        return len((self._folder / f"{name}.starts").read_text())
+        return len((self.folder / f"{name}.starts").read_text())
 
     def close(self) -> None:
         """End what is left."""
@@ -214,7 +215,7 @@ def test_restarts_of_the_learner_are_bounded(launched: Launched):
     assert launched.said() == [
         f"{reason}; restart 1 of 2 in 0.01 s",
         f"{reason}; restart 2 of 2 in 0.02 s",
-        f"learner: ended with exit status 1; {launched._folder}/logs/learner.log says:",
+        f"learner: ended with exit status 1; {launched.folder}/logs/learner.log says:",
         f"{given_up}; fix the fault, and resume the run",
     ]
 
@@ -317,6 +318,17 @@ def test_the_second_ctrl_c_ends_everything_at_once(launched: Launched):
     launched.heard("Ctrl-C again")
     launched.interrupt()
     assert launched.process.wait() == 130
+    assert launched.fifo.read() == ""
+
+
+@pytest.mark.parametrize("launched", [("works", "works")], indirect=True)
+def test_an_error_of_the_launcher_leaves_the_learner_time_to_save(launched: Launched):
+    pids = dict([launched.ready(), launched.ready()])
+    assert launched.process.stdout is not None
+    launched.process.stdout.close()  # so that the next message cannot be shown
+    os.kill(pids["actor-0"], signal.SIGKILL)
+    assert launched.process.wait() == 1
+    assert (launched.folder / "learner.stopped").exists()
     assert launched.fifo.read() == ""
 
 
