@@ -69,6 +69,10 @@ if how == "dismisses":
             time.sleep(0.01)
     except ProcessLookupError:
         sys.exit(1)
+if how == "finishes":
+    while not (folder / "finish").exists():
+        time.sleep(0.01)
+    sys.exit(0)
 if how == "obeys":
     (folder / "pid").write_text(str(os.getpid()))
     (folder / "pid").rename(folder / "actor")
@@ -245,6 +249,8 @@ def test_a_learner_that_was_never_ready_fails_the_run_and_shows_its_last_lines(l
     assert isinstance(fault, Fault)
     assert fault.process == "learner"
     assert fault.reason.endswith("line 28\nline 29")
+    # The end of the pipe: the actor is gone too, whether or not it had come to its work.
+    assert "learner" not in launched.fifo.read()
 
 
 @pytest.mark.parametrize("launched", [("explains", "works")], indirect=True)
@@ -298,6 +304,14 @@ def test_a_signal_ends_a_run_whose_processes_all_wait_for_their_restart(launched
     launched.interrupt()
     assert launched.process.wait(30) == 130
     assert (launched.starts("learner"), launched.starts("actor-0")) == (1, 1)
+
+
+@pytest.mark.parametrize("launched", [("finishes", "fails", 1000.0)], indirect=True)
+def test_the_end_of_a_run_does_not_wait_for_the_restart_of_an_actor(launched: Launched):
+    launched.heard("restart 1 of 2 in 1000 s")
+    (launched.folder / "finish").touch()
+    assert launched.process.wait(30) == 0
+    assert launched.starts("actor-0") == 1
 
 
 @pytest.mark.parametrize("launched", [("dies", "works")], indirect=True)
