@@ -22,7 +22,7 @@ from launch.pages.comparison import Answers, AnswerSet, FinishedRun, render
 from launch.pages.judge import TIMEOUT_S, Judge
 from launch.pages.win_rate import first_answers, latest_answers, recorded_scores
 from launch.processes.blas import prepare_mlx
-from launch.processes.supervisor import INTERRUPTED
+from launch.processes.exit_status import STOPPED
 from launch.run_folder.tail import parse_lines
 from protocol.config.load import read_toml
 from protocol.errors import ConfigError, PippinError
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return STOPPED
 
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(args.out)

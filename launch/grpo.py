@@ -2,7 +2,7 @@
 
 Without a recipe it runs launch/recipes/addition.toml, which needs no network. It starts a learner,
 the local actors and, for reward functions named by file or module, reward servers; it restarts
-those that die.
+those that die. Exit status 0: finished; 130: stopped on request; 1: failed; 2: refused settings.
 """
 
 import sys

@@ -17,6 +17,7 @@ from msgspec import structs
 
 from launch.cli.command_line import read_command_line
 from launch.cli.run import main, record_end
+from launch.processes.exit_status import FINISHED, STOPPED
 from launch.processes.specs import online_processes
 from launch.processes.supervisor import Supervisor, awake
 from protocol.config.idle import idle
@@ -88,7 +89,7 @@ def body(argv: Sequence[str] | None = None) -> int:
         run = structs.replace(run, pairs=structs.replace(run.pairs, output=path))
 
     status = build(run, folder)
-    if status != 0:
+    if status not in (FINISHED, STOPPED) or not (folder / "pairs.json").exists():
         sys.stdout.write(f"logs:  {folder / 'logs'}\n")
         return status
 
@@ -97,7 +98,7 @@ def body(argv: Sequence[str] | None = None) -> int:
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     sys.stdout.write(f"pairs: {made} (left out: {left_out or 'none'})\n")
     sys.stdout.write(f"file:  {run.pairs.output or folder / 'pairs.jsonl'}\n")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -110,8 +110,19 @@ class CheckpointFailed(Event, frozen=True, kw_only=True):
         return f"step {self.step}: training goes on without this checkpoint: {self.reason}"
 
 
+class WorkDone(Event, frozen=True, kw_only=True):
+    """The learner has done its work, or stops on request; actors are told to leave after this."""
+
+    @property
+    def text(self) -> str:
+        return "the work is done"
+
+
 class Fault(Event, frozen=True, kw_only=True):
-    """A process failed for good; written by the process itself, or by the launcher for it."""
+    """A process failed; written by the process itself, or by the launcher for it.
+
+    A `Restart` of the same process follows, or it failed for good.
+    """
 
     process: str
     reason: str
@@ -122,11 +133,14 @@ class Fault(Event, frozen=True, kw_only=True):
 
 
 class Restart(Event, frozen=True, kw_only=True):
-    """A helper process died, and is restarted after `delay_s`."""
+    """A process died, and is restarted after `delay_s`.
+
+    `attempt` counts the restarts that limit it, from 1 to `max_restarts`.
+    """
 
     process: str
     reason: str
-    attempt: int  # from 1
+    attempt: int
     max_restarts: int
     delay_s: float
 
@@ -168,6 +182,7 @@ AnyEvent = (
     | EvaluationFinished
     | CheckpointSaved
     | CheckpointFailed
+    | WorkDone
     | Fault
     | Restart
     | StartUp

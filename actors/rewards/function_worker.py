@@ -7,7 +7,7 @@ input and outcomes leave on standard output, one JSON message per line; what fun
 to standard error. Synchronous functions run on the main thread outside any event loop, as in TRL,
 so that they may call `asyncio.run`. The asynchronous ones run after them, concurrently, on one
 event loop that is kept between jobs. PIPE is a file descriptor: when the pipe closes, the process
-group is killed.
+is killed with all that it started (`strays.py`).
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
+from actors.rewards import strays
 from actors.rewards.contract import RewardCall, RewardOutcome
 from actors.rewards.loader import RewardFunction, load_rewards
 from protocol.errors import RewardError
@@ -76,8 +77,8 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _die_with_parent(pipe: int) -> None:
-    """Start a process, out of reach of user code, that kills the group when the pipe closes."""
-    subprocess.Popen(["/bin/sh", "-c", "read -r _; kill -KILL 0"], stdin=pipe)
+    """Start a process, out of reach of user code, that ends us all when the pipe closes."""
+    subprocess.Popen([sys.executable, "-I", "-S", strays.__file__], stdin=pipe)
     os.close(pipe)
 
 

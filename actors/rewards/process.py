@@ -1,27 +1,33 @@
-"""Starts a reward server's worker process, talks to it, and kills it and all its children.
+"""Starts a reward server's worker process, talks to it, and kills it and all that it started.
 
-The worker leads a process group. Two things end the group: `kill`, and the end of a pipe that only
-this process holds open, so that nothing outlives a server that is killed. In `function_worker.py`,
-a process that user code cannot block watches the other end of the pipe. What the functions print
-passes through this process (`printed.py`), so that the log stays bounded.
+The worker leads a process group, and its environment marks what leaves the group (`strays.py`). Two
+things end them all: `kill`, and the end of a pipe that only this process holds open, so that
+nothing outlives a server that is killed. In `function_worker.py`, a process that user code cannot
+block watches the other end of the pipe. What the functions print passes through this process
+(`printed.py`), so that the log stays bounded.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 import msgspec
+from anyio import to_thread
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from actors.rewards.function_worker import MAX_LINE, ScoreJob, WorkerMessage
 from actors.rewards.printed import Relay
+from actors.rewards.strays import MARK, end_marked
 from protocol.errors import RewardError
+
+log = logging.getLogger("pippin.rewards")
 
 LOAD_TIMEOUT_S = 300.0
 MAX_STARTS = 3
@@ -42,6 +48,7 @@ class WorkerProcess:
         self._output: BufferedByteReceiveStream | None = None
         self._lifeline = -1
         self._printed: Relay | None = None
+        self._mark = uuid.uuid4().hex
         self.names: list[str] = []
 
     @property
@@ -79,6 +86,7 @@ class WorkerProcess:
                     stderr=output,
                     start_new_session=True,
                     pass_fds=[guarded],
+                    env={**os.environ, MARK: self._mark},
                 )
                 assert process.stdout is not None
                 self._process = process
@@ -133,15 +141,19 @@ class WorkerProcess:
         lifeline, self._lifeline = self._lifeline, -1
         printed, self._printed = self._printed, None
 
+        strays: list[str] = []
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with anyio.CancelScope(shield=True):
                 await process.wait()
                 await process.aclose()
+                strays = await to_thread.run_sync(end_marked, self._mark, process.pid)
         if lifeline >= 0:
             os.close(lifeline)
         if printed is not None:
             # So that a worker's last words come before what is logged of its end.
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(printed.wait, LAST_WORDS_S)
+                await to_thread.run_sync(printed.wait, LAST_WORDS_S)
+        if strays:
+            log.warning("ended what reward functions had left running: %s", ", ".join(strays))

@@ -14,12 +14,13 @@ from launch.pages.progress import Progress
 from launch.pages.run_page import write_report
 from launch.processes.blas import HINT, load_openblas
 from launch.processes.children import Processes
+from launch.processes.exit_status import FINISHED, STOPPED
 from launch.processes.specs import offline_processes
-from launch.processes.supervisor import INTERRUPTED, Supervisor, awake
+from launch.processes.supervisor import Supervisor, awake
 from launch.run_folder.resume import restore_settings
 from protocol.config.settings import AnyRun, PreferenceRun, SftRun
 from protocol.errors import PippinError
-from protocol.run_record import change_state
+from protocol.run_record import State, change_state, read_run
 
 
 def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
@@ -46,23 +47,33 @@ def supervise(folder: Path, run: AnyRun, processes: Processes) -> int:
                 stack.enter_context(follower)
             status = anyio.run(supervisor.run)
     except KeyboardInterrupt:  # before the supervisor listened for it
-        status = INTERRUPTED
+        status = STOPPED
 
-    saved = any((folder / "checkpoints").glob("step-*/state.json"))
+    step = saved_step(folder)
+    ended_itself = read_run(folder).state in ("stopped", "finished")
     try:
         # A resume that was refused leaves the run as it was.
         if not restore_settings(folder):
-            record_end(folder, status, started=saved or (folder / "metrics.jsonl").exists())
+            started = step is not None or (folder / "metrics.jsonl").exists()
+            record_end(folder, status, started=started)
         if (folder / "metrics.jsonl").exists():
             sys.stdout.write(f"report:  {shown(write_report(folder))}\n")
     except OSError as error:  # a full disk does not change how the run ended
         sys.stdout.write(f"report:  not written: {error}\n")
 
-    lines = what_next(folder, run, done=status == 0)
-    if saved and (status != 0 or supervisor.interrupted):
+    # A policy that has not trained yet is of no use.
+    trained = status in (FINISHED, STOPPED) and ended_itself and bool(step)
+    lines = what_next(folder, run, done=trained)
+    if step is not None and status != FINISHED:
         lines.append(f"resume:  uv run {sys.argv[0]} --run.resume {shown(folder)}")
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return status
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the step of a run's newest checkpoint, None without one."""
+    found = (folder / "checkpoints").glob("step-*/state.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in found), default=None)
 
 
 def record_end(folder: Path, status: int, *, started: bool) -> None:
@@ -70,9 +81,12 @@ def record_end(folder: Path, status: int, *, started: bool) -> None:
 
     A run that failed before its first step leaves its name free.
     """
-    if status != 0:
-        ended = "stopped" if status == INTERRUPTED else "failed"
-        change_state(folder, ended if started else "failed_to_start")
+    if status == FINISHED:
+        return
+    ended: State = "stopped" if status == STOPPED else "failed"
+    ended = ended if started else "failed_to_start"
+    if read_run(folder).state != ended:
+        change_state(folder, ended)
 
 
 def shown(path: str | Path) -> str:
@@ -83,7 +97,10 @@ def shown(path: str | Path) -> str:
 
 
 def what_next(folder: Path, run: AnyRun, *, done: bool) -> list[str]:
-    """Return lines that say where the run's weights are, and the commands that use them."""
+    """Return lines that say where the run's weights are, and the commands that use them.
+
+    Unless `done`, there are none to use.
+    """
     if not done:
         return [f"logs:    {shown(folder / 'logs')}"]
 
@@ -113,5 +130,5 @@ def main(body: Callable[[], int]) -> None:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         status = 2
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = STOPPED
     raise SystemExit(status)

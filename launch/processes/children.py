@@ -19,8 +19,11 @@ import anyio
 from anyio.abc import Process
 
 from actors.rewards.printed import KEPT_AT_START, shorten
+from launch.processes.restarts import NO_RESTARTS, RestartLimit
+from launch.processes.start import STOP_TIMEOUT_S
 
 TAIL_BYTES = 262_144  # of a log, in which its ending is looked for
+MAX_REASON = 300  # characters of a logged error, in the reason of a restart
 # Our processes log `date time LEVEL message`; tracebacks and libraries write other lines.
 _ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
 
@@ -29,13 +32,13 @@ _ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR ")
 class ChildSpec:
     """What to start; `kind` groups interchangeable children: "learner", "actor", "reward server".
 
-    A child that fails is restarted at most `max_restarts` times. `environment` is added to ours.
+    A child that dies is restarted within `restarts`. `environment` is added to ours.
     """
 
     name: str
     kind: str
     command: Sequence[str]
-    max_restarts: int = 0
+    restarts: RestartLimit = NO_RESTARTS
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -43,14 +46,16 @@ class ChildSpec:
 class Processes:
     """The processes of a run: one learner, and helpers that can be replaced.
 
-    `required` are the kinds of helper of which at least one must be left. `notes` are told to the
-    user when the run starts.
+    `required` are the kinds of helper of which at least one must be left; without, the learner is
+    asked to stop, and killed after `stop_timeout_s`. `notes` are told to the user when the run
+    starts.
     """
 
     learner: ChildSpec
     helpers: Sequence[ChildSpec] = ()
     required: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
+    stop_timeout_s: float = STOP_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ class Child:
                 await self.process.stdin.send(b"stop\n")
 
     def kill(self) -> None:
-        """Kill the child and what it started; nothing happens if it has ended."""
-        with suppress(ProcessLookupError):
+        """Kill the child and what it started in its session, whether or not it has ended."""
+        # PermissionError: macOS, of a group that has ended but for processes not waited for.
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     async def end(self, grace_s: float) -> None:
@@ -84,6 +90,19 @@ class Child:
             await self.wait()
         self.kill()
         await self.wait()
+
+    async def close(self) -> None:
+        """Kill the child, if it has not ended, and what it left behind; close the pipe to it."""
+        self.kill()
+        await self.process.aclose()
+
+    def reason(self, status: int) -> str:
+        """Return in a line why the child ended with `status`: with the error that it logged."""
+        found = [line for line in self.log_ending().splitlines() if line.strip()]
+        if status <= 0 or not found:
+            return describe_status(status)
+        said = _ERROR.sub("", found[0]) if _ERROR.match(found[0]) else found[-1].strip()
+        return f"{describe_status(status)} ({said[:MAX_REASON]})"
 
     def log_ending(self) -> str:
         """Return what the child's log says of its failure: its last error, or else its end."""

@@ -2,8 +2,8 @@
 
 `launch/processes/collect.py RUN_DIR --endpoint … --snapshots … [--rewards …]`, started by
 launch/pairs.py. Ledger, coordinator and service are those of GRPO; a batch is written instead of
-trained on, and the same policy is announced again as the next version. Exit status 0: all prompts
-were answered or given up, or it was asked to stop; 1: it failed.
+trained on, and the same policy is announced again as the next version. Exit status: that of
+`exit_status.py`; finished: all prompts were answered or given up.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from launch.processes.learner_program import run_learner
 from launch.processes.start import Lifeline
 from protocol.config.load import load
 from protocol.config.settings import ModelSettings, PairsRun, builtins
-from protocol.run_record import State, change_state
+from protocol.run_record import State, WorkDone, change_state, record_event
 
 if TYPE_CHECKING:
     from learner.online.experience import PromptGroup
@@ -103,6 +103,7 @@ def collect(args: argparse.Namespace, lifeline: Lifeline) -> State:
 
         # Before the actors are told to leave: the launcher reads the counts when we end.
         writer.finish(args.run_dir)
+        record_event(args.run_dir, WorkDone())
         source.finish("all prompts are answered")
 
     return "stopped" if lifeline.stop_requested else "finished"

@@ -4,7 +4,8 @@
     learner's I/O thread the ledger ── MemoryChannel ── actor's I/O thread, reward servers
 
 Weights pass over by reference (`PolicyShelf`): the engine's module tree takes the arrays that the
-learner has just published. The worker cannot fail alone: its error ends the run, with its reason.
+learner has just published. The worker cannot fail alone: its error ends the process, which the
+launcher then starts again as it does any learner.
 """
 
 # pyright: reportMissingTypeStubs=false

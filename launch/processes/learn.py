@@ -2,7 +2,7 @@
 
 Started by the launcher, which wrote RUN_DIR/config.toml and run.json. MLX stays on this main
 thread; sockets are served by an I/O thread. With `actors.colocate` this process samples, too.
-Exit status 0: the run finished or was stopped on request; 1: it failed.
+Exit status: that of `exit_status.py`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from launch.run_folder.resume import accept_settings
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun
 from protocol.errors import RewardError
-from protocol.run_record import State, change_state, read_run, record_event
+from protocol.run_record import State, WorkDone, change_state, read_run, record_event
 
 if TYPE_CHECKING:
     from learner.build.common import Run
@@ -55,6 +55,7 @@ def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
             run.trainer.save(required=False)
             raise
         run.complete()
+        record_event(args.run_dir, WorkDone())
 
     total = run.trainer.schedule.max_steps
     early = run.trainer.stopping and (total is None or run.trainer.step < total)

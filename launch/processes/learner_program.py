@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.processes.blas import bound_lookahead
-from launch.processes.start import Lifeline, start_process
-from protocol.errors import PippinError
+from launch.processes.exit_status import FAILED, FINISHED, NO_RESTART, STOPPED
+from launch.processes.start import STOP_TIMEOUT_S, Lifeline, start_process
+from protocol.errors import ChannelError, LedgerError, PippinError
 from protocol.run_record import (
     EVENT_LOGGER,
     Fault,
@@ -21,10 +22,14 @@ from protocol.run_record import (
     change_state,
     record_event,
 )
+from protocol.transport.bridge import BridgeClosed
 
 log = logging.getLogger("pippin.learner")
 ROWS_LOGGER = "pippin.data.rows"  # messages about single dataset rows
 SHOWN_ROWS = 5  # of those, how many are shown in a row; the log has all of them
+
+# Errors of ours that a restart may cure: an address still in use, a bug of ours in rare timing.
+PASSING = (ChannelError, LedgerError, BridgeClosed)
 
 Work = Callable[[argparse.Namespace, Lifeline], State]
 
@@ -69,29 +74,47 @@ def arguments(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--colocate", action="store_true", help="sample in this process, too")
     parser.add_argument("--child", action="store_true", help="end when standard input closes")
+    parser.add_argument(
+        "--stop-timeout-s",
+        type=float,
+        default=STOP_TIMEOUT_S,
+        metavar="S",
+        help="with --child: seconds to save and end when standard input closes",
+    )
     return parser.parse_args()
 
 
 def run_learner(name: str, description: str | None, work: Work) -> NoReturn:
-    """Do the work, record how it ended, and exit: with status 1 if it failed.
+    """Do the work, record how it ended, and exit with a status of `exit_status.py`.
 
     `name` is that of the process's log; `work` returns the run's state at its end.
     """
     args = arguments(description)
     bound_lookahead()  # before MLX is imported
-    lifeline = start_process(child=args.child, mlx=True)
+    lifeline = start_process(child=args.child, mlx=True, grace_s=args.stop_timeout_s)
     logging.getLogger().addHandler(NoticeHandler(args.run_dir, f"logs/{name}.log"))
 
-    status = 0
     try:
-        change_state(args.run_dir, work(args, lifeline))
-    except (PippinError, OSError) as error:  # OSError: a full disk, a folder that went away
-        reason = f"{type(error).__name__}: {error}"
-        log.error("%s", reason)
-        record_event(args.run_dir, Fault(process=name, reason=reason))
-        status = 1
+        state = work(args, lifeline)
+        change_state(args.run_dir, state)
+        status = STOPPED if state == "stopped" else FINISHED
+    except Exception as error:  # noqa: BLE001 - the process ends here, whatever it was
+        status = _report_failure(args.run_dir, name, error)
 
     sys.stdout.flush()
     sys.stderr.flush()
     # After a failure, threads may still wait for what never comes.
-    os._exit(status) if status else sys.exit(0)
+    os._exit(status) if status in (FAILED, NO_RESTART) else sys.exit(status)
+
+
+def _report_failure(folder: Path, name: str, error: Exception) -> int:
+    """Log and record why the learner failed; return its exit status."""
+    reason = f"{type(error).__name__}: {error}"
+    expected = isinstance(error, PippinError | OSError)
+    log.error("%s", reason, exc_info=None if expected else error)
+    # The log's ending tells more about an error that nobody foresaw.
+    if expected:
+        record_event(folder, Fault(process=name, reason=reason))
+
+    final = isinstance(error, PippinError) and not isinstance(error, PASSING)
+    return NO_RESTART if final else FAILED

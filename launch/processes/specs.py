@@ -8,7 +8,9 @@ from launch.processes.blas import deterministic_kernels
 from launch.processes.children import ChildSpec, Processes
 from launch.processes.gpus import visible_gpus
 from launch.processes.placement import colocates, place
-from protocol.config.settings import GrpoRun, OfflineRun, OnlineRun, PairsRun
+from launch.processes.restarts import RestartLimit
+from launch.processes.start import GRACE_S
+from protocol.config.settings import GrpoRun, OfflineRun, OnlineRun, PairsRun, TrainingRun
 from protocol.errors import ConfigError
 
 LAUNCH = Path(__file__).parents[1]
@@ -21,8 +23,17 @@ def program(name: str, *arguments: str) -> list[str]:
 
 def offline_processes(run: OfflineRun, folder: Path) -> Processes:
     """Return the processes of a run without actors: the learner alone."""
+    learner = learner_spec(run, folder)
+    processes = Processes(learner, stop_timeout_s=run.run.stop_timeout_s)
+    return place(processes, run, visible_gpus())
+
+
+def learner_spec(run: TrainingRun, folder: Path, *arguments: str) -> ChildSpec:
+    """Return the learner of a run, which recovers what it did before when it is started again."""
     command = program("processes/learn.py", str(folder), "--child")
-    return place(Processes(ChildSpec("learner", "learner", command)), run, visible_gpus())
+    command += ["--stop-timeout-s", f"{run.run.stop_timeout_s:g}", *arguments]
+    limit = RestartLimit(run.run.max_restarts, run.run.restart_window_s)
+    return ChildSpec("learner", "learner", command, limit)
 
 
 def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
@@ -31,9 +42,6 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     `sockets` is a folder for ipc endpoints. Local actors are required unless actors elsewhere can
     connect to `transport.bind`, or the learner is its own actor.
     """
-    name, script = "learner", "processes/learn.py"
-    if isinstance(run, PairsRun):
-        name, script = "collect", "processes/collect.py"
     gpus = visible_gpus()
     colocated = colocates(run, gpus)
     endpoint = f"ipc://{sockets}/learner"
@@ -46,7 +54,11 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
         arguments += ["--endpoint", run.transport.bind]
     for service in services:
         arguments += ["--rewards", service]
-    learner = ChildSpec(name, "learner", program(script, str(folder), "--child", *arguments))
+    if isinstance(run, PairsRun):  # which cannot be continued, so that it is not restarted
+        command = program("processes/collect.py", str(folder), "--child", *arguments)
+        learner, stop_timeout_s = ChildSpec("collect", "learner", command), GRACE_S
+    else:
+        learner, stop_timeout_s = learner_spec(run, folder, *arguments), run.run.stop_timeout_s
 
     actors = [] if colocated else actor_specs(run, folder, endpoint)
     required = {"reward server"} if servers else set[str]()
@@ -55,7 +67,8 @@ def online_processes(run: OnlineRun, folder: Path, sockets: Path) -> Processes:
     if isinstance(run, GrpoRun) and run.run.deterministic:
         learner, *actors = [_with_even_kernels(spec) for spec in (learner, *actors)]
     helpers = [*servers, *actors]
-    return place(Processes(learner, helpers, frozenset(required)), run, gpus)
+    processes = Processes(learner, helpers, frozenset(required), stop_timeout_s=stop_timeout_s)
+    return place(processes, run, gpus)
 
 
 def _with_even_kernels(spec: ChildSpec) -> ChildSpec:
@@ -79,7 +92,7 @@ def reward_services(run: OnlineRun, sockets: Path) -> tuple[list[str], list[Chil
             f"reward-{i}",
             "reward server",
             program("reward_server.py", *local, "--bind", endpoint, "--child", *_keys(run)),
-            run.actors.max_restarts,
+            helper_restarts(run),
         )
         for i, endpoint in enumerate(endpoints)
     ]
@@ -95,11 +108,14 @@ def actor_specs(run: OnlineRun, folder: Path, endpoint: str) -> list[ChildSpec]:
     common += ["--prefill-step-size", str(settings.prefill_step_size), *_keys(run)]
     names = [f"actor-{i}" for i in range(settings.count)]
     return [
-        ChildSpec(
-            name, "actor", program("actor.py", *common, "--name", name), settings.max_restarts
-        )
+        ChildSpec(name, "actor", program("actor.py", *common, "--name", name), helper_restarts(run))
         for name in names
     ]
+
+
+def helper_restarts(run: OnlineRun) -> RestartLimit:
+    """Return how often an actor, or a reward server, is started again."""
+    return RestartLimit(run.actors.max_restarts, run.run.restart_window_s)
 
 
 def snapshot_endpoint(run: OnlineRun, sockets: Path) -> str:

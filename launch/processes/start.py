@@ -9,21 +9,24 @@ import threading
 from launch.processes.blas import prepare_mlx
 
 OUR_LOGGERS = ("pippin", "protocol", "actors", "learner", "launch")  # their names begin with these
-GRACE_S = 20.0
+GRACE_S = 10.0  # for processes that have nothing to save
+STOP_TIMEOUT_S = 300.0  # for the learner: a long step, and a checkpoint of all weights
 
 
 class Lifeline:
     """A child process's tie to its launcher: standard input, watched on a daemon thread.
 
     A line on it asks the child to stop cleanly. So does its end, which means that the launcher
-    died, even by SIGKILL; the process then ends itself after `GRACE_S`. SIGINT is left to the
-    launcher. Without `child`, this only holds the request.
+    died, even by SIGKILL; the system then ends the process after `grace_s`, whatever it is doing.
+    SIGINT is left to the launcher. Without `child`, this only holds the request.
     """
 
-    def __init__(self, *, child: bool) -> None:
+    def __init__(self, *, child: bool, grace_s: float = GRACE_S) -> None:
         self._stop = threading.Event()
+        self._grace_s = grace_s
         if child:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     @property
@@ -44,19 +47,19 @@ class Lifeline:
         while os.read(descriptor, 4096):
             self.request_stop()
 
+        # Not a thread of ours, which would wait for whoever holds the interpreter's lock.
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s)
         self.request_stop()
-        timer = threading.Timer(GRACE_S, os._exit, args=(1,))
-        timer.daemon = True
-        timer.start()
 
 
-def start_process(*, child: bool, mlx: bool) -> Lifeline:
+def start_process(*, child: bool, mlx: bool, grace_s: float = GRACE_S) -> Lifeline:
     """Start the log and return the lifeline; SIGTERM asks for a clean stop, too.
 
-    `child`: the launcher holds standard input. `mlx`: `mlx.core` is going to be imported.
+    `child`: the launcher holds standard input, and its end leaves this process `grace_s`. `mlx`:
+    `mlx.core` is going to be imported.
     """
     start_log()
-    lifeline = Lifeline(child=child)
+    lifeline = Lifeline(child=child, grace_s=grace_s)
 
     def stop(*_: object) -> None:
         lifeline.request_stop()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from launch.compare import main as compare
-from launch.processes.supervisor import INTERRUPTED
+from launch.processes.exit_status import STOPPED
 
 RECIPE = Path(__file__).with_suffix(".toml")
 PROGRAM = RECIPE.parents[1] / "preference.py"
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             command += [word for key, value in own.items() for word in (f"--{key}", value)]
             status = subprocess.run([*command, *flags], check=False).returncode
             if status != 0 or interrupts:
-                return status or INTERRUPTED
+                return status or STOPPED
             folders.append(str(args.runs / run["run.name"]))
     finally:
         signal.signal(signal.SIGINT, before)

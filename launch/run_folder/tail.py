@@ -64,6 +64,21 @@ class JsonTail:
         return parse_lines(b"".join(lines))
 
 
+class StepTail:
+    """Tells whether a run has come further than ever before since the last call."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines = JsonTail(folder / "metrics.jsonl")
+        self._furthest = 0.0
+        self.advanced()
+
+    def advanced(self) -> bool:
+        """Return whether a later step than all before was recorded since the last call."""
+        steps = [number(line, "step") or 0.0 for line in self._lines.read()]
+        before, self._furthest = self._furthest, max(self._furthest, *steps, 0.0)
+        return self._furthest > before
+
+
 class EventTail:
     """Reads the events of a run folder that are recorded after this object was made."""
 

@@ -85,7 +85,13 @@ class ActorSettings(Section, frozen=True, kw_only=True):
         ),
     ] = None
     heartbeat_s: Annotated[Positive, doc("Seconds between an actor's heartbeats.")] = 2.0
-    max_restarts: Annotated[Count, doc("Restarts of an actor before the run gives it up.")] = 10
+    max_restarts: Annotated[
+        Count,
+        doc(
+            "Restarts of an actor or reward server, within `run.restart_window_s`, before the run "
+            "gives it up."
+        ),
+    ] = 10
 
 
 class GrpoActors(ActorSettings, frozen=True, kw_only=True):

@@ -45,6 +45,9 @@ class RunSettings(Section, frozen=True, kw_only=True):
     seed: Annotated[
         int, Meta(ge=0, lt=2**32), doc("Seed of data order, new adapters, dropout and sampling.")
     ] = 42
+    restart_window_s: Annotated[
+        Positive, doc("Seconds within which restarts of a process are counted.")
+    ] = 3600.0
 
 
 class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
@@ -55,6 +58,16 @@ class TrainingRunSettings(RunSettings, frozen=True, kw_only=True):
         Count, doc("Steps between checkpoints; 0: only the one that every run saves at its end.")
     ] = 50
     save_total_limit: Annotated[PositiveInt, doc("How many checkpoints to keep.")] = 2
+    max_restarts: Annotated[
+        Count, doc("Restarts of the learner, within `run.restart_window_s`, before the run ends.")
+    ] = 10
+    stop_timeout_s: Annotated[
+        Positive,
+        doc(
+            "Seconds that the learner has to finish its step and save when its launcher is gone, "
+            "or no actor is left; then it is killed."
+        ),
+    ] = 300.0
 
 
 class GrpoRunSettings(TrainingRunSettings, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from protocol.transport.curve_keys import (
     load_client_keys,
     load_server_keys,
 )
+from protocol.transport.socket_folders import PARENT, PREFIX, held, remove_dead
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
 ZAP_DOMAIN = b"pippin"
@@ -36,8 +37,12 @@ RECONNECT_TCP_MS = 2_000  # the longest, to which it doubles
 
 @contextmanager
 def ipc_folder() -> Generator[Path]:
-    """Make a 0700 folder under /tmp for a run's sockets; it is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="pippin-", dir="/tmp") as name:
+    """Make a 0700 folder under /tmp for a run's sockets; it is removed at the end.
+
+    Those of runs that were killed are removed now.
+    """
+    remove_dead(PARENT)
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=PARENT) as name, held(Path(name)):
         yield Path(name)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from launch.processes.exit_status import STOPPED
 from launch.staleness import measure
 from tests.acceptance.journal import account, check_complete, incarnations
 from tests.acceptance.run import ROOT, CheckFailed, Launcher, check, lines, resident_mb
@@ -45,6 +46,7 @@ def launch(args: argparse.Namespace, bound: int, *, save_steps: int = 0) -> Laun
         "run.name": folder.name,
         "run.log_completions": 0,
         "run.save_steps": save_steps,
+        "run.max_restarts": 0,  # a killed learner ends the run, so that it is resumed by hand
         "data.eval_path": "",
         "eval.steps": 0,
         "train.batch_size": BATCH,
@@ -214,7 +216,7 @@ def fuzz(args: argparse.Namespace, bound: int) -> None:
                 process.kill()
             process.wait()
         run.end()
-    check(status == 0, f"the run ended with {status}; see {run.output}")
+    check(status == STOPPED, f"the run ended with {status}; see {run.output}")
     check_records(run, bound, len(run.steps()), left=(bound + 1) * BATCH)
     print(f"  learner refused {refused(run)}")
     log = (run.folder / "logs" / "reward-0.log").read_text()

@@ -12,10 +12,10 @@ import launch.cli.run
 from launch import preference
 from launch.cli.command_line import read_command_line
 from launch.cli.run import supervise
+from launch.processes.exit_status import STOPPED
 from launch.processes.specs import offline_processes
-from launch.processes.supervisor import INTERRUPTED
 from protocol.config.settings import PreferenceRun
-from protocol.run_record import read_run
+from protocol.run_record import change_state, read_run
 from tests.tiny import write_model_folder
 
 
@@ -88,10 +88,39 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path):
             if line.startswith("step 3/"):
                 process.send_signal(signal.SIGINT)
                 break
-        last = process.stdout.read().splitlines()[-1]
-        assert process.wait() == 0
-    assert last == f"resume:  uv run {preference.__file__} --run.resume runs/a"
+        last = process.stdout.read().splitlines()
+        assert process.wait() == STOPPED == 130
+    assert last[-1] == f"resume:  uv run {preference.__file__} --run.resume runs/a"
+    assert last[-5] == "weights: runs/a/adapters"
     assert list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))
+    assert read_run(tmp_path / "runs" / "a").state == "stopped"
+
+
+@pytest.mark.parametrize(("step", "first"), [(0, "logs:"), (3, "weights:")])
+def test_a_run_that_stopped_before_its_first_step_offers_no_adapters(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    first: str,
+):
+    flags = ["--model.path=m", "--data.path=org/d", f"--run.dir={tmp_path}", "--run.name=a"]
+    run, folder = read_command_line(PreferenceRun, flags, "")
+
+    def stopped(_: object) -> int:
+        saved = folder / "checkpoints" / f"step-{step:06d}"
+        saved.mkdir(parents=True)
+        (saved / "state.json").write_text("{}")
+        change_state(folder, "stopped")
+        return STOPPED
+
+    monkeypatch.setattr(launch.cli.run.anyio, "run", stopped)
+    assert supervise(folder, run, offline_processes(run, folder)) == STOPPED
+    lines = capsys.readouterr().out.splitlines()
+    offered = [line.split()[0] for line in lines if line.split()[0].endswith(":")]
+    assert offered[0:2] == ["run:", first]
+    assert offered[-1] == "resume:"
+    assert read_run(folder).state == "stopped"
 
 
 def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
@@ -107,6 +136,6 @@ def test_an_interrupt_before_the_supervisor_listens_leaves_the_name_free(
     run, folder = read_command_line(PreferenceRun, flags, "")
     (folder / "checkpoints/.step-000002.77").mkdir(parents=True)
     (folder / "checkpoints/step-000001").mkdir()
-    assert supervise(folder, run, offline_processes(run, folder)) == INTERRUPTED
+    assert supervise(folder, run, offline_processes(run, folder)) == STOPPED
     assert read_run(folder).state == "failed_to_start"
     assert "resume:" not in capsys.readouterr().out

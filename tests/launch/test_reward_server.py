@@ -112,6 +112,21 @@ def test_nothing_outlives_a_server_that_is_killed(tmp_path):
         os.close(pipe)
 
 
+def test_what_left_the_session_does_not_outlive_a_server_that_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "held")
+    held = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    columns = {"folder": [str(tmp_path)] * 2}
+    with served(function="leaves_one") as (running, endpoint), dealer(endpoint) as socket:
+        assert ask(socket, columns=columns)["type"] == "progress"
+        assert json.loads(socket.recv())["rewards"] == [[1.0, 1.0]]
+        os.kill(int((tmp_path / "child").read_text()), 0)
+        running.process.kill()
+        running.process.wait()
+        os.set_blocking(held, True)
+        assert os.read(held, 1) == b""  # the end of the process that held the other end
+        os.close(held)
+
+
 def test_an_endpoint_in_use_is_named():
     function = f"{SAMPLES}:length"
     with served() as (_, endpoint), program(function, "--bind", endpoint) as second:

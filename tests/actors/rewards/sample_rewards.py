@@ -62,6 +62,22 @@ def spawns(completions, folder, **kwargs):
     time.sleep(1e6)
 
 
+def leaves_one(completions, folder, **kwargs):
+    """Start a process that leaves our session and our children, and note its ID.
+
+    It holds the FIFO `held` open, if there is one.
+    """
+    pids, held = Path(folder[0]) / "child", Path(folder[0]) / "held"
+    code = f"import os, time; held = open({str(held)!r}, 'w') if {held.exists()} else None; "
+    code += f"open({str(pids)!r}, 'w').write(str(os.getpid())); time.sleep(1e6)"
+    command = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}], "
+    command += "start_new_session=True)"
+    subprocess.run([sys.executable, "-c", command], check=True)
+    while not pids.exists() or not pids.read_text():
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+
+
 def raises(completions, **kwargs):
     raise KeyError("no such thing")
 

@@ -112,6 +112,19 @@ async def test_what_a_hanging_function_started_dies_with_it(tmp_path):
                 await anyio.sleep(0.01)
 
 
+async def test_what_left_the_session_ends_with_the_worker_and_is_named(tmp_path, caplog):
+    async with serving("leaves_one") as (_, socket):
+        await score(socket, columns={"folder": [str(tmp_path)] * 2})
+        child = int((tmp_path / "child").read_text())
+        assert _alive(child)
+    with anyio.fail_after(10):
+        while _alive(child):  # noqa: ASYNC110 - no event crosses processes
+            await anyio.sleep(0.01)
+    (message,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert message.startswith(f"ended what reward functions had left running: {child} (")
+    assert "-c import os, time; " in message
+
+
 def _alive(pid):
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

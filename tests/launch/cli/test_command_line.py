@@ -11,6 +11,7 @@ from launch import grpo
 from launch.cli.command_line import read_command_line
 from launch.cli.run import what_next
 from launch.grpo import DEFAULT_RECIPE
+from launch.processes.restarts import RestartLimit
 from launch.processes.specs import (
     actor_specs,
     offline_processes,
@@ -158,7 +159,7 @@ def test_a_run_is_not_overwritten_and_is_resumed_with_its_settings(tmp_path: Pat
 
 def test_processes_of_a_run(tmp_path: Path):
     flags = ["--rewards.functions=a.py:f,zmq://h:1,zmq://h:2,m:g", "--rewards.workers=2"]
-    run = load(GrpoRun, None, [*OFFLINE, *flags, "--actors.count=2"])
+    run = load(GrpoRun, None, [*OFFLINE, *flags, "--actors.count=2", "--run.max_restarts=3"])
     assert snapshot_endpoint(run, Path("/s")) == "ipc:///s/snapshots"
     remote = load(GrpoRun, None, [*OFFLINE, *flags, "--transport.bind=tcp://127.0.0.1:7000"])
     assert snapshot_endpoint(remote, Path("/s")) == "tcp://127.0.0.1:7001"
@@ -177,38 +178,43 @@ def test_processes_of_a_run(tmp_path: Path):
         "actor-1",
     ]
     offline = offline_processes(load(SftRun, None, OFFLINE), tmp_path)
-    assert offline.learner.command[2:] == [str(tmp_path), "--child"]
+    child = ["--child", "--stop-timeout-s", "300"]
+    assert offline.learner.command[2:] == [str(tmp_path), *child]
+    assert offline.learner.restarts == RestartLimit(10, 3600)
     assert offline.required == frozenset()
 
     whole = online_processes(run, tmp_path, Path("/s"))
     assert list(whole.learner.command[2:]) == [
-        str(tmp_path), "--child", "--endpoint", "ipc:///s/learner",
+        str(tmp_path), *child, "--endpoint", "ipc:///s/learner",
         "--snapshots", "ipc:///s/snapshots",
         "--rewards", "ipc:///s/reward-0,ipc:///s/reward-1", "--rewards", "tcp://h:1,tcp://h:2",
     ]  # fmt: skip
     assert [spec.name for spec in whole.helpers] == ["reward-0", "reward-1", "actor-0", "actor-1"]
     assert whole.required == {"actor", "reward server"}
+    assert [spec.restarts.count for spec in (whole.learner, *whole.helpers)] == [3, 10, 10, 10, 10]
+    assert whole.stop_timeout_s == 300
     # Actors elsewhere can stand in for the local ones.
     pairs = load(PairsRun, None, [*OFFLINE, *flags, "--transport.bind=tcp://127.0.0.1:7000"])
     elsewhere = online_processes(pairs, tmp_path, Path("/s"))
     assert elsewhere.learner.command[1].endswith("processes/collect.py")
     assert elsewhere.learner.command[-6:-4] == ["--endpoint", "tcp://127.0.0.1:7000"]
     assert elsewhere.required == {"reward server"}
+    assert elsewhere.learner.restarts.count == 0  # it would write its pairs from the beginning
 
 
 def test_a_learner_that_samples_has_no_actor_beside_it(tmp_path: Path):
     flags = [*OFFLINE, "--rewards.functions=a.py:f", "--actors.colocate=true"]
     alone = online_processes(load(GrpoRun, None, flags), tmp_path, Path("/s"))
     assert list(alone.learner.command[2:]) == [
-        str(tmp_path), "--child", "--colocate", "--rewards", "ipc:///s/reward-0",
+        str(tmp_path), "--child", "--stop-timeout-s", "300", "--colocate", "--rewards", "ipc:///s/reward-0",
     ]  # fmt: skip
     assert [spec.name for spec in alone.helpers] == ["reward-0"]
     assert alone.required == {"reward server"}
 
     open_to_others = load(GrpoRun, None, [*flags, "--transport.bind=tcp://127.0.0.1:7000"])
     joined = online_processes(open_to_others, tmp_path, Path("/s"))
-    assert list(joined.learner.command[3:]) == [
-        "--child", "--colocate", "--snapshots", "tcp://127.0.0.1:7001", "--endpoint", "tcp://127.0.0.1:7000",
+    assert list(joined.learner.command[6:]) == [
+        "--colocate", "--snapshots", "tcp://127.0.0.1:7001", "--endpoint", "tcp://127.0.0.1:7000",
         "--rewards", "tcp://127.0.0.1:7002",
     ]  # fmt: skip
     assert [spec.name for spec in joined.helpers] == ["reward-0"]

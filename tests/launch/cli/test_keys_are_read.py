@@ -23,7 +23,7 @@ from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
 from launch.processes.collect import Writer, collect
 from launch.processes.placement import colocates
-from launch.processes.specs import actor_specs, reward_services
+from launch.processes.specs import actor_specs, learner_spec, reward_services
 from launch.processes.start import Lifeline
 from learner.build.offline import assemble_offline
 from learner.build.online import OnlineAddresses, assemble_online
@@ -140,7 +140,8 @@ def test_every_key_that_is_taken_is_read_and_no_other(
     for number, flags in enumerate(runs):
         common = [f"--model.path={model}", "--model.dtype=float32", f"--run.name=r{number}"]
         common += [f"--data.path={tmp_path / 'rows.jsonl'}", f"--run.dir={tmp_path / 'runs'}"]
-        _, folder = read_command_line(cls, [*common, "--train.batch_size=4", *flags], "")
+        run, folder = read_command_line(cls, [*common, "--train.batch_size=4", *flags], "")
+        learner_spec(run, folder)
         trainer = assemble_offline(folder, kind).trainer
         while not trainer.done:
             trainer.advance(timeout_s=1.0)
@@ -165,6 +166,7 @@ def test_grpo_reads_every_key_that_it_takes(
         run, folder = read_command_line(GrpoRun, [*common, f"--run.name=g{number}", *flags], "")
         reward_services(run, folder)
         actor_specs(run, folder, "ipc://x")
+        learner_spec(run, folder)
         colocates(run, [])
         endpoint = f"ipc://{folder}/s"
         addresses = OnlineAddresses([endpoint], f"{endpoint}2", ["ipc://x"])

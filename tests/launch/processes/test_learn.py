@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch.processes.exit_status import NO_RESTART
 from protocol.run_record import (
     CheckpointSaved,
     EvaluationFinished,
@@ -277,7 +278,7 @@ def test_rewards_that_are_all_none_stop_the_run_with_a_checkpoint(tmp_path):
     with run_of(tmp_path, reward="silent", max_steps=9, save_steps=0) as run:
         run.rewards()
         run.actor()
-        run.settle(run.learner(), status=1)
+        run.settle(run.learner(), status=NO_RESTART)
         assert "Every reward of 3 batches in a row was None" in run.log()
         assert run.steps() == [1, 2]
         events = parse_events((run.folder / "events.jsonl").read_bytes())

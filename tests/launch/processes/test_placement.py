@@ -145,7 +145,9 @@ def test_a_child_gets_its_environment_and_the_user_the_notes(
 ):
     monkeypatch.setenv("PIPPIN_TEST", "ours")
     code = f"import os; print(os.environ['{VISIBLE}'], os.environ['PIPPIN_TEST'])"
-    learner = ChildSpec("learner", "learner", [sys.executable, "-c", code], 0, {VISIBLE: "GPU-b"})
+    learner = ChildSpec(
+        "learner", "learner", [sys.executable, "-c", code], environment={VISIBLE: "GPU-b"}
+    )
     supervisor = Supervisor(tmp_path, Processes(learner, notes=["GPU 1: learner"]), say=print)
     assert anyio.run(supervisor.run) == 0
 
