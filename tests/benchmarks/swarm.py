@@ -1,13 +1,13 @@
 """How many groups the learner's I/O thread takes from N simulated actors, and how fast it answers.
 
-    uv run tests/benchmarks/swarm.py [--actors 10 100 1000] [--seconds 10]
+    uv run python -m tests.benchmarks.swarm [--actors 10 100 1000] [--seconds 10]
 
 A real LearnerService, Coordinator and Ledger, with its journal, over ipc sockets; the actors
 (`swarm_actors.py`) are one other process, and the trainer takes every batch at once and publishes.
 Groups are 64 completions of 256 tokens: 0.14 MB. An actor has room for four, and the queue holds
-two tasks per actor, so that actors always wait for work. Per number of actors: groups per second when every actor answers at once; the time from a group to its
-acknowledgement at half of that load; CPU time of this process per heartbeat, while every actor
-holds a task.
+two tasks per actor, so that actors always wait for work. Per number of actors: groups per second
+when every actor answers at once; the time from a group to its acknowledgement at half of that load;
+CPU time of this process per heartbeat, while every actor holds a task.
 """
 
 import argparse
@@ -149,13 +149,15 @@ def learner(actors: int, folder: Path) -> Iterator[str]:
 
 def measure(actors: int, seconds: float) -> str:
     """Return a row of the table."""
-    with tempfile.TemporaryDirectory(prefix="swarm-", dir="/tmp") as name:
-        with learner(actors, Path(name)) as endpoint:
-            swarm = ActorProcess(endpoint, actors)
-            try:
-                return _phases(swarm, actors, seconds)
-            finally:
-                swarm.end()
+    with (
+        tempfile.TemporaryDirectory(prefix="swarm-", dir="/tmp") as name,
+        learner(actors, Path(name)) as endpoint,
+    ):
+        swarm = ActorProcess(endpoint, actors)
+        try:
+            return _phases(swarm, actors, seconds)
+        finally:
+            swarm.end()
 
 
 def _phases(swarm: ActorProcess, actors: int, seconds: float) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from learner.ledger.events import AnyEvent, PolicyPublished
 from learner.ledger.journal import encode_line
+from learner.ledger.leases import OpenLeases
 from learner.ledger.ledger import Ledger
 from learner.ledger.state import LedgerState
 from learner.ledger.types import LedgerSettings, Receipt
@@ -114,6 +115,43 @@ def test_progress_renews_and_silence_expires_until_the_task_is_dropped():
     assert ledger.room() == 1
     assert ledger.received(first, 1, ACTOR, 31.0) == Receipt(outcome="dropped")
     assert ledger.state.counters.discarded == {"dropped": 1}
+
+
+def test_a_lease_lasts_from_when_it_was_given_though_its_actor_was_renewed_before():
+    ledger = started()
+    first, second, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    ledger.renew_leases(ACTOR, 1.0)
+    ledger.lease(ACTOR, 4, 5.0)
+    assert [lease.task for lease in ledger.expire(14.9)] == [first]
+    assert [lease.task for lease in ledger.expire(15.0)] == [second]
+
+
+def test_a_lease_has_an_age_limit_whatever_its_actor_reports():
+    ledger = started(max_lease_s=25.0)
+    first, second, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    ledger.lease(ACTOR, 4, 8.0)
+    for now in (8.0, 16.0, 24.0):
+        ledger.renew_leases(ACTOR, now)
+        assert ledger.expire(now) == []
+    (ended,) = ledger.expire(25.0)
+    assert (ended.task, ended.actor, ended.overdue) == (first, ACTOR, True)
+    assert ended.reason == "leased for 25 s (queue.max_lease_s)"
+    assert [lease.task for lease in ledger.expire(33.0)] == [second]
+    assert ledger.state.counters.expired == 2
+
+
+def test_leases_that_a_restored_state_holds_count_as_given_then():
+    ledger = started(max_lease_s=25.0)
+    fill(ledger)
+    ledger.lease("a", 4, 7_000.0)
+    ledger.lease("b", 4, 7_000.0)
+    leases = OpenLeases.restored(ledger.settings, ledger.state, 100.0)
+    leases.renew("a", 105.0)
+    assert leases.take_due(109.9) == []
+    assert [record.number for record in leases.take_due(110.0)] == [1]
+    assert [record.number for record in leases.take_due(115.0)] == [0]
 
 
 def test_the_first_attempt_to_come_counts_and_cancels_the_other():
@@ -279,7 +317,7 @@ def test_journal_lines_keep_their_format():
     event = b'{"type":"Published","version":1,"digest":"d1"}'
     assert line == b'{"incarnation":"first","event":' + event + b"}\n"
     assert {event.__struct_config__.tag for event in get_args(AnyEvent)} == {
-        "Joined", "Leased", "Renewed", "Received", "Discarded", "Closed", "Dropped", "RowsEnded",
+        "Joined", "Leased", "Received", "Discarded", "Closed", "Dropped", "RowsEnded",
         "Formed", "Consumed", "Published", "EvalTaken",
     }  # fmt: skip
 
