@@ -9,6 +9,7 @@ The life of a prompt, and where each step happens:
     leased task          on the actor        progress renews the lease: _heartbeat,
        │                                     Ledger.renew_leases; otherwise tick expires it, and the
        │                                     task is leased again from the same place in the queue
+       │                                     (online/progress.py: what counts as progress)
        │  is answered    Coordinator._group  checks the Group (online/tasks.py), Ledger.received
        │                                     accepts or discards it, and either way it is acked
     group                online/open_tasks.py, until the first B tasks of the queue have theirs
@@ -33,7 +34,9 @@ from learner.ledger.types import EndedLease, Grant, Receipt, ResumeReport
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
+from learner.online.progress import KEEPS_WORK, ActorProgress, Stall, stall_reason
 from learner.online.queue_metrics import queue_metrics
+from learner.online.run_watch import RunWatch
 from learner.online.tasks import group_error, task_message
 from protocol.messages.messages import (
     Ack,
@@ -70,6 +73,7 @@ class Coordinator:
     sampling: Mapping[TaskKind, Sampling]
     vocab_size: int
     actor_timeout_s: float = 30.0
+    policy_timeout_s: float = 300.0
     connected: ConnectedActors = field(default_factory=ConnectedActors)
     policy: Policy | None = None
     position: int = 0
@@ -77,6 +81,7 @@ class Coordinator:
     _digests: dict[int, str] = field(default_factory=dict[int, str])
     _journalled: int = 0
     _unannounced: Policy | None = None
+    _watch: RunWatch = field(default_factory=RunWatch)
 
     # ---- messages from actors ------------------------------------------------------------
 
@@ -89,13 +94,14 @@ class Coordinator:
             self.connected.refuse(peer, Refuse(code="hello_required", reason="say Hello first"))
         else:
             actor.last_seen = now
-            # Only a main thread that makes progress sends these.
+            was_stalled = actor.progress.stall is not None
             if isinstance(message, Request | Group | Failed):
-                actor.stalled = False
+                actor.progress.turned()
 
             match message:
                 case Request():
                     actor.credit = message.free_completions
+                    self._place(actor.actor_id)
                 case Group():
                     self._group(peer, actor, message, now)
                 case Failed():
@@ -103,10 +109,14 @@ class Coordinator:
                 case Heartbeat():
                     self._heartbeat(actor, message, now)
                 case Applied():
-                    actor.oldest_needed = max(actor.oldest_needed, message.version)
+                    self._applied(actor, message, now)
                 case Release():
                     log.info("actor %s leaves: %s", actor.actor_id, message.reason)
                     self.actor_gone(peer, now, blamed=False)
+
+            if was_stalled and actor.progress.stall is None:
+                log.info("actor %s works again", actor.actor_id)
+                self._place(actor.actor_id)
 
         self.assign(now)
 
@@ -119,18 +129,13 @@ class Coordinator:
             self.connected.send(peer, self.welcome)
             return
 
-        # Only an actor that merely reconnected still has the work that was leased to it.
-        for other, actor in list(self.connected.by_peer.items()):
-            if actor.actor_id == hello.actor_id:
-                reconnected = actor.incarnation == hello.actor_incarnation
-                self.actor_gone(other, now, keep_leases=reconnected)
-            elif other == peer:
-                self.actor_gone(other, now)
-
-        oldest = -1 if self.policy is None else self.policy.version
-        self.connected.by_peer[peer] = ConnectedActor(
-            hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
-        )
+        progress = self._replaced(peer, hello, now)
+        oldest = -1
+        if self.policy is not None:
+            oldest = self.policy.version
+            progress.announced(oldest, now)
+        actor = ConnectedActor(hello.actor_id, hello.actor_incarnation, now, oldest, progress)
+        self.connected.add(peer, actor)
         self.connected.counters["hellos"] += 1
         if hello.capacity:
             log.info("actor %s: %s", hello.actor_id, hello.capacity)
@@ -143,11 +148,28 @@ class Coordinator:
         for lease in self.ledger.leases_of(hello.actor_id):
             self.connected.send(peer, self._task(lease))
 
+    def _replaced(self, peer: bytes, hello: Hello, now: float) -> ActorProgress:
+        """Forget who was known by this peer or this name; return what is known of the actor."""
+        progress = ActorProgress(turned_at=now)
+        other = self.connected.peers.get(hello.actor_id)
+        if other is not None:
+            # Only an actor that merely reconnected still has the work that was leased to it.
+            known = self.connected.by_peer[other]
+            reconnected = known.incarnation == hello.actor_incarnation
+            if reconnected:
+                progress = known.progress
+            self.actor_gone(other, now, keep_leases=reconnected)
+        self.actor_gone(peer, now)
+        return progress
+
     def _heartbeat(self, actor: ConnectedActor, beat: Heartbeat, now: float) -> None:
-        if beat.progress != actor.beat.progress:
-            actor.stalled = False
+        if actor.progress.heartbeat(beat, now):
             self.ledger.renew_leases(actor.actor_id, now)
-        actor.beat = beat
+
+    def _applied(self, actor: ConnectedActor, applied: Applied, now: float) -> None:
+        actor.oldest_needed = max(actor.oldest_needed, applied.version)
+        if self.policy is not None:
+            actor.progress.has_applied(applied.version, self.policy.version, now)
 
     def _group(self, peer: bytes, actor: ConnectedActor, group: Group, now: float) -> None:
         task, attempt = group.task, group.attempt
@@ -157,20 +179,25 @@ class Coordinator:
             reason = f"task {task} belongs to another learner; this one is {ours}"
             self.connected.send(peer, Refuse(code="stale", reason=reason))
 
+        holder = self.ledger.holder(task.number)
         # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
         if task not in self._open_tasks:
-            self.ledger.received(task, attempt, actor.actor_id, now)
+            receipt = self.ledger.received(task, attempt, actor.actor_id, now)
+            if receipt.outcome in ("duplicate", "dropped"):
+                actor.progress.delivered()
         elif error := self._group_error(group):
             self.connected.counters["groups_invalid"] += 1
             log.warning("group %s of actor %s: %s", task, actor.actor_id, error)
             self.connected.send(peer, Refuse(code="invalid", reason=error))
-            self._settle(task, self.ledger.failed(task, attempt, error, now))
+            receipt = self.ledger.failed(task, attempt, error, now)
+            self._settle(task, receipt, holder)
         else:
             versions = {span.version for c in group.completions for span in c.policy_spans}
             receipt = self.ledger.received(task, attempt, actor.actor_id, now, sorted(versions))
             if receipt.outcome == "accepted":
                 self._open_tasks.add_group(group)
-            self._settle(task, receipt)
+                actor.progress.delivered()
+            self._settle(task, receipt, holder)
 
         # Whatever became of it, the actor need not send it again.
         self.connected.send(peer, Ack(task=task, attempt=attempt))
@@ -181,11 +208,15 @@ class Coordinator:
 
     def _failed(self, peer: bytes, actor: ConnectedActor, message: Failed, now: float) -> None:
         log.warning("task %s of actor %s: %s", message.task, actor.actor_id, message.reason)
+        holder = self.ledger.holder(message.task.number)
         receipt = self.ledger.failed(message.task, message.attempt, message.reason, now)
-        self._settle(message.task, receipt)
+        self._settle(message.task, receipt, holder)
         self.connected.send(peer, Ack(task=message.task, attempt=message.attempt))
 
-    def _settle(self, task: TaskId, receipt: Receipt) -> None:
+    def _settle(self, task: TaskId, receipt: Receipt, holder: str | None) -> None:
+        """Do what follows from a receipt; `holder` had the lease before."""
+        if holder is not None:
+            self._place(holder)
         if receipt.cancelled is not None:
             self.connected.cancel(receipt.cancelled)
         if receipt.dropped:
@@ -197,29 +228,61 @@ class Coordinator:
         self, peer: bytes, now: float, *, keep_leases: bool = False, blamed: bool = True
     ) -> None:
         """Forget an actor; its leases go to others unless it only reconnected."""
-        actor = self.connected.by_peer.pop(peer, None)
+        actor = self.connected.remove(peer)
         if actor is not None and not keep_leases:
             self._cancel(self.ledger.actor_gone(actor.actor_id, now, blamed=blamed))
 
     def tick(self, now: float) -> None:
-        """Expire leases, and forget actors that have been silent."""
+        """Expire leases, take work from actors that stall, and forget those that are silent."""
         expired = self.ledger.expire(now)
+        for lease in expired:
+            self._stalled_by(lease, now)
         self._cancel(expired)
-        holders = {lease.actor for lease in expired}
-        for actor in self.connected.by_peer.values():
-            actor.stalled = actor.stalled or actor.actor_id in holders
 
         for peer, actor in list(self.connected.by_peer.items()):
             if now - actor.last_seen > self.actor_timeout_s:
                 log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
                 self.actor_gone(peer, now)
+            elif self._cannot_fetch(actor, now):
+                self._stall(actor, "policy", now)
+
+        self._watch.tick(self.ledger, len(self.connected.by_peer), now)
         self.assign(now)
+
+    def _cannot_fetch(self, actor: ConnectedActor, now: float) -> bool:
+        if actor.progress.stall is not None:
+            return False
+        has_work_or_room = actor.credit > 0 or not self.ledger.is_idle(actor.actor_id)
+        return has_work_or_room and actor.progress.cannot_fetch(now, self.policy_timeout_s)
+
+    def _stalled_by(self, lease: EndedLease, now: float) -> None:
+        """Note what the end of a lease says about its actor."""
+        peer = self.connected.peers.get(lease.actor)
+        actor = self.connected.by_peer.get(peer) if peer is not None else None
+        if actor is not None and actor.progress.stall is None:
+            lease_s = self.ledger.settings.lease_s
+            stall = actor.progress.expired(now, lease_s, overdue=lease.overdue)
+            self._stall(actor, stall, now)
+
+    def _stall(self, actor: ConnectedActor, stall: Stall, now: float) -> None:
+        """Give an actor's leases to others, and nothing new to it until it works again."""
+        actor.progress.stall = stall
+        limits = self.ledger.settings
+        reason = stall_reason(stall, limits.lease_s, limits.max_lease_s, self.policy_timeout_s)
+        log.warning("actor %s %s; its tasks go to others", actor.actor_id, reason)
+        # What the tasks of a stalled actor have to do with it is not known: none is blamed.
+        self._cancel(self.ledger.withdraw(actor.actor_id, reason, now, blamed=False))
+        self._place(actor.actor_id)
 
     def _cancel(self, ended: list[EndedLease]) -> None:
         for lease in ended:
-            self.connected.cancel(lease)
+            peer = self.connected.peers.get(lease.actor)
+            actor = self.connected.by_peer.get(peer) if peer is not None else None
+            if actor is None or actor.progress.stall not in KEEPS_WORK:
+                self.connected.cancel(lease)
             if lease.dropped:
                 self._open_tasks.remove(lease.task)
+            self._place(lease.actor)
 
     # ---- leasing -------------------------------------------------------------------------
 
@@ -237,17 +300,22 @@ class Coordinator:
             self.position += 1
             self._open_tasks.add(task, prompt, "train")
 
-        if self.policy is None:
-            return
-        for peer, actor in sorted(self.connected.by_peer.items(), key=lambda item: -item[1].credit):
-            if actor.credit > 0 and not actor.stalled:
-                self._lease(peer, actor, now)
+        while (needed := self.ledger.completions_to_lease()) is not None:
+            peer = self.connected.with_credit.first(needed)
+            if peer is None:
+                break
+            self._lease(peer, self.connected.by_peer[peer], now)
+
+    def _place(self, actor_id: str) -> None:
+        """Offer an actor for work as its room, its leases and its progress now say."""
+        self.connected.place(actor_id, idle=self.ledger.is_idle(actor_id))
 
     def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> None:
         for grant in self.ledger.lease(actor.actor_id, actor.credit, now):
             completions = self.sampling[grant.kind].num_generations
             actor.credit = max(0, actor.credit - completions)
             self.connected.send(peer, self._task(grant))
+        self._place(actor.actor_id)
 
     def _task(self, grant: Grant) -> Task:
         prompt, sampling = self._open_tasks.prompt(grant.task), self.sampling[grant.kind]
@@ -264,6 +332,7 @@ class Coordinator:
         if policy.version > self.ledger.state.version:
             self.ledger.consumed()
             self._open_tasks.batch_consumed()
+            self._watch.stepped(now)
         self._unannounced = policy
         self._announce(now)
 
@@ -273,6 +342,9 @@ class Coordinator:
             self.ledger.published(self.policy.version, self.policy.digest)
             self._digests[self.policy.version] = self.policy.digest
             self.connected.send_all(self.policy)
+            for actor in self.connected.by_peer.values():
+                actor.progress.announced(self.policy.version, now)
+            self._watch.started(now)
         self.assign(now)
 
     def evaluate(self, version: int, now: float) -> None:
