@@ -246,8 +246,8 @@ class Coordinator:
             elif self._cannot_fetch(actor, now):
                 self._stall(actor, "policy", now)
 
-        self._watch.tick(self.ledger, len(self.connected.by_peer), now)
         self.assign(now)
+        self._watch.tick(self.ledger, len(self.connected.by_peer), now)
 
     def _cannot_fetch(self, actor: ConnectedActor, now: float) -> bool:
         if actor.progress.stall is not None:

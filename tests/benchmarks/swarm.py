@@ -171,7 +171,7 @@ def _phases(swarm: ActorProcess, actors: int, seconds: float) -> str:
 
     swarm.measure(Phase(seconds=2.0))
     began = time.process_time()
-    beats = swarm.measure(Phase(heartbeats=max(20_000, 20 * actors)))
+    beats = swarm.measure(Phase(heartbeats=max(20_000, 100 * actors)))
     per_beat = (time.process_time() - began) / beats.heartbeats
     return (
         f"{actors:6} | {rate:8.0f} | {len(half.waits_s) / half.elapsed_s:8.0f} | "
