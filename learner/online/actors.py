@@ -66,6 +66,11 @@ class ConnectedActors:
             self.with_credit.remove(peer)
         return actor
 
+    def named(self, actor_id: str) -> ConnectedActor | None:
+        """Return the actor of this name, if it is connected."""
+        peer = self.peers.get(actor_id)
+        return None if peer is None else self.by_peer[peer]
+
     def place(self, actor_id: str, *, idle: bool) -> None:
         """Offer an actor for work, or not, by its room and progress; `idle`: it has no lease."""
         peer = self.peers.get(actor_id)

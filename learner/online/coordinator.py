@@ -34,9 +34,10 @@ from learner.ledger.types import EndedLease, Grant, Receipt, ResumeReport
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
-from learner.online.progress import KEEPS_WORK, ActorProgress, Stall, stall_reason
+from learner.online.progress import KEEPS_WORK, ActorProgress
 from learner.online.queue_metrics import queue_metrics
 from learner.online.run_watch import RunWatch
+from learner.online.stalled import take_from_stalled
 from learner.online.tasks import group_error, task_message
 from protocol.messages.messages import (
     Ack,
@@ -233,52 +234,21 @@ class Coordinator:
             self._cancel(self.ledger.actor_gone(actor.actor_id, now, blamed=blamed))
 
     def tick(self, now: float) -> None:
-        """Expire leases, take work from actors that stall, and forget those that are silent."""
-        expired = self.ledger.expire(now)
-        for lease in expired:
-            self._stalled_by(lease, now)
-        self._cancel(expired)
+        """Take work from actors that do not get on with it, and forget those that are silent."""
+        self._cancel(take_from_stalled(self.ledger, self.connected, self.policy_timeout_s, now))
 
         for peer, actor in list(self.connected.by_peer.items()):
             if now - actor.last_seen > self.actor_timeout_s:
                 log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
                 self.actor_gone(peer, now)
-            elif self._cannot_fetch(actor, now):
-                self._stall(actor, "policy", now)
 
         self.assign(now)
         self._watch.tick(self.ledger, len(self.connected.by_peer), now)
 
-    def _cannot_fetch(self, actor: ConnectedActor, now: float) -> bool:
-        if actor.progress.stall is not None:
-            return False
-        has_work_or_room = actor.credit > 0 or not self.ledger.is_idle(actor.actor_id)
-        return has_work_or_room and actor.progress.cannot_fetch(now, self.policy_timeout_s)
-
-    def _stalled_by(self, lease: EndedLease, now: float) -> None:
-        """Note what the end of a lease says about its actor."""
-        peer = self.connected.peers.get(lease.actor)
-        actor = self.connected.by_peer.get(peer) if peer is not None else None
-        if actor is not None and actor.progress.stall is None:
-            lease_s = self.ledger.settings.lease_s
-            stall = actor.progress.expired(now, lease_s, overdue=lease.overdue)
-            self._stall(actor, stall, now)
-
-    def _stall(self, actor: ConnectedActor, stall: Stall, now: float) -> None:
-        """Give an actor's leases to others, and nothing new to it until it works again."""
-        actor.progress.stall = stall
-        limits = self.ledger.settings
-        reason = stall_reason(stall, limits.lease_s, limits.max_lease_s, self.policy_timeout_s)
-        log.warning("actor %s %s; its tasks go to others", actor.actor_id, reason)
-        # What the tasks of a stalled actor have to do with it is not known: none is blamed.
-        self._cancel(self.ledger.withdraw(actor.actor_id, reason, now, blamed=False))
-        self._place(actor.actor_id)
-
     def _cancel(self, ended: list[EndedLease]) -> None:
         for lease in ended:
-            peer = self.connected.peers.get(lease.actor)
-            actor = self.connected.by_peer.get(peer) if peer is not None else None
-            if actor is None or actor.progress.stall not in KEEPS_WORK:
+            actor = self.connected.named(lease.actor)
+            if actor is not None and actor.progress.stall not in KEEPS_WORK:
                 self.connected.cancel(lease)
             if lease.dropped:
                 self._open_tasks.remove(lease.task)

@@ -83,24 +83,8 @@ class ActorProgress:
         """Whether it has been behind the newest policy for too long, with nothing new applied."""
         return self.behind_since is not None and now - self.behind_since > policy_timeout_s
 
-    def expired(self, now: float, lease_s: float, *, overdue: bool) -> Stall:
+    def expired(self, now: float, lease_s: float, overdue: bool) -> Stall:
         """Return what the end of a lease for want of progress, or by its age, says of the actor."""
         if overdue:
             return "overdue"
         return "engine" if now - self.turned_at < lease_s else "loop"
-
-
-def stall_reason(stall: Stall, lease_s: float, max_lease_s: float, policy_timeout_s: float) -> str:
-    """Say what was seen of an actor that stalls, and which setting says how long is too long."""
-    match stall:
-        case "loop":
-            return f"has made no progress for {lease_s:g} s (queue.lease_s): its main thread hangs"
-        case "engine":
-            return f"has sampled nothing of its tasks for {lease_s:g} s (queue.lease_s)"
-        case "policy":
-            return (
-                f"has applied no newer policy for {policy_timeout_s:g} s (queue.policy_timeout_s), "
-                "though one was announced: it cannot fetch it"
-            )
-        case "overdue":
-            return f"has held a task for {max_lease_s:g} s (queue.max_lease_s)"

@@ -1,6 +1,7 @@
 """Actors that do not get on with their work, and runs in which nothing moves."""
 
 import logging
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -49,7 +50,7 @@ def leased(sent: list[Task]) -> list[tuple[int, int]]:
     return [(task.task.number, task.attempt) for task in sent]
 
 
-def beats(made: Coordinator, until: float, start: float = 0.0, **fields: int) -> None:
+def beats(made: Coordinator, until: float, start: float = 0.0, **fields: Any) -> None:
     """Send heartbeats of a main thread of a that turns, every 10 s, and let time pass."""
     now = start
     while now < until:
