@@ -13,6 +13,7 @@ def queue_metrics(state: LedgerState, connected: ConnectedActors) -> dict[str, f
     metrics = {f"actors/{a.actor_id}/tokens_per_s": a.progress.beat.tokens_per_s for a in actors}
     metrics["actors/tokens_per_s"] = sum(metrics.values())
     metrics["actors/count"] = float(len(actors))
+    metrics["actors/stalled"] = float(sum(a.progress.stall is not None for a in actors))
     metrics["actors/tokens_sampled"] = float(sum(a.progress.beat.tokens_sampled for a in actors))
     metrics["actors/groups_held"] = float(sum(a.progress.beat.groups_held for a in actors))
 

@@ -41,6 +41,7 @@ from protocol.transport.bridge import Bridge, BridgeClosed
 from tests.benchmarks.swarm_actors import GENERATIONS, TOKENS, VOCAB, Measured, Phase
 from tests.protocol.builders import a_welcome
 
+ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0  # for one answer of the actors' process
 FILES = 16_384
 
@@ -97,7 +98,7 @@ class ActorProcess:
     def __init__(self, endpoint: str, actors: int) -> None:
         command = [sys.executable, "-m", "tests.benchmarks.swarm_actors", endpoint, str(actors)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._line()
 
