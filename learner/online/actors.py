@@ -17,6 +17,10 @@ from protocol.messages.messages import (
     Welcome,
 )
 
+# Stalled actors that are remembered when they are gone. A run has fewer; names that a hostile peer
+# makes up push out older ones.
+REMEMBERED = 256
+
 Outgoing = tuple[bytes, LearnerMessage]  # a peer, which is the transport's name for a connection
 
 
@@ -50,9 +54,11 @@ class ConnectedActors:
     _urgent: list[Outgoing] = field(default_factory=list[Outgoing])
     _outbox: list[Outgoing] = field(default_factory=list[Outgoing])
     _joined: int = 0
+    _left_stalled: dict[str, ConnectedActor] = field(default_factory=dict[str, ConnectedActor])
 
     def add(self, peer: bytes, actor: ConnectedActor) -> None:
         """Add an actor whose peer and name are those of no other."""
+        self._left_stalled.pop(actor.actor_id, None)
         self._joined += 1
         actor.joined = self._joined
         self.by_peer[peer] = actor
@@ -64,7 +70,16 @@ class ConnectedActors:
         if actor is not None:
             del self.peers[actor.actor_id]
             self.with_credit.remove(peer)
+            if actor.progress.stall is not None:
+                self._left_stalled[actor.actor_id] = actor
+        if len(self._left_stalled) > REMEMBERED:
+            del self._left_stalled[next(iter(self._left_stalled))]
         return actor
+
+    def known(self, actor_id: str, incarnation: str) -> ConnectedActor | None:
+        """Return what is known of this process of an actor: it is connected, or left stalled."""
+        actor = self.named(actor_id) or self._left_stalled.get(actor_id)
+        return actor if actor is not None and actor.incarnation == incarnation else None
 
     def named(self, actor_id: str) -> ConnectedActor | None:
         """Return the actor of this name, if it is connected."""

@@ -151,17 +151,13 @@ class Coordinator:
 
     def _replaced(self, peer: bytes, hello: Hello, now: float) -> ActorProgress:
         """Forget who was known by this peer or this name; return what is known of the actor."""
-        progress = ActorProgress(turned_at=now)
+        known = self.connected.known(hello.actor_id, hello.actor_incarnation)
         other = self.connected.peers.get(hello.actor_id)
         if other is not None:
             # Only an actor that merely reconnected still has the work that was leased to it.
-            known = self.connected.by_peer[other]
-            reconnected = known.incarnation == hello.actor_incarnation
-            if reconnected:
-                progress = known.progress
-            self.actor_gone(other, now, keep_leases=reconnected)
+            self.actor_gone(other, now, keep_leases=known is not None)
         self.actor_gone(peer, now)
-        return progress
+        return ActorProgress(turned_at=now) if known is None else known.progress
 
     def _heartbeat(self, actor: ConnectedActor, beat: Heartbeat, now: float) -> None:
         if actor.progress.heartbeat(beat, now):
@@ -272,20 +268,22 @@ class Coordinator:
 
         while (needed := self.ledger.completions_to_lease()) is not None:
             peer = self.connected.with_credit.first(needed)
-            if peer is None:
+            if peer is None or not self._lease(peer, self.connected.by_peer[peer], now):
                 break
-            self._lease(peer, self.connected.by_peer[peer], now)
 
     def _place(self, actor_id: str) -> None:
         """Offer an actor for work as its room, its leases and its progress now say."""
         self.connected.place(actor_id, idle=self.ledger.is_idle(actor_id))
 
-    def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> None:
-        for grant in self.ledger.lease(actor.actor_id, actor.credit, now):
+    def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> bool:
+        """Lease what there is room for; return whether there was any."""
+        grants = self.ledger.lease(actor.actor_id, actor.credit, now)
+        for grant in grants:
             completions = self.sampling[grant.kind].num_generations
             actor.credit = max(0, actor.credit - completions)
             self.connected.send(peer, self._task(grant))
         self._place(actor.actor_id)
+        return bool(grants)
 
     def _task(self, grant: Grant) -> Task:
         prompt, sampling = self._open_tasks.prompt(grant.task), self.sampling[grant.kind]

@@ -183,12 +183,24 @@ def test_an_engine_that_samples_nothing_is_noticed_though_its_main_thread_turns(
     made.actor_gone(B, 71.0, blamed=False)
     beats(made, 80.0, start=70.0, tokens_sampled=7, groups_sampling=4)
     assert said(made, A) == []
+    made.actor_gone(A, 81.0)
     made.receive(A, hello(), 81.0)  # to reconnect is no sign of work
     made.receive(A, Request(free_completions=100), 81.0)
     assert tasks(made, A) == []
     made.receive(A, Heartbeat(progress=90, tokens_sampled=8, groups_sampling=4), 82.0)
     assert leased(tasks(made, A)) == [(n, 3) for n in range(4)]
     assert first[0].task == made.ledger.leases_of("a")[0].task
+
+
+def test_a_new_process_of_a_stalled_actor_starts_afresh():
+    made = coordinator()
+    join(made)
+    beats(made, 60.0, groups_sampling=4)
+    made.receive(A, Request(free_completions=100), 61.0)
+    assert tasks(made, A) == []
+    made.receive(B, hello(incarnation="2"), 62.0)
+    made.receive(B, Request(free_completions=100), 62.0)
+    assert leased(tasks(made, B)) == [(n, 2) for n in range(4)]
 
 
 def test_slow_rewards_are_no_stall(caplog):
