@@ -7,7 +7,8 @@ A real LearnerService, Coordinator and Ledger, with its journal, over ipc socket
 Groups are 64 completions of 256 tokens: 0.14 MB. An actor has room for four, and the queue holds
 two tasks per actor, so that actors always wait for work. Per number of actors: groups per second
 when every actor answers at once; the time from a group to its acknowledgement at half of that load;
-CPU time of this process per heartbeat, while every actor holds a task.
+CPU time of this process per heartbeat, while every actor holds a task. Before these, the time that
+one group takes to be decoded and checked.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,12 +36,14 @@ from learner.online.commands import Command, EndRun, PublishPolicy, Reply, Reque
 from learner.online.coordinator import Coordinator
 from learner.online.experience import TrainBatch
 from learner.online.service import LearnerService
+from learner.online.tasks import group_error
 from protocol.config.settings import DataSettings
+from protocol.messages import wire
 from protocol.messages.messages import Policy, TaskKind
 from protocol.messages.parts import Sampling
 from protocol.transport.bridge import Bridge, BridgeClosed
 from tests.benchmarks.swarm_actors import GENERATIONS, TOKENS, VOCAB, Measured, Phase
-from tests.protocol.builders import a_welcome
+from tests.protocol.builders import a_completion, a_group, a_welcome
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0  # for one answer of the actors' process
@@ -161,6 +165,23 @@ def measure(actors: int, seconds: float) -> str:
             swarm.end()
 
 
+def cost_of_a_group() -> str:
+    """Say how long a group takes to be decoded and checked."""
+    sampling = Sampling(num_generations=GENERATIONS, max_completion_length=TOKENS)
+    group = a_group([a_completion(range(TOKENS))] * GENERATIONS)
+    data, digests = wire.encode(group), {3: "d3"}
+    work: dict[str, Callable[[], object]] = {
+        "decoded": lambda: wire.decode_actor(data),
+        "checked": lambda: group_error(group, sampling, VOCAB, digests),
+    }
+    parts = ", ".join(f"{name} in {_best_us(each):.0f} µs" for name, each in work.items())
+    return f"a group of {len(data) / 1e6:.2f} MB is {parts}"
+
+
+def _best_us(work: Callable[[], object]) -> float:
+    return min(timeit.repeat(work, number=50, repeat=10)) / 50 * 1e6
+
+
 def _phases(swarm: ActorProcess, actors: int, seconds: float) -> str:
     swarm.measure(Phase(seconds=2.0, rate=None))  # to warm up
     full = swarm.measure(Phase(seconds=seconds, rate=None))
@@ -190,6 +211,7 @@ def main() -> None:
     files = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
+    print(cost_of_a_group())
     print("actors | groups/s | half load, groups/s | ack p50, ms | p99, ms | µs per heartbeat")
     for actors in args.actors:
         print(measure(actors, args.seconds), flush=True)
