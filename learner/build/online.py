@@ -10,7 +10,6 @@ launch/pairs.py's collector shares everything but the trainer: `OnlinePlan`, `ne
 import logging
 import math
 import platform
-import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -219,8 +218,7 @@ def new_coordinator(
         ledger = Ledger(limits, plan.folder.name, incarnation)
     else:
         checkpointed = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
-        now = time.monotonic()  # the service's clock
-        ledger, report = Ledger.restore(limits, checkpointed.ledger, incarnation, now)
+        ledger, report = Ledger.restore(limits, checkpointed.ledger, incarnation)
 
     train = Sampling(**builtins(plan.settings.sampling))
     evaluation = Sampling(

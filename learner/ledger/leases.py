@@ -25,26 +25,27 @@ class OpenLeases:
     settings: LedgerSettings
     state: LedgerState
     _held: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    _given: dict[int, tuple[str, float]] = field(default_factory=dict[int, tuple[str, float]])
+    _given: dict[int, tuple[str, float | None]] = field(
+        default_factory=dict[int, tuple[str, float | None]]
+    )
     _progress: dict[str, float] = field(default_factory=dict[str, float])
     _ends: list[tuple[float, int, int]] = field(default_factory=list[tuple[float, int, int]])
 
-    @classmethod
-    def restored(cls, settings: LedgerSettings, state: LedgerState, now: float) -> "OpenLeases":
-        """Return the leases of a restored state, each as if it were given now.
+    def __post_init__(self) -> None:
+        """Take in the leases of a restored state: they count as given at the next `take_due`.
 
-        Its times are those of another process's clock, and its actors could not report meanwhile.
+        Their own times are those of another process's clock, and actors could not report meanwhile.
         """
-        leases = cls(settings, state)
-        for record, lease in state.open_leases():
-            leases.opened(record.number, lease.attempt, lease.actor, now)
-        return leases
+        for record, lease in self.state.open_leases():
+            self._held[lease.actor].add(record.number)
+            self._given[record.number] = lease.actor, None
+            heapq.heappush(self._ends, (float("-inf"), record.number, lease.attempt))
 
     def opened(self, number: int, attempt: int, actor: str, now: float) -> None:
         """Note a lease that was given."""
         self._held[actor].add(number)
         self._given[number] = actor, now
-        heapq.heappush(self._ends, (self._end(number), number, attempt))
+        heapq.heappush(self._ends, (self._end(actor, now), number, attempt))
 
     def closed(self, number: int) -> None:
         """Note that a task is no longer leased, if it was."""
@@ -79,7 +80,11 @@ class OpenLeases:
             if record is None or record.lease is None or record.lease.attempt != attempt:
                 continue
 
-            end = self._end(number)
+            actor, since = self._given[number]
+            if since is None:
+                since = now
+                self._given[number] = actor, now
+            end = self._end(actor, since)
             if end <= now:
                 due.append(record)
             else:
@@ -88,19 +93,20 @@ class OpenLeases:
 
     def is_overdue(self, number: int, now: float) -> bool:
         """Whether a lease has reached the age limit."""
-        return self._given[number][1] + self.settings.max_lease_s <= now
+        since = self._given[number][1]
+        return since is not None and since + self.settings.max_lease_s <= now
 
     def age(self, number: int, now: float) -> float:
         """Return for how many seconds a task has been leased."""
-        return now - self._given[number][1]
+        since = self._given[number][1]
+        return 0.0 if since is None else now - since
 
     def holder(self, number: int) -> str | None:
         """Return the actor that a task is leased to, if it is."""
         given = self._given.get(number)
         return None if given is None else given[0]
 
-    def _end(self, number: int) -> float:
-        actor, since = self._given[number]
+    def _end(self, actor: str, since: float) -> float:
         progress = max(since, self._progress.get(actor, since))
         return min(progress + self.settings.lease_s, since + self.settings.max_lease_s)
 

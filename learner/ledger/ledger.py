@@ -55,28 +55,22 @@ class Ledger:
     def __init__(self, settings: LedgerSettings, run: str, incarnation: str) -> None:
         self.settings = settings
         self._events: list[AnyEvent] = []
-        self._use(LedgerState(run=run, incarnation=incarnation), 0.0)
+        self._use(LedgerState(run=run, incarnation=incarnation))
 
     @classmethod
     def restore(
-        cls,
-        settings: LedgerSettings,
-        checkpointed: LedgerState,
-        incarnation: str,
-        now: float = 0.0,
+        cls, settings: LedgerSettings, checkpointed: LedgerState, incarnation: str
     ) -> tuple[Self, ResumeReport]:
-        """Continue from a checkpoint as a new incarnation (see `LedgerState.resumed`).
-
-        Leases that are open in the new state count as given `now`.
-        """
+        """Continue from a checkpoint as a new incarnation (see `LedgerState.resumed`)."""
         ledger = cls(settings, checkpointed.run, incarnation)
-        ledger._use(checkpointed.resumed(incarnation), now)
+        ledger._use(checkpointed.resumed(incarnation))
         return ledger, _report_resume(checkpointed, ledger.state)
 
-    def _use(self, state: LedgerState, now: float) -> None:
+    def _use(self, state: LedgerState) -> None:
+        """Work on a state: derive from it what operations look up."""
         self.state = state
         self._waiting = WaitingTasks(self.settings, state)
-        self._leases = OpenLeases.restored(self.settings, state, now)
+        self._leases = OpenLeases(self.settings, state)
 
     def drain_events(self) -> list[AnyEvent]:
         """Return the events since the last drain."""
@@ -327,8 +321,16 @@ class Ledger:
             case LeaseClosed(number=number):
                 self._leases.closed(number)
                 self._waiting.returned(number)
-            case _:
-                pass
+            case (
+                GroupDiscarded()
+                | TaskDropped()
+                | RowsEnded()
+                | BatchFormed()
+                | BatchConsumed()
+                | PolicyPublished()
+                | EvaluationTaken()
+            ):
+                pass  # what these change is seen when it is looked up
 
 
 def _grant(state: LedgerState, record: TaskRecord) -> Grant:

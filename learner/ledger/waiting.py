@@ -21,10 +21,9 @@ class WaitingTasks:
 
     def __init__(self, settings: LedgerSettings, state: LedgerState) -> None:
         self._settings, self._state = settings, state
-        tasks = {"train": state.queue, "eval": state.evals}
-        self._retries = {kind: _Front(tasks[kind], _is_retry) for kind in KINDS}
-        self._new = {kind: _Front(tasks[kind], _is_new) for kind in KINDS}
-        self._unanswered = {kind: _Front(tasks[kind], _is_unanswered) for kind in KINDS}
+        self._retries = {kind: _Front(state, kind, _is_retry) for kind in KINDS}
+        self._new = {kind: _Front(state, kind, _is_new) for kind in KINDS}
+        self._unanswered = {kind: _Front(state, kind, _is_unanswered) for kind in KINDS}
 
     def joined(self, number: int, kind: TaskKind) -> None:
         """Note a task that joined."""
@@ -77,22 +76,26 @@ class _Front:
     """
 
     def __init__(
-        self, tasks: Mapping[int, TaskRecord], belongs: Callable[[TaskRecord], bool]
+        self, state: LedgerState, kind: TaskKind, belongs: Callable[[TaskRecord], bool]
     ) -> None:
-        self._tasks, self._belongs = tasks, belongs
-        self._heap = [number for number, record in tasks.items() if belongs(record)]
+        self._state, self._kind, self._belongs = state, kind, belongs
+        self._heap = [number for number, record in self._tasks().items() if belongs(record)]
         heapq.heapify(self._heap)
 
     def add(self, number: int) -> None:
         heapq.heappush(self._heap, number)
 
     def first(self) -> TaskRecord | None:
+        tasks = self._tasks()
         while self._heap:
-            record = self._tasks.get(self._heap[0])
+            record = tasks.get(self._heap[0])
             if record is not None and self._belongs(record):
                 return record
             heapq.heappop(self._heap)
         return None
+
+    def _tasks(self) -> Mapping[int, TaskRecord]:
+        return self._state.queue if self._kind == "train" else self._state.evals
 
 
 def _is_retry(record: TaskRecord) -> bool:

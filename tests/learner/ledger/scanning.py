@@ -13,8 +13,8 @@ from learner.ledger.types import EndedLease, Grant, LedgerSettings
 class ScanningLedger(Ledger):
     """A ledger that looks at every task for every answer."""
 
-    def _use(self, state: LedgerState, now: float) -> None:
-        super()._use(state, now)
+    def _use(self, state: LedgerState) -> None:
+        super()._use(state)
         self.given: dict[int, float] = {}
         self.expires: dict[int, float] = {}
 
@@ -125,9 +125,9 @@ class CheckedLedger(Ledger):
         self.twin = ScanningLedger(settings, run, incarnation)
         super().__init__(settings, run, incarnation)
 
-    def _use(self, state: LedgerState, now: float) -> None:
-        super()._use(state, now)
-        self.twin._use(state.copy(), now)
+    def _use(self, state: LedgerState) -> None:
+        super()._use(state)
+        self.twin._use(state.copy())
 
 
 def _checked(name: str) -> Callable[..., Any]:

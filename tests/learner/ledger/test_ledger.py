@@ -142,12 +142,14 @@ def test_a_lease_has_an_age_limit_whatever_its_actor_reports():
     assert ledger.state.counters.expired == 2
 
 
-def test_leases_that_a_restored_state_holds_count_as_given_then():
+def test_leases_that_a_restored_state_holds_count_as_given_at_the_first_look():
     ledger = started(max_lease_s=25.0)
     fill(ledger)
     ledger.lease("a", 4, 7_000.0)
     ledger.lease("b", 4, 7_000.0)
-    leases = OpenLeases.restored(ledger.settings, ledger.state, 100.0)
+    leases = OpenLeases(ledger.settings, ledger.state.copy())
+    assert [record.number for record in leases.of("b")] == [1]
+    assert leases.take_due(100.0) == []
     leases.renew("a", 105.0)
     assert leases.take_due(109.9) == []
     assert [record.number for record in leases.take_due(110.0)] == [1]

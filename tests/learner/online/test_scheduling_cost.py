@@ -71,9 +71,9 @@ def the_group(made: Coordinator) -> ActorMessage:
 @pytest.mark.parametrize(
     ("message", "most"),
     [
-        (lambda _: Heartbeat(progress=5, tokens_sampled=9), 80),
-        (lambda _: Request(free_completions=9 * G), 120),
-        (the_group, 250),
+        (lambda _: Heartbeat(progress=5, tokens_sampled=9), 120),
+        (lambda _: Request(free_completions=9 * G), 150),
+        (the_group, 300),
     ],
     ids=["heartbeat", "request", "group"],
 )
