@@ -23,7 +23,7 @@ from actors.actions import (
     SendToLearner,
 )
 from actors.bridge_messages import LeaseKey
-from actors.engine.base import GenerationRequest, GenerationResult
+from actors.engine.base import NO_POLICY, GenerationRequest, GenerationResult
 from protocol.errors import RefusedError
 from protocol.messages.arrays import ids_view
 from protocol.messages.messages import (
@@ -83,11 +83,22 @@ class Session:
     _actions: list[Action] = field(default_factory=list[Action])
     _hello_at: float = 0.0
     _offered: int = 0  # completions that the learner may still lease to us
+    _applied: Applied | None = None  # the policy that we sample with
 
     @property
     def groups_held(self) -> int:
         """How many leases are held, in any stage."""
         return len(self._leases)
+
+    @property
+    def groups_sampling(self) -> int:
+        """How many leases are being sampled, or could be by the policy that was applied last."""
+        version = NO_POLICY if self._applied is None else self._applied.version
+        tasks = [lease.task for lease in self._leases.values() if lease.stage == "sampling"]
+        return sum(
+            task.min_policy_version <= version and task.pinned_version in (None, version)
+            for task in tasks
+        )
 
     def take_actions(self) -> list[Action]:
         """Return the actions that are due, in order, and clear them."""
@@ -147,6 +158,7 @@ class Session:
         if new_incarnation:
             for key in list(self._leases):
                 self._cancelled(key)
+            self._applied = None
         self._actions.append(JoinRun(welcome, new_incarnation))
         if known is not None and new_incarnation:
             log.info("the learner was restarted (%s): starting over", welcome.incarnation)
@@ -155,6 +167,8 @@ class Session:
 
         self.joined = True
         self._offered = 0
+        if self._applied is not None:  # a learner that took us for gone has forgotten it
+            self._send(self._applied)
         for lease in self._leases.values():
             self._send_owed(lease, now)
 
@@ -250,7 +264,8 @@ class Session:
 
     def applied(self, version: int, digest: str) -> None:
         """Tell the learner which policy we sample with now."""
-        self._send(Applied(version=version, digest=digest))
+        self._applied = Applied(version=version, digest=digest)
+        self._send(self._applied)
 
     # ---- time and credit -----------------------------------------------------------------
 

@@ -86,6 +86,7 @@ class Worker:
         self._policies = PolicyStore(engine.wants_policy)
         self._progress = 0
         self._tokens = 0
+        self._tokens_read = 0
         self._rate = _Rate(clock())
 
     def start(self) -> None:
@@ -154,6 +155,7 @@ class Worker:
     def _step_engine(self, now: float) -> bool:
         step = self._engine.step()
         self._tokens += step.tokens
+        self._tokens_read += step.prefilled
         for result in step.finished:
             self._session.generated(cast(LeaseKey, result.key), result, now)
         return step.made_progress
@@ -200,7 +202,8 @@ class Worker:
         )
 
     def _update_heartbeat(self) -> None:
-        # Every turn of the loop counts, not only decode steps: a group being scored is progress.
+        # Every turn of the loop counts: the learner takes it for progress while nothing can be
+        # sampled, such as while groups are scored.
         self._progress += 1
         if not self._session.joined:
             self.heartbeat = None
@@ -209,8 +212,10 @@ class Worker:
         self.heartbeat = Heartbeat(
             progress=self._progress,
             tokens_sampled=self._tokens,
+            tokens_read=self._tokens_read,
             tokens_per_s=self._rate.update(self._tokens, self._clock()),
             groups_held=self._session.groups_held,
+            groups_sampling=self._session.groups_sampling,
             memory=self._memory(),
         )
 

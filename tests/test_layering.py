@@ -49,7 +49,7 @@ ROOMS = {
     "learner.trainer": {"interfaces", "losses", "optim", "checkpoint", "records"},
     "learner.build": {
         "data", "model", "optim", "ledger", "online", "objectives", "offline", "trainer",
-        "checkpoint", "records",
+        "checkpoint", "records", "interfaces",
     },
     "launch.run_folder": set(),
     "launch.processes": {"run_folder"},
@@ -65,6 +65,7 @@ ROOMS = {
     "launch.compare": {"processes", "pages", "run_folder"},
     "launch.export": {"processes", "exporting"},
     "launch.report": {"pages"},
+    "launch.replay": {"processes"},
     "launch.staleness": set(),
     "launch.keys": set(),
     "launch.recipes": {"processes", "compare"},

@@ -211,6 +211,7 @@ def new_coordinator(
         _welcome(plan, ledger.state.incarnation, learner_bytes, evaluation.max_completion_length),
         {"train": train, "eval": evaluation},
         plan.policy.vocab_size,
+        policy_timeout_s=plan.settings.queue.policy_timeout_s,
     )
 
 
@@ -223,6 +224,7 @@ def ledger_settings(plan: OnlinePlan) -> LedgerSettings:
         num_generations=settings.sampling.num_generations,
         total_batches=plan.total_batches,
         lease_s=settings.queue.lease_s,
+        max_lease_s=settings.queue.max_lease_s,
         max_attempts=settings.queue.max_attempts,
         max_eval_tasks=max(4096, len(plan.prompts.evaluation)),
     )

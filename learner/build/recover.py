@@ -5,7 +5,6 @@
 
 import hashlib
 import logging
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,8 +114,6 @@ def continue_run(
         _begin_incarnation(folder, ledger, history, reader)
     else:
         announced = _announced(folder, history)
-        for actor in {lease.actor for _, lease in ledger.state.open_leases()}:
-            ledger.renew_leases(actor, time.monotonic())
     if batches and not history.ledger.training and batches[-1].trained_at == reached:
         batches.pop()  # it is queued again
 

@@ -5,6 +5,8 @@ that they began with gives the same state again. `ledger.py` decides which event
 `apply_to` raises LedgerError if the event is impossible in that state.
 """
 
+from itertools import islice
+
 import msgspec
 
 from learner.ledger.state import Lease, LedgerState, RowKey, TaskRecord, require
@@ -62,7 +64,6 @@ class TaskLeased(LedgerEvent, frozen=True, kw_only=True, tag="Leased"):
     attempt: int
     actor: str
     min_policy_version: int
-    expires_at: float
     at: float
 
     def apply_to(self, state: LedgerState) -> None:
@@ -72,21 +73,9 @@ class TaskLeased(LedgerEvent, frozen=True, kw_only=True, tag="Leased"):
         require(self.attempt == attempt, f"attempt {self.attempt} leased, next is {attempt}")
 
         record.floors.append(self.min_policy_version)
-        record.lease = Lease(attempt=attempt, actor=self.actor, expires_at=self.expires_at)
+        record.lease = Lease(attempt=attempt, actor=self.actor, leased_at=self.at)
         state.counters.leased += 1
         state.counters.retried += attempt > 1
-
-
-class LeasesRenewed(LedgerEvent, frozen=True, kw_only=True, tag="Renewed"):
-    """An actor made progress: all its leases now last until `expires_at`."""
-
-    actor: str
-    expires_at: float
-    at: float
-
-    def apply_to(self, state: LedgerState) -> None:
-        for _, lease in state.open_leases(self.actor):
-            lease.expires_at = self.expires_at
 
 
 class GroupReceived(LedgerEvent, frozen=True, kw_only=True, tag="Received"):
@@ -122,9 +111,10 @@ class GroupDiscarded(LedgerEvent, frozen=True, kw_only=True, tag="Discarded"):
 
 
 class LeaseClosed(LedgerEvent, frozen=True, kw_only=True, tag="Closed"):
-    """A lease ended without a group: "failed", "expired", "gone" or "stale".
+    """A lease ended without a group.
 
-    `blamed`: the attempt counts towards `max_attempts`.
+    `cause`: "failed", "expired" (no progress), "overdue" (too old), "withdrawn" (from an actor that
+    does not work), "gone" or "stale". `blamed`: the attempt counts towards `max_attempts`.
     """
 
     number: int
@@ -143,7 +133,7 @@ class LeaseClosed(LedgerEvent, frozen=True, kw_only=True, tag="Closed"):
         )
         record.lease = None
         record.failures += self.blamed
-        state.counters.expired += self.cause == "expired"
+        state.counters.expired += self.cause in ("expired", "overdue")
 
 
 class TaskDropped(LedgerEvent, frozen=True, kw_only=True, tag="Dropped"):
@@ -183,7 +173,7 @@ class BatchFormed(LedgerEvent, frozen=True, kw_only=True, tag="Formed"):
 
     def apply_to(self, state: LedgerState) -> None:
         require(not state.training, "a batch was formed while one is in training")
-        head = list(state.queue)[: len(self.numbers)]
+        head = list(islice(state.queue, len(self.numbers)))
         require(bool(head) and head == self.numbers, "a batch must be the head of the queue")
         for number in self.numbers:
             require(state.queue[number].taken is not None, f"task {number} trains without a group")
@@ -254,7 +244,6 @@ AnyEvent = (
     IncarnationBegan
     | TaskJoined
     | TaskLeased
-    | LeasesRenewed
     | GroupReceived
     | GroupDiscarded
     | LeaseClosed

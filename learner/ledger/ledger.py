@@ -7,6 +7,9 @@
 Every operation decides by the rules (`rules.py`, which also proves the staleness bound), expresses
 its decision as events (`events.py`), and applies them to the state (`state.py`). The caller drains
 the events into its journal (`journal.py`). Times are passed in, in seconds, all from one clock.
+
+What an operation looks up is kept beside the state, in memory and derived from it (`waiting.py`,
+`leases.py`), so that its cost does not grow with the number of tasks or actors.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,13 +26,13 @@ from learner.ledger.events import (
     GroupReceived,
     IncarnationBegan,
     LeaseClosed,
-    LeasesRenewed,
     PolicyPublished,
     RowsEnded,
     TaskDropped,
     TaskJoined,
     TaskLeased,
 )
+from learner.ledger.leases import OpenLeases
 from learner.ledger.state import Lease, LedgerState, RowKey, TaskRecord, require
 from learner.ledger.types import (
     Batch,
@@ -42,6 +45,7 @@ from learner.ledger.types import (
     RejoinedTask,
     ResumeReport,
 )
+from learner.ledger.waiting import WaitingTasks
 from protocol.errors import LedgerError
 from protocol.messages.messages import TaskKind
 from protocol.messages.parts import TaskId
@@ -52,8 +56,8 @@ class Ledger:
 
     def __init__(self, settings: LedgerSettings, state: LedgerState) -> None:
         self.settings = settings
-        self.state = state
         self._events: list[AnyEvent] = []
+        self._use(state)
 
     @classmethod
     def new(cls, settings: LedgerSettings, run: str, incarnation: str) -> Self:
@@ -67,6 +71,12 @@ class Ledger:
         before = self.state.copy()
         self._emit(IncarnationBegan(incarnation=incarnation, keep_groups=keep_groups))
         return _report_resume(before, self.state, keep_groups=keep_groups)
+
+    def _use(self, state: LedgerState) -> None:
+        """Work on a state: derive from it what operations look up."""
+        self.state = state
+        self._waiting = WaitingTasks(self.settings, state)
+        self._leases = OpenLeases(self.settings, state)
 
     def drain_events(self) -> list[AnyEvent]:
         """Return the events since the last drain."""
@@ -120,9 +130,9 @@ class Ledger:
         if published is None or free_completions <= 0:
             return []
 
-        idle = not self.state.open_leases(actor)
+        idle = self.is_idle(actor)
         grants: list[Grant] = []
-        for record in rules.tasks_to_lease(self.settings, self.state):
+        while (record := self._waiting.next_to_lease()) is not None:
             completions = self.settings.completions(record.kind)
             # An idle actor may take one group larger than its room, or nobody ever would.
             if completions > free_completions and not (idle and not grants):
@@ -136,33 +146,64 @@ class Ledger:
                     attempt=len(record.floors) + 1,
                     actor=actor,
                     min_policy_version=published if pinned is None else pinned,
-                    expires_at=now + self.settings.lease_s,
                     at=now,
                 )
             )
             grants.append(_grant(self.state, record))
         return grants
 
+    def completions_to_lease(self) -> int | None:
+        """Return how many completions the task asks for that is leased next; None: there is none.
+
+        Nothing is leased before a policy was published.
+        """
+        record = None if self.state.published is None else self._waiting.next_to_lease()
+        return None if record is None else self.settings.completions(record.kind)
+
     def leases_of(self, actor: str) -> list[Grant]:
         """Return an actor's open leases as they were granted, so that they can be sent again."""
-        return [_grant(self.state, record) for record, _ in self.state.open_leases(actor)]
+        return [_grant(self.state, record) for record in self._leases.of(actor)]
+
+    def is_idle(self, actor: str) -> bool:
+        """Whether an actor holds no lease."""
+        return self._leases.is_idle(actor)
+
+    def holder(self, number: int) -> str | None:
+        """Return the actor that a task is leased to, if it is."""
+        return self._leases.holder(number)
+
+    def lease_age(self, number: int, now: float) -> float:
+        """Return for how many seconds a task has been leased to its actor."""
+        return self._leases.age(number, now)
 
     def renew_leases(self, actor: str, now: float) -> None:
-        """Extend all of an actor's leases, because its main thread made progress."""
-        if self.state.open_leases(actor):
-            self._emit(LeasesRenewed(actor=actor, expires_at=now + self.settings.lease_s, at=now))
+        """Extend all of an actor's leases, because it made progress. This is not an event."""
+        self._leases.renew(actor, now)
 
     def expire(self, now: float) -> list[EndedLease]:
-        """End the leases whose time is up."""
-        detail = f"no progress for {self.settings.lease_s:g} s"
-        due = [record for record, lease in self.state.open_leases() if lease.expires_at <= now]
-        return [self._end_lease(record, "expired", detail, now) for record in due]
+        """End the leases whose time is up: without progress, or too old."""
+        ended: list[EndedLease] = []
+        for record in self._leases.take_due(now):
+            if self._leases.is_overdue(record.number, now):
+                detail = f"leased for {self.settings.max_lease_s:g} s (queue.max_lease_s)"
+                ended.append(self._end_lease(record, "overdue", detail, now))
+            else:
+                detail = f"no progress for {self.settings.lease_s:g} s"
+                ended.append(self._end_lease(record, "expired", detail, now))
+        return ended
+
+    def withdraw(
+        self, actor: str, detail: str, now: float, *, blamed: bool = True
+    ) -> list[EndedLease]:
+        """End the leases of an actor that stays connected but does not work."""
+        held = self._leases.of(actor)
+        return [self._end_lease(r, "withdrawn", detail, now, blamed=blamed) for r in held]
 
     def actor_gone(self, actor: str, now: float, *, blamed: bool = True) -> list[EndedLease]:
         """End an actor's leases. `blamed` False (it left in good order): not a failed attempt."""
         detail = f"actor {actor} {'was lost' if blamed else 'left'}"
-        held = self.state.open_leases(actor)
-        return [self._end_lease(record, "gone", detail, now, blamed=blamed) for record, _ in held]
+        held = self._leases.of(actor)
+        return [self._end_lease(record, "gone", detail, now, blamed=blamed) for record in held]
 
     def _end_lease(
         self, record: TaskRecord, cause: str, detail: str, now: float, *, blamed: bool = True
@@ -185,7 +226,9 @@ class Ledger:
         dropped = record.failures >= self.settings.max_attempts
         if dropped:
             self._emit(TaskDropped(number=number, cause=cause, detail=detail, at=now))
-        return _ended(self.state, record, lease, detail, dropped=dropped)
+        return _ended(
+            self.state, record, lease, detail, dropped=dropped, overdue=cause == "overdue"
+        )
 
     # ---- what comes back ----------------------------------------------------------------------
 
@@ -236,7 +279,7 @@ class Ledger:
 
     def batch_ready(self) -> bool:
         """Whether `form_batch` may be called."""
-        return bool(rules.next_batch(self.settings, self.state))
+        return self._waiting.may_form_batch() and bool(rules.next_batch(self.settings, self.state))
 
     def form_batch(self, now: float) -> Batch:
         """Move the first B tasks of the queue, which all have groups, into training."""
@@ -260,8 +303,7 @@ class Ledger:
 
     def eval_ready(self) -> bool:
         """Whether every task of the open evaluation round has a group or was dropped."""
-        evals = self.state.evals
-        return bool(evals) and all(record.ended for record in evals.values())
+        return bool(self.state.evals) and self._waiting.is_evaluated()
 
     def take_eval(self) -> EvalRound:
         """Close the evaluation round and return its results."""
@@ -273,6 +315,29 @@ class Ledger:
     def _emit(self, event: AnyEvent) -> None:
         event.apply_to(self.state)
         self._events.append(event)
+
+        match event:
+            case IncarnationBegan() | BatchReturned():
+                self._use(self.state)  # rare: every task may have changed
+            case TaskJoined(number=number, kind=kind):
+                self._waiting.joined(number, kind)
+            case TaskLeased():
+                self._leases.opened(event.number, event.attempt, event.actor, event.at)
+            case GroupReceived(number=number):
+                self._leases.closed(number)
+            case LeaseClosed(number=number):
+                self._leases.closed(number)
+                self._waiting.returned(number)
+            case (
+                GroupDiscarded()
+                | TaskDropped()
+                | RowsEnded()
+                | BatchFormed()
+                | BatchConsumed()
+                | PolicyPublished()
+                | EvaluationTaken()
+            ):
+                pass  # what these change is seen when it is looked up
 
 
 def _grant(state: LedgerState, record: TaskRecord) -> Grant:
@@ -287,7 +352,13 @@ def _grant(state: LedgerState, record: TaskRecord) -> Grant:
 
 
 def _ended(
-    state: LedgerState, record: TaskRecord, lease: Lease, reason: str, *, dropped: bool = False
+    state: LedgerState,
+    record: TaskRecord,
+    lease: Lease,
+    reason: str,
+    *,
+    dropped: bool = False,
+    overdue: bool = False,
 ) -> EndedLease:
     return EndedLease(
         task=state.task_id(record.number),
@@ -295,6 +366,7 @@ def _ended(
         actor=lease.actor,
         reason=reason,
         dropped=dropped,
+        overdue=overdue,
     )
 
 

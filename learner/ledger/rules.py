@@ -28,6 +28,7 @@ ended and fewer than B tasks remain, the last batch is short.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 from learner.ledger.state import LedgerState, TaskRecord
 from learner.ledger.types import LedgerSettings, Rejection
@@ -75,20 +76,9 @@ def next_batch(settings: LedgerSettings, state: LedgerState) -> list[TaskRecord]
     if state.training or is_last_batch_consumed(settings, state):
         return []
 
-    first = list(state.queue.values())[: settings.batch_size]
+    first = list(islice(state.queue.values(), settings.batch_size))
     complete = len(first) == settings.batch_size or tasks_needed(settings, state) <= 0
     return first if complete and all(record.taken is not None for record in first) else []
-
-
-def tasks_to_lease(settings: LedgerSettings, state: LedgerState) -> list[TaskRecord]:
-    """Return the tasks that may be leased: retries first, then evaluation, then new tasks."""
-    train = list(state.queue.values())[: staleness_window(settings, state)]
-    evals = list(state.evals.values())
-
-    # Retries first: a batch cannot form while a task at the head of the queue lacks its group.
-    retries = [r for r in (*train, *evals) if r.waiting and r.floors]
-    new = [r for r in (*evals, *train) if r.waiting and not r.floors]
-    return retries + new
 
 
 def find_open(state: LedgerState, task: TaskId, attempt: int) -> TaskRecord | Rejection:

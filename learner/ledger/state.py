@@ -10,11 +10,14 @@ RowKey = int | str
 
 
 class Lease(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The open attempt at a task: who works on it, and when it ends unless it is renewed."""
+    """The open attempt at a task: who works on it, and since when.
+
+    When it ends is not state: it depends on what the actor reports (`learner/ledger/leases.py`).
+    """
 
     attempt: int
     actor: str
-    expires_at: float
+    leased_at: float
 
 
 class TaskRecord(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -98,11 +101,10 @@ class LedgerState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 return tasks[number]
         return None
 
-    def open_leases(self, actor: str | None = None) -> list[tuple[TaskRecord, Lease]]:
-        """Return the leased tasks with their leases: those of one actor, or of all."""
+    def open_leases(self) -> list[tuple[TaskRecord, Lease]]:
+        """Return the leased tasks with their leases."""
         records = (*self.queue.values(), *self.evals.values())
-        leased = [(record, record.lease) for record in records if record.lease is not None]
-        return [(record, lease) for record, lease in leased if actor in (None, lease.actor)]
+        return [(record, record.lease) for record in records if record.lease is not None]
 
     @property
     def unfinished(self) -> list[TaskRecord]:

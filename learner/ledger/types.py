@@ -16,7 +16,8 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The ledger's limits.
 
     `batch_size` is in groups, `max_staleness` in batches. `total_batches` None means that the run
-    lasts until `end_of_rows`. `max_attempts` failed attempts drop a task.
+    lasts until `end_of_rows`. A lease ends `lease_s` after its actor's last progress, and
+    `max_lease_s` after it was given. `max_attempts` failed attempts drop a task.
     """
 
     batch_size: int
@@ -25,6 +26,7 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
     eval_generations: int = 1
     total_batches: int | None = None
     lease_s: float = 120.0
+    max_lease_s: float = 3600.0
     max_attempts: int = 3
     max_eval_tasks: int = 4096
 
@@ -33,6 +35,7 @@ class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
             require(getattr(self, name) >= 1, f"LedgerSettings.{name} must be at least 1")
         require(self.max_staleness >= 0, "LedgerSettings.max_staleness must be at least 0")
         require(self.lease_s > 0, "LedgerSettings.lease_s must be above 0")
+        require(self.max_lease_s > 0, "LedgerSettings.max_lease_s must be above 0")
 
     def completions(self, kind: TaskKind) -> int:
         """Return how many completions a task asks for."""
@@ -51,13 +54,17 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndedLease(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease that ended before its own group came. `dropped`: the task was given up as well."""
+    """A lease that ended before its own group came.
+
+    `dropped`: the task was given up as well. `overdue`: the lease had reached its age limit.
+    """
 
     task: TaskId
     attempt: int
     actor: str
     reason: str
     dropped: bool = False
+    overdue: bool = False
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ The life of a prompt, and where each step happens:
     leased task          on the actor        progress renews the lease: _heartbeat,
        │                                     Ledger.renew_leases; otherwise tick expires it, and the
        │                                     task is leased again from the same place in the queue
+       │                                     (online/progress.py: what counts as progress)
        │  is answered    Coordinator._group  checks the Group (online/tasks.py), Ledger.received
        │                                     accepts or discards it, and either way it is acked
     group                online/open_tasks.py, until the first B tasks of the queue have theirs
@@ -34,8 +35,11 @@ from learner.ledger.types import EndedLease, Grant, Receipt
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
+from learner.online.progress import KEEPS_WORK, ActorProgress
 from learner.online.queue_metrics import queue_metrics
 from learner.online.recovery import History
+from learner.online.run_watch import RunWatch
+from learner.online.stalled import take_from_stalled
 from learner.online.tasks import group_error, task_message
 from protocol.messages.messages import (
     Ack,
@@ -72,6 +76,7 @@ class Coordinator:
     sampling: Mapping[TaskKind, Sampling]
     vocab_size: int
     actor_timeout_s: float = 30.0
+    policy_timeout_s: float = 300.0
     connected: ConnectedActors = field(default_factory=ConnectedActors)
     policy: Policy | None = None
     position: int = 0
@@ -79,6 +84,7 @@ class Coordinator:
     _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
     _digests: dict[int, str] = field(default_factory=dict[int, str])
     _unannounced: tuple[Policy, bytes] | None = None
+    _watch: RunWatch = field(default_factory=RunWatch)
 
     # ---- messages from actors ------------------------------------------------------------
 
@@ -91,13 +97,14 @@ class Coordinator:
             self.connected.refuse(peer, Refuse(code="hello_required", reason="say Hello first"))
         else:
             actor.last_seen = now
-            # Only a main thread that makes progress sends these.
+            was_stalled = actor.progress.stall is not None
             if isinstance(message, Request | Group | Failed):
-                actor.stalled = False
+                actor.progress.turned()
 
             match message:
                 case Request():
                     actor.credit = message.free_completions
+                    self._place(actor.actor_id)
                 case Group():
                     self._group(peer, actor, message, now)
                 case Failed():
@@ -105,10 +112,14 @@ class Coordinator:
                 case Heartbeat():
                     self._heartbeat(actor, message, now)
                 case Applied():
-                    actor.oldest_needed = max(actor.oldest_needed, message.version)
+                    self._applied(actor, message, now)
                 case Release():
                     log.info("actor %s leaves: %s", actor.actor_id, message.reason)
                     self.actor_gone(peer, now, blamed=False)
+
+            if was_stalled and actor.progress.stall is None:
+                log.info("actor %s works again", actor.actor_id)
+                self._place(actor.actor_id)
 
         self.assign(now)
 
@@ -121,18 +132,13 @@ class Coordinator:
             self.connected.send(peer, self.welcome)
             return
 
-        # Only an actor that merely reconnected still has the work that was leased to it.
-        for other, actor in list(self.connected.by_peer.items()):
-            if actor.actor_id == hello.actor_id:
-                reconnected = actor.incarnation == hello.actor_incarnation
-                self.actor_gone(other, now, keep_leases=reconnected)
-            elif other == peer:
-                self.actor_gone(other, now)
-
-        oldest = -1 if self.policy is None else self.policy.version
-        self.connected.by_peer[peer] = ConnectedActor(
-            hello.actor_id, hello.actor_incarnation, now, oldest_needed=oldest
-        )
+        progress = self._replaced(peer, hello, now)
+        oldest = -1
+        if self.policy is not None:
+            oldest = self.policy.version
+            progress.announced(oldest, now)
+        actor = ConnectedActor(hello.actor_id, hello.actor_incarnation, now, oldest, progress)
+        self.connected.add(peer, actor)
         self.connected.counters["hellos"] += 1
         if hello.capacity:
             log.info("actor %s: %s", hello.actor_id, hello.capacity)
@@ -145,11 +151,24 @@ class Coordinator:
         for lease in self.ledger.leases_of(hello.actor_id):
             self.connected.send(peer, self._task(lease))
 
+    def _replaced(self, peer: bytes, hello: Hello, now: float) -> ActorProgress:
+        """Forget who was known by this peer or this name; return what is known of the actor."""
+        known = self.connected.known(hello.actor_id, hello.actor_incarnation)
+        other = self.connected.peers.get(hello.actor_id)
+        if other is not None:
+            # Only an actor that merely reconnected still has the work that was leased to it.
+            self.actor_gone(other, now, keep_leases=known is not None)
+        self.actor_gone(peer, now)
+        return ActorProgress(turned_at=now) if known is None else known.progress
+
     def _heartbeat(self, actor: ConnectedActor, beat: Heartbeat, now: float) -> None:
-        if beat.progress != actor.beat.progress:
-            actor.stalled = False
+        if actor.progress.heartbeat(beat, now):
             self.ledger.renew_leases(actor.actor_id, now)
-        actor.beat = beat
+
+    def _applied(self, actor: ConnectedActor, applied: Applied, now: float) -> None:
+        actor.oldest_needed = max(actor.oldest_needed, applied.version)
+        if self.policy is not None:
+            actor.progress.has_applied(applied.version, self.policy.version, now)
 
     def _group(self, peer: bytes, actor: ConnectedActor, group: Group, now: float) -> None:
         task, attempt = group.task, group.attempt
@@ -159,21 +178,26 @@ class Coordinator:
             reason = f"task {task} belongs to another learner; this one is {ours}"
             self.connected.send(peer, Refuse(code="stale", reason=reason))
 
+        holder = self.ledger.holder(task.number)
         # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
         if task not in self._open_tasks:
-            self.ledger.received(task, attempt, actor.actor_id, now)
+            receipt = self.ledger.received(task, attempt, actor.actor_id, now)
+            if receipt.outcome in ("duplicate", "dropped"):
+                actor.progress.delivered()
         elif error := self._group_error(group):
             self.connected.counters["groups_invalid"] += 1
             log.warning("group %s of actor %s: %s", task, actor.actor_id, error)
             self.connected.send(peer, Refuse(code="invalid", reason=error))
-            self._settle(task, self.ledger.failed(task, attempt, error, now))
+            receipt = self.ledger.failed(task, attempt, error, now)
+            self._settle(task, receipt, holder)
         else:
             versions = {span.version for c in group.completions for span in c.policy_spans}
             receipt = self.ledger.received(task, attempt, actor.actor_id, now, sorted(versions))
             if receipt.outcome == "accepted":
                 self._open_tasks.add_group(group)
                 self._accepted[task] = group
-            self._settle(task, receipt)
+                actor.progress.delivered()
+            self._settle(task, receipt, holder)
 
         # Whatever became of it, the actor need not send it again.
         self.connected.send(peer, Ack(task=task, attempt=attempt))
@@ -184,11 +208,15 @@ class Coordinator:
 
     def _failed(self, peer: bytes, actor: ConnectedActor, message: Failed, now: float) -> None:
         log.warning("task %s of actor %s: %s", message.task, actor.actor_id, message.reason)
+        holder = self.ledger.holder(message.task.number)
         receipt = self.ledger.failed(message.task, message.attempt, message.reason, now)
-        self._settle(message.task, receipt)
+        self._settle(message.task, receipt, holder)
         self.connected.send(peer, Ack(task=message.task, attempt=message.attempt))
 
-    def _settle(self, task: TaskId, receipt: Receipt) -> None:
+    def _settle(self, task: TaskId, receipt: Receipt, holder: str | None) -> None:
+        """Do what follows from a receipt; `holder` had the lease before."""
+        if holder is not None:
+            self._place(holder)
         if receipt.cancelled is not None:
             self.connected.cancel(receipt.cancelled)
         if receipt.dropped:
@@ -200,29 +228,30 @@ class Coordinator:
         self, peer: bytes, now: float, *, keep_leases: bool = False, blamed: bool = True
     ) -> None:
         """Forget an actor; its leases go to others unless it only reconnected."""
-        actor = self.connected.by_peer.pop(peer, None)
+        actor = self.connected.remove(peer)
         if actor is not None and not keep_leases:
             self._cancel(self.ledger.actor_gone(actor.actor_id, now, blamed=blamed))
 
     def tick(self, now: float) -> None:
-        """Expire leases, and forget actors that have been silent."""
-        expired = self.ledger.expire(now)
-        self._cancel(expired)
-        holders = {lease.actor for lease in expired}
-        for actor in self.connected.by_peer.values():
-            actor.stalled = actor.stalled or actor.actor_id in holders
+        """Take work from actors that do not get on with it, and forget those that are silent."""
+        self._cancel(take_from_stalled(self.ledger, self.connected, self.policy_timeout_s, now))
 
         for peer, actor in list(self.connected.by_peer.items()):
             if now - actor.last_seen > self.actor_timeout_s:
                 log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
                 self.actor_gone(peer, now)
+
         self.assign(now)
+        self._watch.tick(self.ledger, len(self.connected.by_peer), now)
 
     def _cancel(self, ended: list[EndedLease]) -> None:
         for lease in ended:
-            self.connected.cancel(lease)
+            actor = self.connected.named(lease.actor)
+            if actor is not None and actor.progress.stall not in KEEPS_WORK:
+                self.connected.cancel(lease)
             if lease.dropped:
                 self._open_tasks.remove(lease.task)
+            self._place(lease.actor)
 
     # ---- leasing -------------------------------------------------------------------------
 
@@ -240,17 +269,24 @@ class Coordinator:
             self.position += 1
             self._open_tasks.add(task, prompt, "train")
 
-        if self.policy is None:
-            return
-        for peer, actor in sorted(self.connected.by_peer.items(), key=lambda item: -item[1].credit):
-            if actor.credit > 0 and not actor.stalled:
-                self._lease(peer, actor, now)
+        while (needed := self.ledger.completions_to_lease()) is not None:
+            peer = self.connected.with_credit.first(needed)
+            if peer is None or not self._lease(peer, self.connected.by_peer[peer], now):
+                break
 
-    def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> None:
-        for grant in self.ledger.lease(actor.actor_id, actor.credit, now):
+    def _place(self, actor_id: str) -> None:
+        """Offer an actor for work as its room, its leases and its progress now say."""
+        self.connected.place(actor_id, idle=self.ledger.is_idle(actor_id))
+
+    def _lease(self, peer: bytes, actor: ConnectedActor, now: float) -> bool:
+        """Lease what there is room for; return whether there was any."""
+        grants = self.ledger.lease(actor.actor_id, actor.credit, now)
+        for grant in grants:
             completions = self.sampling[grant.kind].num_generations
             actor.credit = max(0, actor.credit - completions)
             self.connected.send(peer, self._task(grant))
+        self._place(actor.actor_id)
+        return bool(grants)
 
     def _task(self, grant: Grant) -> Task:
         prompt, sampling = self._open_tasks.prompt(grant.task), self.sampling[grant.kind]
@@ -267,13 +303,14 @@ class Coordinator:
         if policy.version > self.ledger.state.version:
             self.ledger.consumed()
             self._open_tasks.batch_consumed()
+            self._watch.stepped(now)
         self._unannounced = policy, tensors
         self._announce(now)
 
     def restore_policy(self, policy: Policy, now: float) -> None:
         """Go on with a policy that was published before the ledger was restored."""
         self.policy = policy
-        self.connected.send_all(policy)
+        self._send_policy(policy, now)
         self.assign(now)
 
     def _announce(self, now: float) -> None:
@@ -281,8 +318,14 @@ class Coordinator:
             (self.policy, tensors), self._unannounced = self._unannounced, None
             self.ledger.published(self.policy.version, self.policy.digest, tensors)
             self._digests[self.policy.version] = self.policy.digest
-            self.connected.send_all(self.policy)
+            self._send_policy(self.policy, now)
         self.assign(now)
+
+    def _send_policy(self, policy: Policy, now: float) -> None:
+        self.connected.send_all(policy)
+        for actor in self.connected.by_peer.values():
+            actor.progress.announced(policy.version, now)
+        self._watch.started(now)
 
     def evaluate(self, version: int, now: float) -> None:
         """Queue the held-out rows, pinned to a version."""

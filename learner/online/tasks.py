@@ -10,7 +10,7 @@ from learner.ledger.ledger import Ledger
 from learner.ledger.types import Grant
 from protocol.messages.arrays import floats_view, ids_bytes, ids_view
 from protocol.messages.messages import Group, Task, TaskKind
-from protocol.messages.parts import Completion, Sampling
+from protocol.messages.parts import Sampling
 
 
 def task_message(
@@ -52,27 +52,35 @@ def group_error(
 
     A learner that trusted a faulty group would crash, or train on tokens of another model.
     """
-    if len(group.completions) != sampling.num_generations:
-        return f"{sampling.num_generations} completions are required, got {len(group.completions)}"
-    if np.isinf(floats_view(group.reward.rewards)).any():
-        return "rewards must be finite, or NaN for None"
-    errors = (_completion_error(c, sampling, vocab_size, digests) for c in group.completions)
-    return next((error for error in errors if error), "")
+    completions = group.completions
+    if len(completions) != sampling.num_generations:
+        return f"{sampling.num_generations} completions are required, got {len(completions)}"
+    longest = max(len(completion.token_ids) for completion in completions) // 4
+    if longest > sampling.max_completion_length:
+        return f"at most {sampling.max_completion_length} tokens are allowed, got {longest}"
+
+    for version, digest in {(s.version, s.digest) for c in completions for s in c.policy_spans}:
+        ours = digests.get(version, digest)
+        if ours != digest:
+            return f"policy {version} has digest {ours}, tokens were sampled by {digest}"
+    return _array_error(group, vocab_size)
 
 
-def _completion_error(
-    completion: Completion, sampling: Sampling, vocab_size: int, digests: Mapping[int, str]
-) -> str:
-    ids = ids_view(completion.token_ids)
-    if ids.size > sampling.max_completion_length:
-        return f"at most {sampling.max_completion_length} tokens are allowed, got {ids.size}"
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        return f"token IDs must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
-    if not np.isfinite(floats_view(completion.sampling_logprobs)).all():
+def _array_error(group: Group, vocab_size: int) -> str:
+    """Return what is wrong with a group's numbers, or ''.
+
+    All completions are checked at once: a call per completion costs more than the arithmetic.
+    """
+    completions = group.completions
+    ids = ids_view(b"".join([completion.token_ids for completion in completions]))
+    logprobs = floats_view(b"".join([completion.sampling_logprobs for completion in completions]))
+    rewards = floats_view(group.reward.rewards)
+
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        return f"token IDs must lie in [0, {vocab_size}), got {lowest} to {highest}"
+    if not np.isfinite(logprobs).all():
         return "sampling_logprobs must be finite"
-
-    for span in completion.policy_spans:
-        ours = digests.get(span.version, span.digest)
-        if ours != span.digest:
-            return f"policy {span.version} has digest {ours}, tokens were sampled by {span.digest}"
+    if np.isinf(rewards).any():
+        return "rewards must be finite, or NaN for None"
     return ""

@@ -79,6 +79,9 @@ def _check_actors(run: OnlineRun) -> None:
     lease, heartbeat = run.queue.lease_s, run.actors.heartbeat_s
     rule = f"must be more than twice actors.heartbeat_s ({heartbeat})"
     require(lease > 2 * heartbeat, "queue.lease_s", rule, lease)
+    longest, scoring = run.queue.max_lease_s, run.rewards.reward_timeout_s
+    rule = f"must be more than queue.lease_s ({lease:g}) and rewards.reward_timeout_s ({scoring:g})"
+    require(longest > max(lease, scoring), "queue.max_lease_s", rule, longest)
     count, remote = run.actors.count, bool(run.transport.bind)
     rule = "must be at least 1 unless transport.bind lets remote actors connect"
     require(count >= 1 or remote, "actors.count", rule, count)

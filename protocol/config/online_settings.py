@@ -62,6 +62,16 @@ class QueueSettings(Section, frozen=True, kw_only=True):
         doc("Batches that a group's policy may be behind when it is trained; 0: synchronous."),
     ] = 1
     lease_s: Annotated[float, doc("Seconds without progress before prompts go to others.")] = 120.0
+    max_lease_s: Annotated[
+        float,
+        doc("Seconds until a prompt goes to others, whatever its actor reports."),
+    ] = 3600.0
+    policy_timeout_s: Annotated[
+        Positive,
+        doc(
+            "Seconds without a newer policy applied, though announced, before prompts go to others."
+        ),
+    ] = 300.0
     max_attempts: Annotated[PositiveInt, doc("Leases of a prompt before it is given up.")] = 3
 
 

@@ -128,14 +128,18 @@ class Applied(Message, frozen=True, kw_only=True):
 class Heartbeat(Message, frozen=True, kw_only=True):
     """Actor → learner: a sign of life, every few seconds, with rates for the display.
 
-    `progress` counts turns of the actor's main loop; leases are renewed only when it has grown.
-    `groups_held` counts leases in any stage: sampling, scoring, or waiting for an `Ack`.
+    `progress` counts turns of the actor's main loop. Leases are renewed only when it has grown, and
+    tokens were sampled or prompt tokens read, or nothing can be sampled. `groups_held` counts
+    leases in any stage: sampling, scoring, or waiting for an `Ack`; `groups_sampling` those in the
+    first that the actor's policy may sample.
     """
 
     progress: int
     tokens_sampled: int = 0
+    tokens_read: int = 0
     tokens_per_s: float = 0.0
     groups_held: int = 0
+    groups_sampling: int = 0
     memory: MemoryUse = MemoryUse()
 
 

@@ -94,6 +94,10 @@ class Completion(Part, frozen=True, kw_only=True):
             len(self.sampling_logprobs) == n, "sampling_logprobs must align with token_ids"
         )
         require_valid(len(self.kept_logmass) in (0, n), "kept_logmass must be empty or align")
+        # The learner decodes tens of thousands a second, and most are of one policy, all sampled.
+        if len(self.policy_spans) == 1 and not self.segments:
+            require_valid(self.policy_spans[0].start == 0, "policy_spans must begin at token 0")
+            return
 
         count = n // 4
         starts = [span.start for span in self.policy_spans]

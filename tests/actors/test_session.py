@@ -19,6 +19,7 @@ from protocol.errors import RefusedError
 from protocol.messages.arrays import floats_view
 from protocol.messages.messages import (
     Ack,
+    Applied,
     Cancel,
     Failed,
     Group,
@@ -176,6 +177,39 @@ def test_a_failure_is_owed_like_a_group():
     session.receive(Ack(task=lease.task, attempt=1), 5.0)
     session.tick(20.0)
     assert said(session) == []
+
+
+def test_groups_that_may_be_sampled_are_counted_by_the_policy_that_was_applied():
+    session = joined_session()
+    old, new, pinned = (
+        a_task(1, min_policy_version=3),
+        a_task(2, min_policy_version=4),
+        a_task(3, min_policy_version=3, pinned_version=3),
+    )
+    for lease in (old, new, pinned):
+        session.receive(lease, 0.0)
+    assert (session.groups_held, session.groups_sampling) == (3, 0)
+    session.applied(3, "d3")
+    assert session.groups_sampling == 2
+    session.applied(4, "d4")
+    assert session.groups_sampling == 2
+    session.generated(key_of(new), result_of(new), 1.0)  # it is scored now
+    assert (session.groups_held, session.groups_sampling) == (3, 1)
+
+
+def test_a_learner_that_welcomes_the_actor_again_is_told_its_policy_again():
+    session = joined_session()
+    session.applied(3, "d3")
+    session.take_actions()
+    session.hello(1.0)
+    session.receive(a_welcome(), 1.0)
+    sent = [a.message for a in session.take_actions() if isinstance(a, SendToLearner)]
+    assert [type(message) for message in sent] == [Hello, Applied]
+    assert sent[1] == Applied(version=3, digest="d3")
+    session.receive(a_welcome("L2"), 2.0)  # another learner counts versions from 0
+    session.receive(a_welcome("L2"), 2.0)
+    sent = [a.message for a in session.take_actions() if isinstance(a, SendToLearner)]
+    assert [type(message) for message in sent] == [Hello]
 
 
 def test_after_a_reconnect_hello_comes_first_then_what_is_owed():

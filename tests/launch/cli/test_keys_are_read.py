@@ -16,8 +16,10 @@ import pytest
 import launch.cli.command_line
 import launch.processes.collect
 import launch.run_folder.create
+import learner.build.grpo_run
 import learner.build.offline
 import learner.build.online
+import learner.build.recover
 import learner.objectives.base
 from launch.cli.command_line import read_command_line
 from launch.pairs import build, read
@@ -59,8 +61,8 @@ GRPO = [
     ["--objective.loss_type=sapo", "--train.max_steps=1"],
     ["--objective.loss_type=vespo", "--train.max_steps=1"],
 ]  # fmt: skip
-# Read for data from a hub, of which there is none here.
-ELSEWHERE = {"data.name"}
+# Read for data from a hub, of which there is none here; and, as a flag, by the command line.
+ELSEWHERE = {"data.name", "run.resume"}
 
 
 class Recorder:
@@ -110,8 +112,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         (learner.build.offline, "load"),
         (launch.cli.command_line, "require_files"),
         (learner.objectives.base, "check_preference"),
-        (learner.build.online, "load"),
-        (learner.build.online, "idle"),
+        (learner.build.grpo_run, "load"),
+        (learner.build.grpo_run, "idle"),
+        (learner.build.recover, "builtins"),  # for a digest of what is trained
         (learner.build.offline, "idle"),
         (launch.processes.collect, "load"),
     ):
@@ -199,4 +202,4 @@ def test_pairs_read_every_key_that_they_take_and_no_other(
         assert collect(args, lifeline) == "stopped"
         tokenizer = load_policy(ModelSettings(**builtins(run.model)), seed=0).tokenizer
         Writer(run, tokenizer, StringIO()).add(item)
-    assert recorder.unread(PairsRun) == ELSEWHERE
+    assert recorder.unread(PairsRun) == {"data.name"}

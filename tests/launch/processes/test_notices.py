@@ -1,13 +1,18 @@
 """Which log messages of the learner reach the user, as events."""
 
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from launch.pages.progress import Progress
 from launch.processes.learner_program import ROWS_LOGGER, NoticeHandler
 from launch.run_folder.tail import EventTail
+from learner.ledger.ledger import Ledger
+from learner.ledger.types import LedgerSettings
+from learner.online.run_watch import RunWatch
 from protocol.run_record import EVENT_LOGGER, EvaluationStarted, Notice, record_event
 
 
@@ -55,6 +60,25 @@ def test_long_lists_of_bad_rows_are_cut_and_the_log_is_named(folder: Path):
         "  dropped for empty: 1",
         "    row 9: empty",
     ]
+
+
+def test_a_run_without_actors_is_an_event_that_the_display_shows_once(folder: Path):
+    tail, out = EventTail(folder), io.StringIO()
+    ledger = Ledger.new(LedgerSettings(batch_size=1, max_staleness=0, num_generations=2), "r", "L1")
+    watch = RunWatch()
+    with Progress(folder, out=out) as progress:
+        watch.started(0.0)
+        for now in (61.0, 62.0, 63.0):
+            watch.tick(ledger, 0, now)
+            progress.update()
+        watch.tick(ledger, 1, 70.0)
+    told = [
+        "no actor has been connected for 61 s, so nothing is sampled: look at the logs of the "
+        "actors, or start one with launch/actor.py",
+        "the run goes on: an actor is connected again after 70 s",
+    ]
+    assert messages(tail) == [("warning", told[0]), ("info", told[1])]
+    assert out.getvalue().splitlines()[1:] == told
 
 
 def test_a_disk_that_takes_no_event_stops_nobody(tmp_path: Path, caplog):

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from learner.ledger.events import AnyEvent, PolicyPublished
+from learner.ledger.leases import OpenLeases
 from learner.ledger.ledger import Ledger
 from learner.ledger.state import LedgerState
 from learner.ledger.types import LedgerSettings, Receipt
@@ -113,6 +114,45 @@ def test_progress_renews_and_silence_expires_until_the_task_is_dropped():
     assert ledger.room() == 1
     assert ledger.received(first, 1, ACTOR, 31.0) == Receipt(outcome="dropped")
     assert ledger.state.counters.discarded == {"dropped": 1}
+
+
+def test_a_lease_lasts_from_when_it_was_given_though_its_actor_was_renewed_before():
+    ledger = started()
+    first, second, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    ledger.renew_leases(ACTOR, 1.0)
+    ledger.lease(ACTOR, 4, 5.0)
+    assert [lease.task for lease in ledger.expire(14.9)] == [first]
+    assert [lease.task for lease in ledger.expire(15.0)] == [second]
+
+
+def test_a_lease_has_an_age_limit_whatever_its_actor_reports():
+    ledger = started(max_lease_s=25.0)
+    first, second, *_ = fill(ledger)
+    ledger.lease(ACTOR, 4, 0.0)
+    ledger.lease(ACTOR, 4, 8.0)
+    for now in (8.0, 16.0, 24.0):
+        ledger.renew_leases(ACTOR, now)
+        assert ledger.expire(now) == []
+    (ended,) = ledger.expire(25.0)
+    assert (ended.task, ended.actor, ended.overdue) == (first, ACTOR, True)
+    assert ended.reason == "leased for 25 s (queue.max_lease_s)"
+    assert [lease.task for lease in ledger.expire(33.0)] == [second]
+    assert ledger.state.counters.expired == 2
+
+
+def test_leases_that_a_restored_state_holds_count_as_given_at_the_first_look():
+    ledger = started(max_lease_s=25.0)
+    fill(ledger)
+    ledger.lease("a", 4, 7_000.0)
+    ledger.lease("b", 4, 7_000.0)
+    leases = OpenLeases(ledger.settings, ledger.state.copy())
+    assert [record.number for record in leases.of("b")] == [1]
+    assert leases.take_due(100.0) == []
+    leases.renew("a", 105.0)
+    assert leases.take_due(109.9) == []
+    assert [record.number for record in leases.take_due(110.0)] == [1]
+    assert [record.number for record in leases.take_due(115.0)] == [0]
 
 
 def test_the_first_attempt_to_come_counts_and_cancels_the_other():
@@ -308,8 +348,8 @@ def test_events_replay_to_the_same_state():
 
 def test_the_events_and_their_tags():
     assert {event.__struct_config__.tag for event in get_args(AnyEvent)} == {
-        "Began", "Joined", "Leased", "Renewed", "Received", "Discarded", "Closed", "Dropped",
-        "RowsEnded", "Formed", "Returned", "Consumed", "Published", "EvalTaken",
+        "Began", "Joined", "Leased", "Received", "Discarded", "Closed", "Dropped", "RowsEnded",
+        "Formed", "Returned", "Consumed", "Published", "EvalTaken",
     }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""The ledger against actors that lose, delay, repeat and reorder, and that crash and rejoin."""
+"""The ledger against actors that lose, delay, repeat and reorder, and that crash and rejoin.
+
+Every answer that it gives is compared with that of a ledger which scans its whole state.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +23,9 @@ from learner.ledger.events import AnyEvent
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import Batch, EndedLease, Grant, LedgerSettings
 from protocol.messages.parts import TaskId
+from tests.learner.ledger.scanning import CheckedLedger
 
-B, G, EVAL_G, LEASE_S, ATTEMPTS = 2, 3, 2, 10.0, 3
+B, G, EVAL_G, LEASE_S, MAX_LEASE_S, ATTEMPTS = 2, 3, 2, 10.0, 17.0, 3
 ACTORS = st.sampled_from(["a", "b", "c"])
 
 
@@ -55,9 +59,10 @@ class Simulation(RuleBasedStateMachine):
             eval_generations=EVAL_G,
             total_batches=batches,
             lease_s=LEASE_S,
+            max_lease_s=MAX_LEASE_S,
             max_attempts=ATTEMPTS,
         )
-        self.ledger = Ledger.new(self.limits, "run", "0")
+        self.ledger: Ledger = CheckedLedger.new(self.limits, "run", "0")
         self.ledger.drain_events()
         self.base, self.journal = self.ledger.state.copy(), list[AnyEvent]()
         self.now, self.incarnations, self.next_row, self.rows = 0.0, 1, 0, rows
@@ -137,7 +142,7 @@ class Simulation(RuleBasedStateMachine):
             task.number for task in self.batch.tasks
         ]
         for task in self.batch.tasks:
-            del self.outcomes[task]  # it is sampled again
+            self.outcomes.pop(task, None)  # it is sampled again
         self.batch = None
 
     @rule(kill=st.sampled_from([False, False, False, True]), keep=st.booleans())
@@ -148,7 +153,7 @@ class Simulation(RuleBasedStateMachine):
         saved = msgspec.json.decode(msgspec.json.encode(self.ledger.state), type=type(self.base))
         old = [*saved.training.values(), *saved.queue.values()]
         self.check_replay()
-        self.ledger = Ledger(self.limits, saved.copy())
+        self.ledger = CheckedLedger(self.limits, saved.copy())
         lost = self.ledger.begin_incarnation(str(self.incarnations), keep_groups=keep)
         self.ledger.drain_events()
         self.base, self.journal = self.ledger.state.copy(), []
@@ -226,6 +231,10 @@ class Simulation(RuleBasedStateMachine):
     def progress(self, name: str) -> None:
         self.ledger.renew_leases(name, self.now)
 
+    @rule(name=ACTORS, blamed=st.booleans())
+    def withdraw(self, name: str, blamed: bool) -> None:
+        self.cancel(self.ledger.withdraw(name, "stuck", self.now, blamed=blamed))
+
     @rule(name=ACTORS, noticed=st.booleans(), blamed=st.booleans())
     def crash(self, name: str, noticed: bool, blamed: bool) -> None:
         """Crash and rejoin, empty-handed; unnoticed, its leases wait for their expiry."""
@@ -257,6 +266,7 @@ class Simulation(RuleBasedStateMachine):
         idle = not self.ledger.leases_of(name)
         grants = self.ledger.lease(name, free_completions, self.now)
         rows = sum(G if g.kind == "train" else EVAL_G for g in grants)
+        assert self.ledger.completions_to_lease() in (None, G, EVAL_G)
         assert rows <= free_completions or (idle and free_completions > 0 and len(grants) == 1)
         for grant in grants:
             if grant.kind == "train":

@@ -124,6 +124,8 @@ def test_bad_files_are_refused_with_path_and_nearest_name(tmp_path: Path, toml: 
         (["--data.streaming=true"], "train.max_steps must be set with data.streaming"),
         (["--train.shared_prompt=on", "--train.micro_batch_size=2"], "different prompts"),
         (["--queue.lease_s=1"], "more than twice actors.heartbeat_s"),
+        (["--queue.max_lease_s=100"], r"more than queue.lease_s \(120\)"),
+        (["--rewards.reward_timeout_s=4000"], "queue.max_lease_s"),
         (["--train.max_steps=0"], "--train.max_steps must be -1 or at least 1, got 0"),
         (
             ["--actors.max_concurrent_completions=0"],
