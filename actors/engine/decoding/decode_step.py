@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from actors.engine.decoding.adapters import StackedAdapters
+from actors.engine.decoding.cuda_kernels import attend, can_attend
 from actors.engine.decoding.sampling import Draw, SamplingParameters, draw
 from actors.engine.decoding.slots import CacheShape, SlotLayer, Slots
 
@@ -137,6 +138,8 @@ def _masked_attention_written_out() -> Generator[None]:
     ) -> mx.array:
         if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or sinks is not None:
             return fused(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        if can_attend(q, k, v, mask):
+            return attend(q, k, v, scale=scale, mask=mask)
 
         rows, heads, length, dim = q.shape
         shared = k.shape[1]
