@@ -1,7 +1,7 @@
 """Fewer products per layer: adapters computed together where layers read the same array.
 
     y = x [W1; W2; A1ᵀ; A2ᵀ]ᵀ        one product for the weights and the A of all of them
-    [y1 | y2] + scale [h1 | h2] B      one `addmm`; B is block-diagonal
+    [y1 | y2] + scale [h1 | h2] B      one `addmm`, or on CUDA a kernel; B is block-diagonal
 
 Layers are found by structure: those with LoRA that a forward pass calls on one array. The modules
 stay where they are, with the same parameters, so that snapshots apply as ever; only their call is
