@@ -53,23 +53,6 @@ def test_a_model_that_is_wrong_in_any_batch_decodes_one_by_one(caplog: pytest.Lo
     assert tokens(found) == tokens(expected)
 
 
-class Rounding(nn.Module):
-    """A llama in float32 whose products of more than one row round, as TF32 does on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = tiny_llama()
-        self.layers = self.inner.layers
-
-    def __call__(self, inputs: mx.array, cache=None) -> mx.array:
-        logits = self.inner(inputs, cache=cache)
-        return logits.astype(mx.bfloat16).astype(mx.float32) if inputs.size > 1 else logits
-
-
-def test_rounding_of_float32_is_measured_and_allowed():
-    assert decoding_path(Trial(Rounding())) == ("slots", "")
-
-
 def test_rounding_of_short_types_is_measured_and_allowed():
     model = adapted()
     model.set_dtype(mx.bfloat16)
