@@ -1,7 +1,7 @@
 """Fewer products per layer: adapters computed together where layers read the same array.
 
     y = x [W1; W2; A1ᵀ; A2ᵀ]ᵀ        one product for the weights and the A of all of them
-    [y1 | y2] + scale [h1 | h2] B      one `addmm`; B is block-diagonal
+    [y1 | y2] + scale [h1 | h2] B      one `addmm`, or on CUDA a kernel; B is block-diagonal
 
 Layers are found by structure: those with LoRA that a forward pass calls on one array. The modules
 stay where they are, with the same parameters, so that snapshots apply as ever; only their call is
@@ -21,6 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from actors.engine.decoding.cuda_kernels import add_adapters, can_add_adapters
+
 
 class StackedAdapters:
     """Layers that are called on one array, computed together at the first of their calls.
@@ -35,7 +37,10 @@ class StackedAdapters:
         same_type = layers[0].lora_a.dtype == cast(Any, layers[0].linear).weight.dtype
         self._join = join and same_type  # quantised weights are of another type
         self._outputs = [layer.lora_b.shape[1] for layer in layers]
+        self._ranks = [layer.lora_b.shape[0] for layer in layers]
         self._ends = list(accumulate(self._outputs))[:-1]
+        biased = "bias" in cast(Any, layers[0].linear)
+        self._in_one_kernel = self._join and not biased and can_add_adapters(self._ranks)
 
         self.state: dict[str, mx.array] = {}
         self._input: mx.array | None = None
@@ -73,6 +78,14 @@ class StackedAdapters:
     def _compute(self, x: mx.array) -> list[mx.array]:
         count = sum(self._outputs)
         y = self._product(x)
+        if self._in_one_kernel:
+            return add_adapters(
+                y,
+                self.state["b"],
+                outputs=self._outputs,
+                ranks=self._ranks,
+                scale=self._layers[0].scale,
+            )
         if self._join:
             y, h = y[..., :count], y[..., count:]
         else:

@@ -47,10 +47,11 @@ class Trial:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._expected = _alone(model)
-        self._allowed = _TOLERANCE
-        if has_short_floats(model):
+        short = has_short_floats(model)
+        self._allowed = _LOW_PRECISION_TOLERANCE if short else _TOLERANCE
+        if short or mx.default_device().type == mx.DeviceType.gpu:
             noise = _relative(_at_once(model), self._expected)
-            self._allowed = min(_MOST, max(_LOW_PRECISION_TOLERANCE, 3 * noise))
+            self._allowed = min(_MOST, max(self._allowed, 3 * noise))
 
     def difference(self, way: Callable[[nn.Module], mx.array]) -> str:
         """Return how the logits that `way` gives differ, or "" if they agree.
