@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import anyio
@@ -31,6 +30,7 @@ from protocol.messages.rewards import (
     ScoreRequest,
 )
 from protocol.transport import endpoints
+from protocol.transport.curve_keys import ClientKeys
 
 MAX_BYTES = 64 << 20
 RESERVED = ("prompt", "completion", "completions", "completion_ids")
@@ -103,7 +103,7 @@ class RewardClient:
     def __init__(
         self,
         services: Sequence[RewardService],
-        keys: str | Path | None = None,
+        keys: ClientKeys | None = None,
         *,
         resend_s: float = RESEND_S,
         slack_s: float = SLACK_S,

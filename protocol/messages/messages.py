@@ -191,6 +191,8 @@ class Refuse(Message, frozen=True, kw_only=True):
         "undecodable",
         "invalid",
         "stale",
+        "key",
+        "turned_away",
     ]
     reason: str
     fatal: bool = False

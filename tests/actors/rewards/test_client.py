@@ -11,12 +11,12 @@ import anyio
 import numpy as np
 import pytest
 import zmq
+import zmq.asyncio
 
 from actors.rewards.client import RewardClient
 from actors.rewards.server import RewardServer
 from protocol.messages.arrays import floats_view
 from protocol.messages.parts import RewardService
-from protocol.transport.endpoints import bind_all, open_socket
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")
@@ -70,8 +70,9 @@ async def scored_by(answers, resend_s=0.2):
 
 async def fake(endpoint, answer, names=("f",), *, task_status):
     """Answer every request that has completions with `answer(request)`."""
-    with open_socket(zmq.ROUTER, None) as socket:
-        bind_all(socket, [endpoint], None)
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        socket.bind(endpoint)
         task_status.started()
         while True:
             peer, data = await socket.recv_multipart()
