@@ -37,6 +37,7 @@ RESERVED = ("prompt", "completion", "completions", "completion_ids")
 RESEND_S = 5.0  # a silent endpoint may have been restarted, and then has lost the request
 AVOID_S = 60.0  # how long other endpoints are preferred to a silent one
 SLACK_S = 30.0  # for a server that restarts its worker
+MAX_WAITS = 16  # a request's turn must come within so many times what it may take itself
 
 
 @dataclass(eq=False)
@@ -85,6 +86,7 @@ class _PendingRequest:
 
     endpoint: _Endpoint
     limit_s: float
+    latest: float  # whatever the endpoint reports, no answer is waited for after this
     scope: anyio.CancelScope
     in_progress: bool = False  # the endpoint said so since the request was last sent
     full: str = ""  # why the endpoint does not accept it now
@@ -107,11 +109,13 @@ class RewardClient:
         *,
         resend_s: float = RESEND_S,
         slack_s: float = SLACK_S,
+        max_waits: int = MAX_WAITS,
     ) -> None:
         self._specs = list(services)
         self._keys = keys
         self._resend_s = resend_s
         self._slack_s = slack_s
+        self._max_waits = max_waits
         self._services: list[_Service] = []
         self._pending: dict[str, _PendingRequest] = {}
         self._ids = (f"{uuid.uuid4().hex}-{n}" for n in itertools.count())
@@ -189,12 +193,20 @@ class RewardClient:
         return None
 
     async def _ask(self, service: _Service, request: ScoreRequest) -> ScoreReply:
-        """Send a request until it is answered, or every function has had its time."""
+        """Send a request until it is answered, or every function has had its time.
+
+        That time starts when the request's turn comes, which is waited for at most `MAX_WAITS`
+        times as long: a server that reports progress forever would hold up the queue of the run.
+        """
         limit_s = service.timeout_s * (len(service.names) + 1) + self._slack_s
         count = len(request.completions)
         data = msgspec.json.encode(request)
-        scope = anyio.CancelScope(deadline=anyio.current_time() + limit_s)
-        pending = self._pending[request.id] = _PendingRequest(service.choose(), limit_s, scope)
+        asked = anyio.current_time()
+        scope = anyio.CancelScope(deadline=asked + limit_s)
+        pending = _PendingRequest(
+            service.choose(), limit_s, asked + self._max_waits * limit_s, scope
+        )
+        self._pending[request.id] = pending
 
         try:
             with scope:
@@ -212,7 +224,8 @@ class RewardClient:
             case ScoreRefusal(reason=reason):
                 return service.no_rewards(count, "contract", f"{service.where} refused: {reason}")
             case None:
-                silence = f"{service.where} gave no answer within {limit_s:g} s {pending.full}"
+                waited_s = anyio.current_time() - asked
+                silence = f"{service.where} gave no answer within {waited_s:.3g} s {pending.full}"
                 return service.no_rewards(count, "unreachable", silence)
 
     async def _send_until_answered(
@@ -265,7 +278,8 @@ class RewardClient:
                 case ScoreProgress(ahead=ahead):
                     pending.in_progress = True
                     if ahead > 0:  # its time starts when its turn comes
-                        pending.scope.deadline = anyio.current_time() + pending.limit_s
+                        due = anyio.current_time() + pending.limit_s
+                        pending.scope.deadline = min(due, pending.latest)
 
     def _connect(self, address: str, stack: AsyncExitStack) -> _Endpoint:
         opened = endpoints.connected_socket(

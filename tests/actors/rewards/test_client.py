@@ -32,10 +32,10 @@ async def serving(endpoint, *functions):
 
 
 @asynccontextmanager
-async def client(*services, timeout_s=20.0, resend_s=0.2, slack_s=10.0):
+async def client(*services, timeout_s=20.0, resend_s=0.2, slack_s=10.0, **options):
     specs = [RewardService(endpoints=list(e), timeout_s=timeout_s) for e in services]
     with anyio.fail_after(40):
-        async with RewardClient(specs, resend_s=resend_s, slack_s=slack_s) as scorer:
+        async with RewardClient(specs, resend_s=resend_s, slack_s=slack_s, **options) as scorer:
             yield scorer
 
 
@@ -56,13 +56,13 @@ async def until(condition):
             await anyio.sleep(0.01)
 
 
-async def scored_by(answers, resend_s=0.2):
+async def scored_by(answers, **options):
     """Return the result of one score, from endpoints that answer as `answers` says."""
     results = []
     async with anyio.create_task_group() as tasks:
         for endpoint, answer in answers.items():
             await tasks.start(fake, endpoint, answer)
-        async with client(list(answers), resend_s=resend_s) as scorer:
+        async with client(list(answers), **options) as scorer:
             results.append(await score(scorer))
         tasks.cancel_scope.cancel()
     return results[0]
@@ -166,6 +166,24 @@ async def test_a_slow_reward_is_asked_for_at_one_endpoint_while_it_says_progress
     assert len(asked) == 3
     assert len(set(asked)) == 1
     assert strayed == []
+
+
+async def test_a_server_that_reports_progress_forever_is_timed_out(folder):
+    asked = []
+
+    def never(request):
+        asked.append(request["id"])
+        return {"type": "progress", "ahead": 1}
+
+    options = {"timeout_s": 0.1, "slack_s": 0.3, "resend_s": 0.1, "max_waits": 3}
+    started = anyio.current_time()
+    result = await scored_by({f"ipc://{folder}/a": never}, **options)
+    waited = anyio.current_time() - started
+    assert [fault.kind for fault in result.faults] == ["unreachable"]
+    assert "gave no answer within 1.5" in result.faults[0].message
+    assert np.isnan(table(result)).all()
+    assert 1.5 <= waited < 5  # three times the half second that one turn may take
+    assert len(asked) > 5  # progress beyond one turn's time: each report gave it another
 
 
 async def test_a_silent_endpoint_gives_way_to_another(folder):
