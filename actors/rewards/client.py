@@ -20,13 +20,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from actors.rewards.replies import decode_reply, merge_replies, reply_error
+from actors.rewards.replies import ServiceReply, decode_reply, merge_replies, reply_error
 from protocol.messages.parts import RewardResult, RewardService
 from protocol.messages.rewards import (
     RewardFault,
     ScoreProgress,
     ScoreRefusal,
-    ScoreReply,
     ScoreRequest,
 )
 from protocol.transport import endpoints
@@ -69,10 +68,10 @@ class _Service:
 
     def no_rewards(
         self, count: int, kind: Literal["unreachable", "contract"], message: str
-    ) -> ScoreReply:
+    ) -> ServiceReply:
         """Return None for all functions, whose names may still be unknown, and the fault."""
         faulty = self.names or [self.where]
-        return ScoreReply(
+        return ServiceReply(
             id="",
             names=self.names,
             rewards=[[None] * count for _ in self.names],
@@ -91,7 +90,7 @@ class _PendingRequest:
     in_progress: bool = False  # the endpoint said so since the request was last sent
     full: str = ""  # why the endpoint does not accept it now
     changed: anyio.Event = field(default_factory=anyio.Event)
-    reply: ScoreReply | ScoreRefusal | None = None
+    reply: ServiceReply | ScoreRefusal | None = None
 
     async def wait(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
@@ -176,7 +175,7 @@ class RewardClient:
                 tasks.start_soon(ask, index)
         return merge_replies(replies, count, time.perf_counter() - started)
 
-    async def _fetch_names(self, service: _Service) -> ScoreReply | None:
+    async def _fetch_names(self, service: _Service) -> ServiceReply | None:
         """Ask for the functions' names, once; return the reply if that failed."""
         if service.names:
             return None
@@ -192,7 +191,7 @@ class RewardClient:
         service.names = reply.names
         return None
 
-    async def _ask(self, service: _Service, request: ScoreRequest) -> ScoreReply:
+    async def _ask(self, service: _Service, request: ScoreRequest) -> ServiceReply:
         """Send a request until it is answered, or every function has had its time.
 
         That time starts when the request's turn comes, which is waited for at most `MAX_WAITS`
@@ -216,7 +215,7 @@ class RewardClient:
             pending.endpoint.outstanding.discard(request.id)
 
         match pending.reply:
-            case ScoreReply() as reply:
+            case ServiceReply() as reply:
                 problem = reply_error(reply, service.names, count)
                 if not problem:
                     return reply
@@ -264,7 +263,7 @@ class RewardClient:
                 continue
 
             match reply:
-                case ScoreReply():
+                case ServiceReply():
                     pending.reply = reply
                     pending.changed.set()
                 case _ if endpoint is not pending.endpoint:

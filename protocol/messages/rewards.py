@@ -9,16 +9,23 @@ Unknown fields are ignored, because reward servers may be written in any languag
 from typing import Any, Literal
 
 import msgspec
+from msgspec import structs
+
+from protocol.messages.limits import NAME_CHARS, printable
 
 REWARD_PROTOCOL_VERSION = 1
 
 
 class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
-    """A reward function that gave no rewards for a group, and the reason."""
+    """A reward function that gave no rewards for a group, and the reason; both cut to a bound."""
 
     function: str
     kind: Literal["timeout", "exception", "contract", "unreachable", "died"]
     message: str
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "function", printable(self.function, NAME_CHARS))
+        structs.force_setattr(self, "message", printable(self.message))
 
 
 class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -70,3 +77,6 @@ class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
     id: str = ""
     reason: str
     retry: bool = False
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "reason", printable(self.reason))

@@ -102,7 +102,7 @@ async def test_services_side_by_side_under_unique_names(folder):
     assert math.isnan(first[2])
     assert [*first[:2], *first[3:]] == [1.0, 0.0, 1.0, 0.0, 0.0, 3.0]
     assert second == [3.0, 0.0, 2.0, 3.0, 0.0, 1.0, 3.0]
-    assert result.log_extra == {"seen": ["a", "bbb", 0, 0]}
+    assert result.log_extra == b'{"seen":["a","bbb",0,0]}'
     assert result.log_metric == {"accuracy": 0.5}
     assert result.faults == []
 

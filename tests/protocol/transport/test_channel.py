@@ -9,18 +9,18 @@ import zmq
 import zmq.asyncio
 
 from protocol.errors import ChannelError, WireError
-from protocol.messages.messages import Hello, Refuse, Release, Stop
+from protocol.messages.messages import Hello, Policy, Refuse, Release, Stop
 from protocol.transport.channel import Client, Server
 from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import check_endpoint, ipc_folder, is_loopback
 
 pytestmark = pytest.mark.anyio
-HELLO = Hello(protocol_version=3, actor_id="a", actor_incarnation="i")
+HELLO = Hello(protocol_version=4, actor_id="a", actor_incarnation="i")
 
 
 async def greet(server, client, name="a"):
     """Have the server learn the client's routing ID."""
-    hello = Hello(protocol_version=3, actor_id=name, actor_incarnation="i")
+    hello = Hello(protocol_version=4, actor_id=name, actor_incarnation="i")
     assert client.send(hello)
     with anyio.fail_after(5):
         peer, message = await server.receive()
@@ -167,7 +167,7 @@ async def test_a_full_outbox_drops_that_peer_alone(folder):
     ):
         stuck = await greet(server, slow)
         other = await greet(server, quick)
-        big = Stop(reason="x" * (1 << 20))
+        big = Policy(version=1, digest="d", size=1, path="x" * (1 << 20))
         sent = 0
         with anyio.fail_after(20):
             while server.send(stuck, big):

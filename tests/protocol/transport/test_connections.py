@@ -12,7 +12,7 @@ from protocol.transport.connections import HANDSHAKE_S, MAX_UNPROVEN, Connection
 from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import ipc_folder
 
-HELLO = Hello(protocol_version=3, actor_id="studio", actor_incarnation="i")
+HELLO = Hello(protocol_version=4, actor_id="studio", actor_incarnation="i")
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(15) + b"\0" + bytes(31)
 
 
