@@ -95,6 +95,7 @@ class ActorIo:
                 if self._heartbeat_s is None:
                     tasks.start_soon(self._beat, channel)
                 self._heartbeat_s = message.heartbeat_s
+                channel.limit_messages(message.max_message_bytes)
             await bridge.aput(MessageReceived(message))
 
     async def _beat(self, channel: ClientChannel) -> None:

@@ -7,11 +7,16 @@ from typing import Annotated, TypeVar
 import msgspec
 import numpy as np
 
-from actors.rewards.loader import unique_names
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.limits import FUNCTIONS, LOG_EXTRA_BYTES, LOG_METRICS, Name, printable
 from protocol.messages.parts import RewardResult
-from protocol.messages.rewards import RewardFault, RewardMessage, ScoreProgress, ScoreRefusal
+from protocol.messages.rewards import (
+    RewardFault,
+    RewardMessage,
+    ScoreProgress,
+    ScoreRefusal,
+    unique_names,
+)
 
 log = logging.getLogger("pippin.rewards")
 

@@ -20,6 +20,7 @@ class OpenTasks:
     _eval: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
     _in_training: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
     _groups: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
+    _holders: dict[TaskId, dict[int, str]] = field(default_factory=dict[TaskId, dict[int, str]])
 
     def __contains__(self, task: TaskId) -> bool:
         return task in self._train or task in self._eval
@@ -35,6 +36,14 @@ class OpenTasks:
     def prompt(self, task: TaskId) -> Prompt:
         return self._train[task] if task in self._train else self._eval[task]
 
+    def add_holder(self, task: TaskId, attempt: int, actor: str) -> None:
+        """Note which actor an attempt was leased to; late groups are accepted from it alone."""
+        self._holders.setdefault(task, {})[attempt] = actor
+
+    def holder(self, task: TaskId, attempt: int) -> str:
+        """Return which actor an attempt was leased to; "" if there was none."""
+        return self._holders.get(task, {}).get(attempt, "")
+
     def add_group(self, group: Group) -> None:
         """Keep the group that the ledger accepted for its task."""
         self._groups[group.task] = group
@@ -44,6 +53,7 @@ class OpenTasks:
         self._train.pop(task, None)
         self._eval.pop(task, None)
         self._groups.pop(task, None)
+        self._holders.pop(task, None)
 
     def take_batch(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
         """Hand over the groups of a batch; its prompts are kept until `batch_consumed`.
@@ -60,7 +70,8 @@ class OpenTasks:
     def take_evaluation(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
         """Hand over the groups of an evaluation round and forget the round's other tasks."""
         groups = [self._take(task) for task in tasks]
-        self._eval.clear()
+        for task in list(self._eval):
+            self.remove(task)
         return groups
 
     def untrained_prompts(self) -> dict[int, Prompt]:

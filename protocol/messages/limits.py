@@ -15,6 +15,7 @@ LOG_METRICS = 256  # numbers that reward functions log for one group
 FUNCTIONS = 256
 COMPLETIONS = 4_096  # of one group
 SPANS = 4_096  # policy spans, or segments, of one completion
+MESSAGE_BYTES = 64 << 20  # unless `transport.max_message_mb` says otherwise
 CREDIT = 1 << 20  # completions that an actor has room for
 
 # Control characters (C0, DEL, C1) move a terminal's cursor; U+2028, U+2029 and the bidirectional

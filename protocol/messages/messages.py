@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import structs
 
-from protocol.messages.limits import COMPLETIONS, CREDIT, Count, Name, printable
+from protocol.messages.limits import COMPLETIONS, CREDIT, MESSAGE_BYTES, Count, Name, printable
 from protocol.messages.parts import (
     Completion,
     MemoryUse,
@@ -168,6 +168,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     the longest prompt, `max_tokens` those of the longest prompt and completion together; of a
     stream, both are guesses. `learner_bytes` is the learner's estimated peak, on `device` (its
     CUDA_VISIBLE_DEVICES) of `host`. In a `deterministic` run, all actors sample in the same shapes.
+    The learner accepts messages of at most `max_message_bytes`.
     """
 
     run: str
@@ -185,6 +186,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     max_tokens: int = 0
     learner_bytes: int = 0
     deterministic: bool = False
+    max_message_bytes: int = MESSAGE_BYTES
     host: str = ""
     device: str = ""
 

@@ -6,6 +6,7 @@
 Unknown fields are ignored, because reward servers may be written in any language.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -80,3 +81,15 @@ class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
 
     def __post_init__(self) -> None:
         structs.force_setattr(self, "reason", printable(self.reason))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return the names in order; one that occurs again gets `_2`, then `_3`."""
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
+            count += 1
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result

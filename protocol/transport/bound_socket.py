@@ -26,6 +26,7 @@ class Received:
     peer: bytes
     frames: list[bytes]
     name: str | None
+    descriptor: int = -1  # of the connection that it came over
 
 
 @dataclass
@@ -40,9 +41,14 @@ class BoundSocket:
     async def receive(self) -> Received:
         """Wait for the next message of any kind."""
         peer, *frames = await self.socket.recv_multipart(copy=False)
-        if frames:
-            self.guard.proved(frames[-1].get(zmq.SRCFD))
-        return Received(peer.bytes, [frame.bytes for frame in frames], self._name(frames))
+        descriptor = frames[-1].get(zmq.SRCFD) if frames else -1
+        self.guard.proved(descriptor)
+        data = [frame.bytes for frame in frames]
+        return Received(peer.bytes, data, self._name(frames), descriptor)
+
+    def end(self, received: Received) -> None:
+        """End the tcp connection that a message came over."""
+        self.guard.end(received.descriptor)
 
     def send(self, peer: bytes, data: bytes) -> bool:
         """Send without waiting; False if the peer is gone or its outbox is full."""

@@ -29,6 +29,10 @@ _FAIRNESS = 64  # messages received before other tasks get a turn
 class ClientChannel(Protocol):
     """The part of `Client` that an actor's I/O thread uses."""
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Send nothing above the learner's limit."""
+        ...
+
     async def receive(self) -> LearnerMessage:
         """Wait for the next message."""
         ...
@@ -114,6 +118,11 @@ class Server:
 
             received = await bound.receive()
             self._peers.seen(received.peer)
+            if self._peers.is_shut(received.peer):
+                self.refusals["shut"] += 1
+                bound.end(received)
+                continue
+
             try:
                 data = endpoints.single_frame(received.frames)
                 message = wire.decode_actor(data, max_bytes=self._max_message_bytes)
@@ -131,11 +140,14 @@ class Server:
     def send(self, peer: bytes, message: LearnerMessage) -> bool:
         """Put `message` into the peer's outbox.
 
-        If its connection is gone or its outbox is full, drop the peer: return False and report it
+        A peer that says more after a fatal refusal is disconnected. If its connection is gone or
+        its outbox is full, drop the peer: return False and report it
         in `take_gone`. Raise `WireError` for a message above the limit.
         """
         bound = endpoints.require_open(self._bound, "Server")
         if bound.send(peer, wire.encode(message, max_bytes=self._max_message_bytes)):
+            if isinstance(message, Refuse) and message.fatal:
+                self._peers.shut(peer)
             return True
         self._peers.drop(peer)
         return False
@@ -197,6 +209,10 @@ class Client:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
         self._opened.__exit__(None, None, None)
+
+    def limit_messages(self, max_bytes: int) -> None:
+        """Use the learner's limit, which its `Welcome` gives."""
+        self._max_message_bytes = max_bytes
 
     def send(self, message: ActorMessage) -> bool:
         """Put `message` into the outbox; False if it is full because the learner is away.
