@@ -33,6 +33,7 @@ HANDSHAKE_S = 10.0
 MAX_CONNECTIONS = 1536
 MAX_UNPROVEN = 256
 UNSEEN = 1001  # a monitor's queue: ZMQ's default of 1,000, and 1 at our end
+BACKLOG = 1024  # beside a flood, a full one costs whoever joins a second or more
 REPORT_S = 60.0
 
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
@@ -107,6 +108,7 @@ class ConnectionGuard:
 
     def watch(self, context: zmq.asyncio.Context, socket: zmq.asyncio.Socket) -> None:
         """Watch `socket` of `context`, which is not bound yet."""
+        socket.setsockopt(zmq.BACKLOG, BACKLOG)
         socket.setsockopt(zmq.HANDSHAKE_IVL, round(HANDSHAKE_S * 1000))
         address = f"inproc://connections-{id(self)}"
         socket.monitor(address, _EVENTS)

@@ -323,6 +323,24 @@ async def test_an_impostor_is_refused_over_tcp_and_over_ipc(folder):
     assert set(server.refusals) == {"key"}
 
 
+async def test_a_peer_that_goes_on_after_a_fatal_refusal_is_disconnected(folder):
+    keys = make_keys(folder / "keys", ["a", "b"])
+    async with (
+        Server(["tcp://127.0.0.1:*"], keys=keys) as server,
+        Client(server.endpoint, keys=load_client_keys(keys, "a")) as right,
+        Client(server.endpoint, keys=load_client_keys(keys, "b")) as impostor,
+    ):
+        assert (await refused(server, impostor, right)).fatal
+        with anyio.fail_after(10):
+            while not server.refusals["shut"]:
+                impostor.send(Release(reason="still here"))
+                right.send(HELLO)
+                while (await server.receive())[1] != HELLO:
+                    pass
+                await anyio.sleep(0.01)
+        await greet(server, right)
+
+
 async def test_a_key_that_is_added_lets_its_actor_in_and_one_that_is_removed_shuts_it_out(folder):
     keys = make_keys(folder / "keys", ["a"])
     async with (
