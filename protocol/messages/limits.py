@@ -26,7 +26,9 @@ Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS, pattern=NO_CONTROLS)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-def printable(text: str, chars: int = TEXT_CHARS) -> str:
-    """Return a text of at most `chars` characters on one line, safe to write to a terminal."""
-    cut = text[:chars]
-    return "".join(c if c.isprintable() else " " for c in cut)
+def printable(text: str, chars: int = TEXT_CHARS, *, keep: str = "") -> str:
+    """Return a text of at most `chars` characters that is safe to write to a terminal.
+
+    What is not printable becomes a space, but for the characters in `keep`.
+    """
+    return "".join(c if c.isprintable() or c in keep else " " for c in text[:chars])

@@ -26,7 +26,8 @@ class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         structs.force_setattr(self, "function", printable(self.function, NAME_CHARS))
-        structs.force_setattr(self, "message", printable(self.message))
+        # An exception's last line says most, and alone reaches the terminal.
+        structs.force_setattr(self, "message", printable(self.message, keep="\n"))
 
 
 class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -96,9 +96,9 @@ def test_reasons_are_cut_and_made_printable_when_built_and_when_decoded(make):
 
 
 def test_texts_of_reward_servers_are_cut_and_made_printable():
-    fault = RewardFault(function="f\x07" * 200, kind="died", message="a\nb" * 2000)
+    fault = RewardFault(function="f\x07" * 200, kind="died", message="a\n\x1bb" * 2000)
     assert fault.function == "f " * (NAME_CHARS // 2)
-    assert fault.message == ("a b" * 2000)[:TEXT_CHARS]
+    assert fault.message == ("a\n b" * 2000)[:TEXT_CHARS]
     assert ScoreRefusal(reason="no\x1b").reason == "no "
 
 
