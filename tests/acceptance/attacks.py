@@ -34,6 +34,7 @@ from protocol.messages.messages import (
     LearnerMessage,
     Policy,
     Refuse,
+    Release,
     Request,
     Task,
     Welcome,
@@ -97,7 +98,7 @@ class RemoteActor:
 
     async def _ask(self, hello: Hello) -> Welcome | Refuse:
         """Say Hello until it is answered, as an actor does."""
-        with anyio.fail_after(ANSWER_S):
+        with anyio.fail_after(ANSWER_S, reason=f"no answer to Hello for {ANSWER_S:g} s"):
             while True:
                 self.client.send(hello)
                 with anyio.move_on_after(ASK_AGAIN_S):
@@ -107,7 +108,7 @@ class RemoteActor:
 
     async def hear(self, *kinds: type[LearnerMessage]) -> LearnerMessage:
         """Return the next message of these kinds; note tasks and policies on the way."""
-        with anyio.fail_after(ANSWER_S):
+        with anyio.fail_after(ANSWER_S, reason=f"no answer among {kinds} for {ANSWER_S:g} s"):
             while True:
                 message = await self.client.receive()
                 if isinstance(message, Task):
@@ -236,6 +237,7 @@ async def large(run: Launcher, keys: Path, port: int) -> None:
                 assert isinstance(answer, Refuse)
                 check("reward.log_extra" in answer.reason, answer.reason)
                 refused += 1
+        client.send(Release(reason="done"))  # or the run waits for its lease to expire
     grown = resident_mb(found[0]) - before
     check(grown < 200, f"the learner's memory grew by {grown:.0f} MiB")
     print(f"large: {refused} groups of 6 MiB of log_extra refused; +{grown:.0f} MiB", flush=True)
@@ -360,7 +362,7 @@ def main() -> int:
     try:
         anyio.run(endless)
         anyio.run(attack, args)
-    except CheckFailed as error:
+    except (CheckFailed, TimeoutError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     return 0
