@@ -32,6 +32,7 @@ from protocol.messages.messages import Failed, Group, Heartbeat, Policy, Welcome
 from protocol.messages.parts import RewardResult, RewardService
 from protocol.transport.bridge import Bridge, BridgeClosed
 from protocol.transport.channel import ClientChannel
+from protocol.transport.curve_keys import ClientKeys
 from protocol.transport.endpoints import reachable
 from protocol.transport.snapshot_channel import fetch_snapshot
 
@@ -69,7 +70,7 @@ class ActorIo:
     connect: Callable[[], AbstractAsyncContextManager[ClientChannel]]
     make_scorer: Callable[[list[RewardService]], AbstractAsyncContextManager[GroupScorer]]
     heartbeat: Callable[[], Heartbeat | None]
-    keys: str | None = None
+    keys: ClientKeys | None = None
     endpoint: str = ""  # the learner's, as this actor reaches it
     _services: list[RewardService] = field(default_factory=list[RewardService])
     _scorer: GroupScorer | None = None
@@ -94,6 +95,7 @@ class ActorIo:
                 if self._heartbeat_s is None:
                     tasks.start_soon(self._beat, channel)
                 self._heartbeat_s = message.heartbeat_s
+                channel.limit_messages(message.max_message_bytes)
             await bridge.aput(MessageReceived(message))
 
     async def _beat(self, channel: ClientChannel) -> None:

@@ -32,6 +32,12 @@ from protocol.messages.messages import PROTOCOL_VERSION, Hello, Policy, Refuse, 
 from protocol.run_record import record_event
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Client
+from protocol.transport.curve_keys import (
+    ClientKeys,
+    actor_name,
+    load_client_keys,
+    own_client_keys,
+)
 
 if TYPE_CHECKING:
     from protocol.model.policy import LoadedPolicy
@@ -46,7 +52,9 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="of the learner")
-    parser.add_argument("--keys", default=None, metavar="DIR", help="made by launch/keys.py")
+    parser.add_argument(
+        "--keys", default=None, metavar="DIR", help="with this actor's key pair (launch/keys.py)"
+    )
     parser.add_argument("--model", default="", metavar="PATH", help="of the model on this machine")
     parser.add_argument(
         "--max-concurrent-completions",
@@ -58,7 +66,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prefill-step-size", type=int, default=2048, metavar="N", help="prompt tokens per pass"
     )
-    parser.add_argument("--name", default="", metavar="ID", help="unique among the run's actors")
+    parser.add_argument(
+        "--name", default="", metavar="ID", help="unique among the run's actors; its key's, if any"
+    )
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="of the run, for an actor beside its learner"
     )
@@ -86,12 +96,13 @@ def main() -> int:
 
     # MLX stays on this main thread; the I/O thread serves the sockets.
     try:
+        args.name, keys = identify(args)
         with Bridge[Command, Event]() as bridge:
             io = new_io(
-                lambda: Client(args.connect, keys=args.keys),
+                lambda: Client(args.connect, keys=keys),
                 lambda: slot[0].heartbeat if slot else None,
                 endpoint=args.connect,
-                keys=args.keys,
+                keys=keys,
             )
             bridge.start(io.run, "actor-io")
             _work(args, IoThreadHandle(bridge), lifeline, slot)
@@ -103,11 +114,23 @@ def main() -> int:
     return 0
 
 
+def identify(args: argparse.Namespace) -> tuple[str, ClientKeys | None]:
+    """Return the actor's name and its keys: through tcp with keys, the name is that of its key.
+
+    A local socket asks for no key; the folder is then for reward servers on other machines.
+    """
+    if args.keys and args.connect.startswith("tcp://"):
+        name = actor_name(args.keys, args.name)
+        return name, load_client_keys(args.keys, name)
+    name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
+    return name, own_client_keys(args.keys)
+
+
 def _work(
     args: argparse.Namespace, io_thread: IoThreadHandle, lifeline: Lifeline, slot: list[Worker]
 ) -> None:
     """Load the model that the learner names, then advance the worker until the run is over."""
-    name = args.name or f"{platform.node() or 'actor'}-{os.getpid()}"
+    name = args.name
     stages = Stages(name)
     early = load_early(args.run_dir, stages)
     incarnation = uuid.uuid4().hex

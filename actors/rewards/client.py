@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import anyio
@@ -21,22 +20,23 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from actors.rewards.replies import decode_reply, merge_replies, reply_error
+from actors.rewards.replies import ServiceReply, decode_reply, merge_replies, reply_error
 from protocol.messages.parts import RewardResult, RewardService
 from protocol.messages.rewards import (
     RewardFault,
     ScoreProgress,
     ScoreRefusal,
-    ScoreReply,
     ScoreRequest,
 )
 from protocol.transport import endpoints
+from protocol.transport.curve_keys import ClientKeys
 
 MAX_BYTES = 64 << 20
 RESERVED = ("prompt", "completion", "completions", "completion_ids")
 RESEND_S = 5.0  # a silent endpoint may have been restarted, and then has lost the request
 AVOID_S = 60.0  # how long other endpoints are preferred to a silent one
 SLACK_S = 30.0  # for a server that restarts its worker
+MAX_WAITS = 16  # a request's turn must come within so many times what it may take itself
 
 
 @dataclass(eq=False)
@@ -68,10 +68,10 @@ class _Service:
 
     def no_rewards(
         self, count: int, kind: Literal["unreachable", "contract"], message: str
-    ) -> ScoreReply:
+    ) -> ServiceReply:
         """Return None for all functions, whose names may still be unknown, and the fault."""
         faulty = self.names or [self.where]
-        return ScoreReply(
+        return ServiceReply(
             id="",
             names=self.names,
             rewards=[[None] * count for _ in self.names],
@@ -85,11 +85,12 @@ class _PendingRequest:
 
     endpoint: _Endpoint
     limit_s: float
+    latest: float  # whatever the endpoint reports, no answer is waited for after this
     scope: anyio.CancelScope
     in_progress: bool = False  # the endpoint said so since the request was last sent
     full: str = ""  # why the endpoint does not accept it now
     changed: anyio.Event = field(default_factory=anyio.Event)
-    reply: ScoreReply | ScoreRefusal | None = None
+    reply: ServiceReply | ScoreRefusal | None = None
 
     async def wait(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
@@ -103,15 +104,17 @@ class RewardClient:
     def __init__(
         self,
         services: Sequence[RewardService],
-        keys: str | Path | None = None,
+        keys: ClientKeys | None = None,
         *,
         resend_s: float = RESEND_S,
         slack_s: float = SLACK_S,
+        max_waits: int = MAX_WAITS,
     ) -> None:
         self._specs = list(services)
         self._keys = keys
         self._resend_s = resend_s
         self._slack_s = slack_s
+        self._max_waits = max_waits
         self._services: list[_Service] = []
         self._pending: dict[str, _PendingRequest] = {}
         self._ids = (f"{uuid.uuid4().hex}-{n}" for n in itertools.count())
@@ -172,7 +175,7 @@ class RewardClient:
                 tasks.start_soon(ask, index)
         return merge_replies(replies, count, time.perf_counter() - started)
 
-    async def _fetch_names(self, service: _Service) -> ScoreReply | None:
+    async def _fetch_names(self, service: _Service) -> ServiceReply | None:
         """Ask for the functions' names, once; return the reply if that failed."""
         if service.names:
             return None
@@ -188,13 +191,21 @@ class RewardClient:
         service.names = reply.names
         return None
 
-    async def _ask(self, service: _Service, request: ScoreRequest) -> ScoreReply:
-        """Send a request until it is answered, or every function has had its time."""
+    async def _ask(self, service: _Service, request: ScoreRequest) -> ServiceReply:
+        """Send a request until it is answered, or every function has had its time.
+
+        That time starts when the request's turn comes, which is waited for at most `MAX_WAITS`
+        times as long: a server that reports progress forever would hold up the queue of the run.
+        """
         limit_s = service.timeout_s * (len(service.names) + 1) + self._slack_s
         count = len(request.completions)
         data = msgspec.json.encode(request)
-        scope = anyio.CancelScope(deadline=anyio.current_time() + limit_s)
-        pending = self._pending[request.id] = _PendingRequest(service.choose(), limit_s, scope)
+        asked = anyio.current_time()
+        scope = anyio.CancelScope(deadline=asked + limit_s)
+        pending = _PendingRequest(
+            service.choose(), limit_s, asked + self._max_waits * limit_s, scope
+        )
+        self._pending[request.id] = pending
 
         try:
             with scope:
@@ -204,7 +215,7 @@ class RewardClient:
             pending.endpoint.outstanding.discard(request.id)
 
         match pending.reply:
-            case ScoreReply() as reply:
+            case ServiceReply() as reply:
                 problem = reply_error(reply, service.names, count)
                 if not problem:
                     return reply
@@ -212,7 +223,8 @@ class RewardClient:
             case ScoreRefusal(reason=reason):
                 return service.no_rewards(count, "contract", f"{service.where} refused: {reason}")
             case None:
-                silence = f"{service.where} gave no answer within {limit_s:g} s {pending.full}"
+                waited_s = anyio.current_time() - asked
+                silence = f"{service.where} gave no answer within {waited_s:.3g} s {pending.full}"
                 return service.no_rewards(count, "unreachable", silence)
 
     async def _send_until_answered(
@@ -251,7 +263,7 @@ class RewardClient:
                 continue
 
             match reply:
-                case ScoreReply():
+                case ServiceReply():
                     pending.reply = reply
                     pending.changed.set()
                 case _ if endpoint is not pending.endpoint:
@@ -265,7 +277,8 @@ class RewardClient:
                 case ScoreProgress(ahead=ahead):
                     pending.in_progress = True
                     if ahead > 0:  # its time starts when its turn comes
-                        pending.scope.deadline = anyio.current_time() + pending.limit_s
+                        due = anyio.current_time() + pending.limit_s
+                        pending.scope.deadline = min(due, pending.latest)
 
     def _connect(self, address: str, stack: AsyncExitStack) -> _Endpoint:
         opened = endpoints.connected_socket(

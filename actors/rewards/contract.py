@@ -18,9 +18,9 @@ import numpy as np
 
 from actors.rewards.loader import RewardFunction
 from protocol.errors import RewardError
+from protocol.messages.limits import LOG_METRICS, NAME_CHARS, TEXT_CHARS
 from protocol.messages.rewards import RewardFault, ScoreRequest
 
-MAX_MESSAGE_CHARS = 2_000
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -99,9 +99,16 @@ class RewardCall:
         self._log_extra.setdefault(str(column), []).extend(_plain(value) for value in values)
 
     def _metric(self, name: str, value: float) -> None:
-        number = float(value)
+        number, name = float(value), str(name)
+        new = name not in self._log_metric
+        if len(name) > NAME_CHARS or (new and len(self._log_metric) >= LOG_METRICS):
+            raise RewardError(
+                f"reward function {self.function.name!r}: log_metric takes at most {LOG_METRICS} "
+                f"names of at most {NAME_CHARS} characters for one group, got {name[:40]!r}; log "
+                "fewer, or give it a shorter name"
+            )
         if abs(number) <= _MAX_FLOAT32:  # a mean over infinities or NaN is useless
-            self._log_metric.setdefault(str(name), []).append(number)
+            self._log_metric.setdefault(name, []).append(number)
 
     def _outcome(self, returned: object) -> RewardOutcome:
         rewards = check_rewards(self.function.name, returned, self.count)
@@ -112,7 +119,7 @@ class RewardCall:
     def _fault(self, error: BaseException) -> RewardOutcome:
         name = self.function.name
         if isinstance(error, RewardError):
-            message = str(error)[:MAX_MESSAGE_CHARS]
+            message = str(error)[:TEXT_CHARS]
             fault = RewardFault(function=name, kind="contract", message=message)
             return RewardOutcome(fault=fault, where=name)
 
@@ -123,7 +130,7 @@ class RewardCall:
         shown = "".join(traceback.format_exception(type(error), error, frames))
 
         kind = type(error).__name__
-        message = f"{kind}: {error} ({place})"[:MAX_MESSAGE_CHARS]
+        message = f"{kind}: {error} ({place})"[:TEXT_CHARS]
         return RewardOutcome(
             fault=RewardFault(function=name, kind="exception", message=message),
             where=f"{kind} at {place}",
@@ -192,4 +199,4 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a function logs
         plain = item() if callable(item) else value
         return msgspec.json.decode(msgspec.json.encode(plain))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
-        return str(value)[:MAX_MESSAGE_CHARS]
+        return str(value)[:TEXT_CHARS]

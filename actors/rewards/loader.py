@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from protocol.errors import RewardError
+from protocol.messages.rewards import unique_names
 
 _NAME = re.compile(r"(?P<where>.+?):(?P<attribute>[A-Za-z_][\w.]*)(?P<call>\(.*\))?", re.DOTALL)
 ALWAYS_PASSED = (
@@ -52,18 +53,6 @@ def load_rewards(specs: Sequence[str]) -> list[RewardFunction]:
     functions = [_load(spec) for spec in specs]
     names = unique_names([function.name for function in functions])
     return [replace(f, name=name) for f, name in zip(functions, names, strict=True)]
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Return the names in order; one that occurs again gets `_2`, then `_3`."""
-    result: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in result:
-            count += 1
-            candidate = f"{name}_{count}"
-        result.append(candidate)
-    return result
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -2,21 +2,44 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
 
-from actors.rewards.loader import unique_names
 from protocol.messages.arrays import floats_bytes
+from protocol.messages.limits import FUNCTIONS, LOG_EXTRA_BYTES, LOG_METRICS, Name, printable
 from protocol.messages.parts import RewardResult
-from protocol.messages.rewards import ScoreProgress, ScoreRefusal, ScoreReply
+from protocol.messages.rewards import (
+    RewardFault,
+    RewardMessage,
+    ScoreProgress,
+    ScoreRefusal,
+    unique_names,
+)
 
 log = logging.getLogger("pippin.rewards")
 
-Reply = ScoreReply | ScoreRefusal | ScoreProgress
 T = TypeVar("T")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+class ServiceReply(RewardMessage, frozen=True, kw_only=True, tag="rewards"):
+    """A `ScoreReply` as it is read here: bounded, and what was logged is kept as JSON text."""
+
+    id: str
+    names: Annotated[list[Name], msgspec.Meta(max_length=FUNCTIONS)]
+    rewards: list[list[float | None]]
+    log_extra: msgspec.Raw = msgspec.Raw(b"{}")
+    log_metric: Annotated[dict[Name, float], msgspec.Meta(max_length=LOG_METRICS)] = msgspec.field(
+        default_factory=dict[str, float]
+    )
+    faults: Annotated[list[RewardFault], msgspec.Meta(max_length=FUNCTIONS)] = msgspec.field(
+        default_factory=list[RewardFault]
+    )
+
+
+Reply = ServiceReply | ScoreRefusal | ScoreProgress
 
 
 class _ReplyId(msgspec.Struct):
@@ -30,7 +53,7 @@ def decode_reply(address: str, data: bytes) -> Reply | None:
     try:
         return msgspec.json.decode(data, type=Reply)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        log.warning("%s sent something that is not a reply: %s", address, error)
+        log.warning("%s sent something that is not a reply: %s", address, printable(str(error)))
         try:
             named = msgspec.json.decode(data, type=_ReplyId)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -38,7 +61,7 @@ def decode_reply(address: str, data: bytes) -> Reply | None:
         return ScoreRefusal(id=named.id, reason=f"it sent an invalid reply: {error}")
 
 
-def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
+def reply_error(reply: ServiceReply, names: list[str], count: int) -> str:
     """Return what is wrong with a reply that could be decoded, or ""."""
     if names and reply.names != names:
         return f"answered for the functions {reply.names}, earlier for {names}; restart the run"
@@ -55,7 +78,7 @@ def reply_error(reply: ScoreReply, names: list[str], count: int) -> str:
     return ""
 
 
-def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -> RewardResult:
+def merge_replies(replies: Sequence[ServiceReply], count: int, elapsed_s: float) -> RewardResult:
     """Join the functions of all services, in order; a name that occurs again gets `_2`.
 
     While the names of any service are unknown, the columns cannot be told apart: the result has
@@ -67,15 +90,42 @@ def merge_replies(replies: Sequence[ScoreReply], count: int, elapsed_s: float) -
     for place, column in enumerate(columns):
         table[:, place] = [np.nan if value is None else value for value in column]
 
+    logged, too_much = _join_logged(replies)
     metrics = join_lists({name: [v] for name, v in r.log_metric.items()} for r in replies)
     return RewardResult(
         names=unique_names([n for r in replies for n in r.names]) if complete else [],
         rewards=floats_bytes(table.reshape(-1)),
-        log_extra=join_lists(reply.log_extra for reply in replies),
+        log_extra=logged,
         log_metric={name: sum(v / len(values) for v in values) for name, values in metrics.items()},
-        faults=[fault for reply in replies for fault in reply.faults],
+        faults=[*(fault for reply in replies for fault in reply.faults), *too_much],
         elapsed_s=elapsed_s,
     )
+
+
+def _join_logged(replies: Sequence[ServiceReply]) -> tuple[bytes, list[RewardFault]]:
+    """Return what all services logged as one JSON object, or none of it and the fault.
+
+    It is decoded only if there is something to join, and no further than the columns' entries.
+    """
+    filled = [reply for reply in replies if bytes(reply.log_extra) not in (b"", b"{}", b"null")]
+    size = sum(len(bytes(reply.log_extra)) for reply in filled)
+    problem = f"{size} bytes were logged for one group; at most {LOG_EXTRA_BYTES} are kept"
+
+    if size <= LOG_EXTRA_BYTES:
+        try:
+            return _joined_json([bytes(reply.log_extra) for reply in filled]), []
+        except msgspec.MsgspecError as error:
+            problem = f"what was logged is no object of lists: {error}"
+    names = [name for reply in filled for name in reply.names[:1]]
+    faults = [RewardFault(function=name, kind="contract", message=problem) for name in names]
+    return b"{}", faults[:1]
+
+
+def _joined_json(parts: Sequence[bytes]) -> bytes:
+    if len(parts) == 1:
+        return msgspec.json.format(parts[0], indent=-1)
+    columns = [msgspec.json.decode(part, type=dict[str, list[msgspec.Raw]]) for part in parts]
+    return msgspec.json.format(msgspec.json.encode(join_lists(columns)), indent=-1)
 
 
 def join_lists(parts: Iterable[Mapping[str, Sequence[T]]]) -> dict[str, list[T]]:

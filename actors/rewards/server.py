@@ -17,7 +17,6 @@ from typing import Self
 
 import anyio
 import msgspec
-import zmq
 
 from actors.rewards.queue import FairQueue, QueuedRequest
 from actors.rewards.scoring import Scores, WorkerScorer
@@ -28,8 +27,8 @@ from protocol.messages.rewards import (
     ScoreRefusal,
     ScoreRequest,
 )
-from protocol.transport import endpoints
-from protocol.transport.curve_keys import load_server_keys
+from protocol.transport.bound_socket import bound_socket
+from protocol.transport.endpoints import check_endpoint
 
 MAX_REQUEST_BYTES = 32 << 20
 MAX_QUEUED = 256
@@ -83,18 +82,19 @@ class RewardServer:
 
     async def __aenter__(self) -> Self:
         """Load the functions and bind; raise RewardError or ChannelError."""
-        endpoints.check_endpoint(self.endpoint, keys=self._keys is not None)
-        keys = load_server_keys(self._keys) if self._keys is not None else None
-
         async with AsyncExitStack() as stack:
+            check_endpoint(self.endpoint, keys=self._keys is not None)
             stack.push_async_callback(self.scorer.worker.kill)
             await self.scorer.worker.ensure_running()
 
-            self._socket = stack.enter_context(endpoints.open_socket(zmq.ROUTER, keys))
-            endpoints.set_limits(
-                self._socket, max_message_bytes=MAX_REQUEST_BYTES, outbox_bound=MAX_QUEUED
+            opened = bound_socket(
+                [self.endpoint],
+                self._keys,
+                max_message_bytes=MAX_REQUEST_BYTES,
+                outbox_bound=MAX_QUEUED,
             )
-            self.endpoint = endpoints.bind_all(self._socket, [self.endpoint], keys)[0]
+            self._bound = stack.enter_context(opened)
+            (self.endpoint,) = self._bound.endpoints
 
             self._resources = stack.pop_all()
         return self
@@ -111,8 +111,11 @@ class RewardServer:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._score_queued)
             while True:
-                peer, *frames = await self._socket.recv_multipart()
-                self._handle(peer, b"".join(frames[-1:]))
+                received = await self._bound.receive()
+                if received.name is None:
+                    self._refuse(received.peer, "key", "this key is no longer admitted")
+                else:
+                    self._handle(received.peer, b"".join(received.frames[-1:]))
 
     def _handle(self, peer: bytes, data: bytes) -> None:
         """Answer one message: queue it, refuse it, or repeat the answer to a known request."""
@@ -122,7 +125,7 @@ class RewardServer:
 
         request, line = parsed
         if reply := self._done.get(request.id):
-            endpoints.send_now(self._socket, [peer, reply])
+            self._bound.send(peer, reply)
         elif not request.completions:  # a question for the functions' names
             self._send(peer, Scores().reply(request.id, self.names, 0, 0.0))
         elif request.id in self._askers or self._enqueue(peer, request, line):
@@ -165,7 +168,7 @@ class RewardServer:
         self._send(peer, ScoreRefusal(id=request_id, reason=reason[:500], retry=retry))
 
     def _send(self, peer: bytes, message: RewardMessage) -> None:
-        endpoints.send_now(self._socket, [peer, msgspec.json.encode(message)])
+        self._bound.send(peer, msgspec.json.encode(message))
 
     async def _score_queued(self) -> None:
         while True:
@@ -181,7 +184,7 @@ class RewardServer:
             )
             self._done.add(request.id, reply)
             self._current = ""
-            endpoints.send_now(self._socket, [self._askers.pop(request.id), reply])
+            self._bound.send(self._askers.pop(request.id), reply)
 
             await self.scorer.worker.ensure_running()  # before the next request needs it
 

@@ -20,6 +20,7 @@ from actors.worker import as_answers
 from protocol.errors import PippinError, RewardError, only_leaf
 from protocol.messages.arrays import floats_view
 from protocol.messages.parts import RewardService
+from protocol.transport.curve_keys import own_client_keys
 from protocol.transport.endpoints import ipc_folder
 
 TIMEOUT_S = 60.0
@@ -76,7 +77,7 @@ class Judge:
             stack.callback(tasks.cancel_scope.cancel)
             tasks.start_soon(server.run)
         service = RewardService(endpoints=[endpoint], timeout_s=self.timeout_s)
-        return await stack.enter_async_context(RewardClient([service], self.keys or None))
+        return await stack.enter_async_context(RewardClient([service], own_client_keys(self.keys)))
 
     async def _group(
         self, client: RewardClient, lines: Sequence[Mapping[str, Any]]

@@ -29,6 +29,7 @@ from launch.processes.workers import new_io, new_worker
 from protocol.config.settings import GrpoRun
 from protocol.messages.messages import Heartbeat, Policy
 from protocol.transport.bridge import Bridge
+from protocol.transport.curve_keys import own_client_keys
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -72,7 +73,7 @@ def colocated_worker(run: "Run", shared: "InProcess", settings: GrpoRun) -> Gene
             lambda: shared.channel.client,
             heartbeat_of(worker),
             endpoint="",
-            keys=settings.transport.keys or None,
+            keys=own_client_keys(settings.transport.keys),
         )
         bridge.start(io.run, "actor-io")
         worker.start()

@@ -7,6 +7,7 @@ import sys
 import threading
 
 from launch.processes.blas import prepare_mlx
+from launch.processes.open_files import keep_open_files
 
 OUR_LOGGERS = ("pippin", "protocol", "actors", "learner", "launch")  # their names begin with these
 GRACE_S = 10.0  # for processes that have nothing to save
@@ -53,12 +54,15 @@ class Lifeline:
 
 
 def start_process(*, child: bool, mlx: bool, grace_s: float = GRACE_S) -> Lifeline:
-    """Start the log and return the lifeline; SIGTERM asks for a clean stop, too.
+    """Start the log, raise the limit on open files, return the lifeline.
+
+    SIGTERM asks for a clean stop, too.
 
     `child`: the launcher holds standard input, and its end leaves this process `grace_s`. `mlx`:
     `mlx.core` is going to be imported.
     """
     start_log()
+    keep_open_files()
     lifeline = Lifeline(child=child, grace_s=grace_s)
 
     def stop(*_: object) -> None:

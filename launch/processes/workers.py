@@ -16,6 +16,7 @@ from actors.worker import Load, Worker
 from protocol.messages.messages import Heartbeat, Welcome
 from protocol.messages.parts import RewardService
 from protocol.transport.channel import ClientChannel
+from protocol.transport.curve_keys import ClientKeys
 from protocol.transport.endpoints import reachable
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def new_io(
     heartbeat: Callable[[], Heartbeat | None],
     *,
     endpoint: str,
-    keys: str | None,
+    keys: ClientKeys | None,
 ) -> ActorIo:
     """Return the program of an actor's I/O thread; `endpoint` is the learner's, "" in-process."""
 

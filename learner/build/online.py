@@ -255,6 +255,7 @@ def _welcome(plan: OnlinePlan, incarnation: str, learner_bytes: int, eval_length
         max_tokens=max(longest, held_out + eval_length if held_out else 0),
         learner_bytes=learner_bytes,
         deterministic=isinstance(settings, GrpoRun) and settings.run.deterministic,
+        max_message_bytes=settings.transport.max_message_mb << 20,
         host=platform.node(),
         device=visible_device(),
     )

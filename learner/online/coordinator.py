@@ -33,6 +33,7 @@ from learner.ledger.journal import Entry
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import EndedLease, Grant, Receipt
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
+from learner.online.conduct import MAX_FAULTS, Conduct
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
 from learner.online.progress import KEEPS_WORK, ActorProgress
@@ -40,7 +41,7 @@ from learner.online.queue_metrics import queue_metrics
 from learner.online.recovery import History
 from learner.online.run_watch import RunWatch
 from learner.online.stalled import take_from_stalled
-from learner.online.tasks import group_error, task_message
+from learner.online.tasks import GroupFault, group_fault, lease_fault, task_message
 from protocol.messages.messages import (
     Ack,
     ActorMessage,
@@ -67,6 +68,7 @@ class Coordinator:
     """Leases tasks, takes groups, announces policies. One thread at a time may call it.
 
     `position` counts the rows that joined. `policy` is the newest that was announced.
+    `reward_names` are the run's functions once they are known.
     """
 
     ledger: Ledger
@@ -80,6 +82,8 @@ class Coordinator:
     connected: ConnectedActors = field(default_factory=ConnectedActors)
     policy: Policy | None = None
     position: int = 0
+    reward_names: list[str] | None = None
+    _conduct: Conduct = field(default_factory=Conduct)
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
     _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
     _digests: dict[int, str] = field(default_factory=dict[int, str])
@@ -125,6 +129,8 @@ class Coordinator:
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
         refused = refusal(hello, self.welcome)
+        if self._conduct.is_turned_away(hello.actor_id):
+            refused = _turned_away(hello.actor_id)
         if refused is not None:
             self.connected.refuse(peer, refused)
             return
@@ -184,12 +190,8 @@ class Coordinator:
             receipt = self.ledger.received(task, attempt, actor.actor_id, now)
             if receipt.outcome in ("duplicate", "dropped"):
                 actor.progress.delivered()
-        elif error := self._group_error(group):
-            self.connected.counters["groups_invalid"] += 1
-            log.warning("group %s of actor %s: %s", task, actor.actor_id, error)
-            self.connected.send(peer, Refuse(code="invalid", reason=error))
-            receipt = self.ledger.failed(task, attempt, error, now)
-            self._settle(task, receipt, holder)
+        elif fault := self._group_fault(actor, group):
+            self._refuse_group(peer, actor, group, fault, now)
         else:
             versions = {span.version for c in group.completions for span in c.policy_spans}
             receipt = self.ledger.received(task, attempt, actor.actor_id, now, sorted(versions))
@@ -197,20 +199,48 @@ class Coordinator:
                 self._open_tasks.add_group(group)
                 self._accepted[task] = group
                 actor.progress.delivered()
+                self._conduct.useful(actor.actor_id)
             self._settle(task, receipt, holder)
 
         # Whatever became of it, the actor need not send it again.
         self.connected.send(peer, Ack(task=task, attempt=attempt))
 
-    def _group_error(self, group: Group) -> str:
+    def _group_fault(self, actor: ConnectedActor, group: Group) -> GroupFault | None:
         sampling = self.sampling[self._open_tasks.kind(group.task)]
-        return group_error(group, sampling, self.vocab_size, self._digests)
+        holder = self._open_tasks.holder(group.task, group.attempt)
+        return lease_fault(actor.actor_id, group.actor_id, holder) or group_fault(
+            group, sampling, self.vocab_size, self._digests, self.reward_names
+        )
+
+    def _refuse_group(
+        self, peer: bytes, actor: ConnectedActor, group: Group, fault: GroupFault, now: float
+    ) -> None:
+        """Refuse a group; the task is leased again, unless it is another actor's."""
+        self.connected.counters["groups_invalid"] += 1
+        self.connected.counters[f"groups_invalid_{fault.kind}"] += 1
+        log.warning("group %d of actor %s: %s", group.task.number, actor.actor_id, fault.reason)
+        self.connected.send(peer, Refuse(code="invalid", reason=fault.reason))
+        if fault.kind != "lease":
+            holder = self.ledger.holder(group.task.number)
+            receipt = self.ledger.failed(group.task, group.attempt, fault.reason, now)
+            self._settle(group.task, receipt, holder)
+
+        if self._conduct.fault(actor.actor_id):
+            refuse = _turned_away(actor.actor_id)
+            log.warning("%s; its leases go to others. The last: %s", refuse.reason, fault.reason)
+            self.connected.refuse(peer, refuse)
+            self.actor_gone(peer, now, blamed=False)
 
     def _failed(self, peer: bytes, actor: ConnectedActor, message: Failed, now: float) -> None:
-        log.warning("task %s of actor %s: %s", message.task, actor.actor_id, message.reason)
-        holder = self.ledger.holder(message.task.number)
-        receipt = self.ledger.failed(message.task, message.attempt, message.reason, now)
-        self._settle(message.task, receipt, holder)
+        task, attempt = message.task, message.attempt
+        if lease_fault(actor.actor_id, actor.actor_id, self._open_tasks.holder(task, attempt)):
+            self.connected.counters["failures_of_others"] += 1
+        else:
+            holder = self.ledger.holder(task.number)
+            receipt = self.ledger.failed(task, attempt, message.reason, now)
+            if receipt.outcome == "accepted":
+                log.warning("task %d of actor %s: %s", task.number, actor.actor_id, message.reason)
+            self._settle(task, receipt, holder)
         self.connected.send(peer, Ack(task=message.task, attempt=message.attempt))
 
     def _settle(self, task: TaskId, receipt: Receipt, holder: str | None) -> None:
@@ -284,6 +314,7 @@ class Coordinator:
         for grant in grants:
             completions = self.sampling[grant.kind].num_generations
             actor.credit = max(0, actor.credit - completions)
+            self._open_tasks.add_holder(grant.task, grant.attempt, actor.actor_id)
             self.connected.send(peer, self._task(grant))
         self._place(actor.actor_id)
         return bool(grants)
@@ -391,3 +422,8 @@ class Coordinator:
         newest = -1 if self.policy is None else self.policy.version
         actors = self.connected.by_peer.values()
         return min((actor.oldest_needed for actor in actors), default=newest)
+
+
+def _turned_away(actor_id: str) -> Refuse:
+    reason = f"actor {actor_id} sent {MAX_FAULTS} groups that cannot be used and is turned away"
+    return Refuse(code="turned_away", reason=reason, fatal=True)

@@ -38,10 +38,14 @@ class EvalResult:
 
 
 class OpenContents(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompts of the tasks that are not finished, and the groups of those that have one."""
+    """Prompts of the tasks that are not finished, and the groups of those that have one.
+
+    `holders` says which actor was given each attempt.
+    """
 
     prompts: dict[int, Prompt]
     groups: dict[int, Group]
+    holders: dict[int, dict[int, str]]
 
 
 class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):

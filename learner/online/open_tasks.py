@@ -23,6 +23,7 @@ class OpenTasks:
     _eval: dict[TaskId, Prompt] = field(default_factory=dict[TaskId, Prompt])
     _in_training: dict[TaskId, PromptGroup] = field(default_factory=dict[TaskId, PromptGroup])
     _groups: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
+    _holders: dict[TaskId, dict[int, str]] = field(default_factory=dict[TaskId, dict[int, str]])
 
     def __contains__(self, task: TaskId) -> bool:
         return task in self._train or task in self._eval
@@ -38,6 +39,14 @@ class OpenTasks:
     def prompt(self, task: TaskId) -> Prompt:
         return self._train[task] if task in self._train else self._eval[task]
 
+    def add_holder(self, task: TaskId, attempt: int, actor: str) -> None:
+        """Note which actor an attempt was leased to; late groups are accepted from it alone."""
+        self._holders.setdefault(task, {})[attempt] = actor
+
+    def holder(self, task: TaskId, attempt: int) -> str:
+        """Return which actor an attempt was leased to; "" if there was none."""
+        return self._holders.get(task, {}).get(attempt, "")
+
     def add_group(self, group: Group) -> None:
         """Keep the group that the ledger accepted for its task."""
         self._groups[group.task] = group
@@ -47,6 +56,7 @@ class OpenTasks:
         self._train.pop(task, None)
         self._eval.pop(task, None)
         self._groups.pop(task, None)
+        self._holders.pop(task, None)
 
     def take_batch(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
         """Hand over the groups of a batch, which are kept until `batch_consumed`.
@@ -70,7 +80,8 @@ class OpenTasks:
     def take_evaluation(self, tasks: Sequence[TaskId]) -> list[PromptGroup]:
         """Hand over the groups of an evaluation round and forget the round's other tasks."""
         groups = [self._take(task) for task in tasks]
-        self._eval.clear()
+        for task in list(self._eval):
+            self.remove(task)
         return groups
 
     def contents(self) -> OpenContents:
@@ -86,6 +97,7 @@ class OpenTasks:
                 **{number: item.group for number, item in training.items()},
                 **{task.number: group for task, group in self._groups.items()},
             },
+            holders={task.number: dict(each) for task, each in self._holders.items()},
         )
 
     @classmethod
@@ -97,6 +109,8 @@ class OpenTasks:
             tasks.add(task, contents.prompts[record.number], record.kind)
             if record.number in contents.groups:
                 tasks.add_group(contents.groups[record.number])
+            for attempt, actor in contents.holders.get(record.number, {}).items():
+                tasks.add_holder(task, attempt, actor)
         if ledger.training:
             tasks.take_batch([ledger.task_id(number) for number in ledger.training])
         return tasks
@@ -111,6 +125,7 @@ class OpenTasks:
         groups = {task: item.group for task, item in self._in_training.items()} | self._groups
         self._in_training.clear()
         self._eval.clear()
+        self._holders.clear()
         self._train = {each.new: prompts[each.old] for each in rejoined}
         self._groups = {
             each.new: groups[each.old] for each in rejoined if keep_groups and each.old in groups

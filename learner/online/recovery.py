@@ -23,6 +23,7 @@ from learner.ledger.events import (
     PolicyPublished,
     TaskDropped,
     TaskJoined,
+    TaskLeased,
 )
 from learner.ledger.journal import Entry
 from learner.ledger.ledger import eval_round, rejoined_tasks
@@ -99,6 +100,8 @@ class History:
                 self.tasks.rejoin(rejoined, keep_groups=keep_groups)
             case TaskJoined():
                 self._joined(entry)
+            case TaskLeased(number=number, attempt=attempt, actor=actor):
+                self.tasks.add_holder(self.ledger.task_id(number), attempt, actor)
             case TaskDropped(number=number):
                 self.tasks.remove(self.ledger.task_id(number))
             case GroupReceived():

@@ -50,6 +50,19 @@ def rollout_line(
             tokenizer.decode(ids_view(c.token_ids).tolist(), skip_special_tokens=True)
             for c in texts
         ],
-        "log_extra": reward.log_extra,
+        "log_extra": _logged(reward.log_extra),
         "faults": [msgspec.to_builtins(fault) for fault in reward.faults],
     }
+
+
+def _logged(text: bytes) -> msgspec.Raw:
+    """Return what reward functions logged, as the JSON object that it is; {} if it is none.
+
+    It is checked but not decoded: as values it could take seventy times its size.
+    """
+    try:
+        text.decode()
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return msgspec.Raw(b"{}")
+    return msgspec.Raw(msgspec.json.format(text, indent=-1) if text[:1] == b"{" else b"{}")

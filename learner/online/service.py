@@ -36,10 +36,12 @@ from learner.online.commands import (
     StartEvaluation,
 )
 from learner.online.coordinator import Coordinator
+from learner.online.reward_names import reward_names
 from protocol.errors import JournalError
 from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server, ServerChannel
+from protocol.transport.curve_keys import own_client_keys
 from protocol.transport.memory_channel import PEER, MemoryServer
 from protocol.transport.snapshot_channel import SnapshotServer
 
@@ -91,6 +93,7 @@ class LearnerService:
                 tasks.start_soon(self._tick)
                 if self.journal is not None:
                     tasks.start_soon(self._sync, self.journal)
+                tasks.start_soon(self._learn_reward_names)
                 await self._commands()
                 tasks.cancel_scope.cancel()
         if self.journal is not None:
@@ -121,6 +124,11 @@ class LearnerService:
             self.coordinator.tick(time.monotonic())
             self._delete_old_snapshots()
             await self._flush()
+
+    async def _learn_reward_names(self) -> None:
+        services = self.coordinator.welcome.rewards
+        keys = own_client_keys(self.keys)
+        self.coordinator.reward_names = await reward_names(services, keys)
 
     async def _commands(self) -> None:
         while True:

@@ -25,10 +25,13 @@ Messages travel as msgpack; unknown fields are refused. Their parts are in
 `PROTOCOL_VERSION`.
 """
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import structs
 
+from protocol.messages.limits import COMPLETIONS, CREDIT, MESSAGE_BYTES, Count, Name, printable
 from protocol.messages.parts import (
     Completion,
     MemoryUse,
@@ -39,13 +42,22 @@ from protocol.messages.parts import (
     require_valid,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 TaskKind = Literal["train", "eval"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Base of the messages between Pippin's own processes."""
+
+
+class WithReason(Message, frozen=True, kw_only=True):
+    """Base of the messages that give a reason: text of the sender's, cut and made printable."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "reason", printable(self.reason))
 
 
 # ---- actor to learner -------------------------------------------------------------------------
@@ -59,16 +71,19 @@ class Hello(Message, frozen=True, kw_only=True):
     `actor_id` and has a new `actor_incarnation`. `capacity` says how many completions it samples
     at a time and why, for the user.
 
-    Example: Hello(protocol_version=3, actor_id="studio-412", actor_incarnation="9f3c", ...)
+    Example: Hello(protocol_version=4, actor_id="studio-412", actor_incarnation="9f3c", ...)
     """
 
     protocol_version: int
-    actor_id: str
-    actor_incarnation: str
-    host: str = ""
-    model_digest: str = ""
-    tokenizer_digest: str = ""
+    actor_id: Name
+    actor_incarnation: Name
+    host: Name = ""
+    model_digest: Name = ""
+    tokenizer_digest: Name = ""
     capacity: str = ""
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "capacity", printable(self.capacity))
 
 
 class Request(Message, frozen=True, kw_only=True):
@@ -77,13 +92,11 @@ class Request(Message, frozen=True, kw_only=True):
     Example: with 8 completions per prompt, Request(free_completions=32) asks for four tasks.
     """
 
-    free_completions: int
+    free_completions: Annotated[int, msgspec.Meta(ge=0, le=CREDIT)]
 
 
-class Release(Message, frozen=True, kw_only=True):
+class Release(WithReason, frozen=True, kw_only=True):
     """Actor → learner: the actor is leaving, and its leases can go to others at once."""
-
-    reason: str
 
 
 class Group(Message, frozen=True, kw_only=True):
@@ -94,10 +107,10 @@ class Group(Message, frozen=True, kw_only=True):
 
     task: TaskId
     attempt: int
-    actor_id: str
-    actor_incarnation: str
-    learner_incarnation: str
-    completions: list[Completion]
+    actor_id: Name
+    actor_incarnation: Name
+    learner_incarnation: Name
+    completions: Annotated[list[Completion], msgspec.Meta(max_length=COMPLETIONS)]
     reward: RewardResult
     started_at: float
     finished_at: float
@@ -108,21 +121,22 @@ class Group(Message, frozen=True, kw_only=True):
         expected = 4 * len(self.completions) * len(self.reward.names)
         require_valid(bool(self.completions), "Group.completions must not be empty")
         require_valid(len(self.reward.rewards) == expected, "Group.reward.rewards must be (G, F)")
+        times = self.started_at, self.finished_at, self.generation_s, self.reward_s
+        require_valid(all(map(math.isfinite, times)), "the times of a Group must be finite")
 
 
-class Failed(Message, frozen=True, kw_only=True):
+class Failed(WithReason, frozen=True, kw_only=True):
     """Actor → learner: this attempt at a task gave no group; `reason` says why."""
 
     task: TaskId
     attempt: int
-    reason: str
 
 
 class Applied(Message, frozen=True, kw_only=True):
     """Actor → learner: the actor now samples with this policy."""
 
     version: int
-    digest: str
+    digest: Name
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -135,11 +149,11 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """
 
     progress: int
-    tokens_sampled: int = 0
-    tokens_read: int = 0
+    tokens_sampled: Count = 0
+    tokens_read: Count = 0
     tokens_per_s: float = 0.0
-    groups_held: int = 0
-    groups_sampling: int = 0
+    groups_held: Count = 0
+    groups_sampling: Count = 0
     memory: MemoryUse = MemoryUse()
 
 
@@ -158,6 +172,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     the longest prompt, `max_tokens` those of the longest prompt and completion together; of a
     stream, both are guesses. `learner_bytes` is the learner's estimated peak, on `device` (its
     CUDA_VISIBLE_DEVICES) of `host`. In a `deterministic` run, all actors sample in the same shapes.
+    The learner accepts messages of at most `max_message_bytes`.
     """
 
     run: str
@@ -175,11 +190,12 @@ class Welcome(Message, frozen=True, kw_only=True):
     max_tokens: int = 0
     learner_bytes: int = 0
     deterministic: bool = False
+    max_message_bytes: int = MESSAGE_BYTES
     host: str = ""
     device: str = ""
 
 
-class Refuse(Message, frozen=True, kw_only=True):
+class Refuse(WithReason, frozen=True, kw_only=True):
     """Learner → actor: something that the actor sent was not accepted.
 
     `fatal` means that trying again will not help.
@@ -195,8 +211,9 @@ class Refuse(Message, frozen=True, kw_only=True):
         "undecodable",
         "invalid",
         "stale",
+        "key",
+        "turned_away",
     ]
-    reason: str
     fatal: bool = False
 
 
@@ -254,10 +271,8 @@ class Policy(Message, frozen=True, kw_only=True):
     endpoint: str = ""
 
 
-class Stop(Message, frozen=True, kw_only=True):
+class Stop(WithReason, frozen=True, kw_only=True):
     """Learner → actor: the run is over, and the actor may leave."""
-
-    reason: str
 
 
 # ---- the snapshot socket ----------------------------------------------------------------------
@@ -267,7 +282,7 @@ class Fetch(Message, frozen=True, kw_only=True):
     """Actor → snapshot socket: asks for `length` bytes of a snapshot, from `offset`."""
 
     version: int
-    digest: str
+    digest: Name
     offset: int
     length: int
 

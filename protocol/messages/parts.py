@@ -3,10 +3,18 @@
 Arrays in them are bytes, encoded by `protocol/messages/arrays.py`.
 """
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Literal
 
 import msgspec
 
+from protocol.messages.limits import (
+    FUNCTIONS,
+    LOG_EXTRA_BYTES,
+    LOG_METRICS,
+    SPANS,
+    Name,
+)
 from protocol.messages.rewards import RewardFault
 
 FinishReason = Literal["stop", "length"]
@@ -25,8 +33,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class TaskId(Part, frozen=True, kw_only=True, order=True):
     """Identifies a task: the run, the learner's incarnation, a number. Never reused."""
 
-    run: str
-    incarnation: str
+    run: Name
+    incarnation: Name
     number: int
 
 
@@ -61,7 +69,7 @@ class PolicySpan(Part, frozen=True, kw_only=True):
 
     start: int
     version: int
-    digest: str
+    digest: Name
 
 
 class Segment(Part, frozen=True, kw_only=True):
@@ -83,8 +91,8 @@ class Completion(Part, frozen=True, kw_only=True):
     token_ids: bytes
     sampling_logprobs: bytes
     kept_logmass: bytes = b""
-    policy_spans: list[PolicySpan]
-    segments: list[Segment] = []
+    policy_spans: Annotated[list[PolicySpan], msgspec.Meta(max_length=SPANS)]
+    segments: Annotated[list[Segment], msgspec.Meta(max_length=SPANS)] = []
     finish_reason: FinishReason
 
     def __post_init__(self) -> None:
@@ -115,15 +123,20 @@ class Completion(Part, frozen=True, kw_only=True):
 class RewardResult(Part, frozen=True, kw_only=True):
     """The rewards of a group's G completions by F functions, and what these functions logged.
 
-    `rewards`: (G, F) float32 in row-major order, NaN for None; F = len(names).
+    `rewards`: (G, F) float32 in row-major order, NaN for None; F = len(names). `log_extra` is a
+    JSON object on one line: as values it could take seventy times its size.
     """
 
-    names: list[str]
+    names: Annotated[list[Name], msgspec.Meta(max_length=FUNCTIONS)]
     rewards: bytes
-    log_extra: dict[str, list[Any]] = {}
-    log_metric: dict[str, float] = {}
-    faults: list[RewardFault] = []
+    log_extra: Annotated[bytes, msgspec.Meta(max_length=LOG_EXTRA_BYTES)] = b"{}"
+    log_metric: Annotated[dict[Name, float], msgspec.Meta(max_length=LOG_METRICS)] = {}
+    faults: Annotated[list[RewardFault], msgspec.Meta(max_length=FUNCTIONS)] = []
     elapsed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = self.log_metric.values()
+        require_valid(all(map(math.isfinite, numbers)), "RewardResult.log_metric must be finite")
 
 
 class RewardService(Part, frozen=True, kw_only=True):

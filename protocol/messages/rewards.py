@@ -6,19 +6,28 @@
 Unknown fields are ignored, because reward servers may be written in any language.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import structs
+
+from protocol.messages.limits import NAME_CHARS, printable
 
 REWARD_PROTOCOL_VERSION = 1
 
 
 class RewardFault(msgspec.Struct, frozen=True, kw_only=True):
-    """A reward function that gave no rewards for a group, and the reason."""
+    """A reward function that gave no rewards for a group, and the reason; both cut to a bound."""
 
     function: str
     kind: Literal["timeout", "exception", "contract", "unreachable", "died"]
     message: str
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "function", printable(self.function, NAME_CHARS))
+        # An exception's last line says most, and alone reaches the terminal.
+        structs.force_setattr(self, "message", printable(self.message, keep="\n"))
 
 
 class RewardMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -70,3 +79,18 @@ class ScoreRefusal(RewardMessage, frozen=True, kw_only=True, tag="refused"):
     id: str = ""
     reason: str
     retry: bool = False
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "reason", printable(self.reason))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return the names in order; one that occurs again gets `_2`, then `_3`."""
+    result: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in result:
+            count += 1
+            candidate = f"{name}_{count}"
+        result.append(candidate)
+    return result

@@ -10,10 +10,11 @@ from typing import TypeVar
 import msgspec
 
 from protocol.errors import WireError
+from protocol.messages.limits import MESSAGE_BYTES
 from protocol.messages.messages import ActorMessage, AnyMessage, Chunk, Fetch, LearnerMessage
 
 MIB = 1 << 20
-MAX_MESSAGE_BYTES = 64 * MIB
+MAX_MESSAGE_BYTES = MESSAGE_BYTES
 MAX_CHUNK_BYTES = 8 * MIB
 MAX_SNAPSHOT_MESSAGE_BYTES = MAX_CHUNK_BYTES + 4096
 

@@ -16,8 +16,10 @@ import zmq.asyncio
 
 from protocol.errors import ChannelError, WireError
 from protocol.messages import wire
-from protocol.messages.messages import ActorMessage, LearnerMessage, Refuse
+from protocol.messages.messages import ActorMessage, Hello, LearnerMessage, Refuse
 from protocol.transport import endpoints
+from protocol.transport.bound_socket import BoundSocket, Received, bound_socket
+from protocol.transport.curve_keys import ClientKeys
 from protocol.transport.peers import PeerTable
 
 OUTBOX_BOUND = 1024
@@ -26,6 +28,10 @@ _FAIRNESS = 64  # messages received before other tasks get a turn
 
 class ClientChannel(Protocol):
     """The part of `Client` that an actor's I/O thread uses."""
+
+    def limit_messages(self, max_bytes: int) -> None:
+        """Send nothing above the learner's limit."""
+        ...
 
     async def receive(self) -> LearnerMessage:
         """Wait for the next message."""
@@ -57,11 +63,12 @@ class ServerChannel(Protocol):
 class Server:
     """A ROUTER bound to the endpoints `bind`, `ipc://path` or `tcp://host:port`.
 
-    `keys` is a folder made by `curve_keys.make_keys`; it guards tcp endpoints. Frames that are not
-    a message are counted in `refusals` by kind, and answered with `Refuse` within a rate limit.
-    A peer is a ZMQ routing ID, which is new for each connection; `Hello` says who is behind it.
-    Memory is bounded by the number of connections times (16 received + `outbox_bound` outgoing)
-    messages.
+    `keys` is a folder made by `curve_keys.make_keys`; it guards tcp endpoints. An actor's name is
+    bound to its key: a `Hello` with another name is refused, and so is one that comes without a key
+    (over ipc) and claims the name of one. Frames that are not a message are counted in `refusals`
+    by kind, and answered with `Refuse` within a rate limit. A peer is a ZMQ routing ID, which is
+    new for each connection; `Hello` says who is behind it. Memory is bounded by the number of
+    connections (`transport/connections.py`) times (16 received + `outbox_bound` outgoing) messages.
     """
 
     def __init__(
@@ -76,10 +83,10 @@ class Server:
         self.endpoints = list(bind)
         self._max_message_bytes = max_message_bytes
         self._peers = PeerTable()
-        self._opened = endpoints.bound_socket(
+        self._opened = bound_socket(
             bind, keys, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound
         )
-        self._socket: zmq.asyncio.Socket | None = None
+        self._bound: BoundSocket | None = None
         self._received = 0
 
     @property
@@ -89,42 +96,58 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Bind; raise `ChannelError` that names an endpoint that cannot be bound."""
-        self._socket, self.endpoints = self._opened.__enter__()
+        self._bound = self._opened.__enter__()
+        self.endpoints = self._bound.endpoints
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close, after at most a second for what is in the outboxes, such as `Stop`."""
-        if self._socket is not None:
-            self._socket.setsockopt(zmq.LINGER, 1_000)
-        self._socket = None
+        if self._bound is not None:
+            self._bound.socket.setsockopt(zmq.LINGER, 1_000)
+        self._bound = None
         self._opened.__exit__(None, None, None)
 
     async def receive(self) -> tuple[bytes, ActorMessage]:
         """Wait for the next message: (peer, message). Refuse frames that are not one."""
-        socket = endpoints.require_open(self._socket, "Server")
+        bound = endpoints.require_open(self._bound, "Server")
         while True:
             # A flood of messages never blocks in recv, so other tasks get their turn here.
             self._received += 1
             if self._received % _FAIRNESS == 0:
                 await anyio.lowlevel.checkpoint()
 
-            peer, *frames = await socket.recv_multipart()
-            self._peers.seen(peer)
+            received = await bound.receive()
+            self._peers.seen(received.peer)
+            if self._peers.is_shut(received.peer):
+                self.refusals["shut"] += 1
+                bound.end(received)
+                continue
+
             try:
-                data = endpoints.single_frame(frames)
-                return peer, wire.decode_actor(data, max_bytes=self._max_message_bytes)
+                data = endpoints.single_frame(received.frames)
+                message = wire.decode_actor(data, max_bytes=self._max_message_bytes)
             except WireError as error:
-                self._refuse(peer, error)
+                code = "undecodable" if error.kind == "undecodable" else "invalid"
+                self._refuse(received.peer, error.kind, Refuse(code=code, reason=str(error)))
+                continue
+
+            if problem := _key_error(received, message, bound):
+                refuse = Refuse(code="key", reason=problem, fatal=True)
+                self._refuse(received.peer, "key", refuse)
+            else:
+                return received.peer, message
 
     def send(self, peer: bytes, message: LearnerMessage) -> bool:
         """Put `message` into the peer's outbox.
 
-        If its connection is gone or its outbox is full, drop the peer: return False and report it
+        A peer that says more after a fatal refusal is disconnected. If its connection is gone or
+        its outbox is full, drop the peer: return False and report it
         in `take_gone`. Raise `WireError` for a message above the limit.
         """
-        socket = endpoints.require_open(self._socket, "Server")
-        data = wire.encode(message, max_bytes=self._max_message_bytes)
-        if endpoints.send_now(socket, [peer, data]):
+        bound = endpoints.require_open(self._bound, "Server")
+        if bound.send(peer, wire.encode(message, max_bytes=self._max_message_bytes)):
+            if isinstance(message, Refuse) and message.fatal:
+                self._peers.shut(peer)
             return True
         self._peers.drop(peer)
         return False
@@ -133,11 +156,28 @@ class Server:
         """Return the peers dropped since the last call."""
         return self._peers.take_gone()
 
-    def _refuse(self, peer: bytes, error: WireError) -> None:
-        self.refusals[error.kind] += 1
+    def _refuse(self, peer: bytes, kind: str, refuse: Refuse) -> None:
+        self.refusals[kind] += 1
         if self._peers.may_refuse(peer):
-            code = "undecodable" if error.kind == "undecodable" else "invalid"
-            self.send(peer, Refuse(code=code, reason=str(error)[:500]))
+            self.send(peer, refuse)
+
+
+def _key_error(received: Received, message: ActorMessage, bound: BoundSocket) -> str:
+    """Return why a message may not come with the key that it came with, or ""."""
+    if received.name is None:
+        return "this actor's key is no longer admitted: its file has left the learner's folder"
+    if not isinstance(message, Hello) or bound.admitted is None:
+        return ""
+
+    claimed = message.actor_id
+    if received.name and claimed != received.name:
+        return (
+            f"an actor's name is that of its key: required {received.name!r}, got {claimed!r}; "
+            "start it without --name, or with the key pair of that name"
+        )
+    if not received.name and bound.admitted.has(claimed):
+        return f"the name {claimed!r} belongs to a key, and this actor came without; choose another"
+    return ""
 
 
 class Client:
@@ -147,7 +187,7 @@ class Client:
         self,
         endpoint: str,
         *,
-        keys: str | Path | None = None,
+        keys: ClientKeys | None = None,
         max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
         outbox_bound: int = OUTBOX_BOUND,
     ) -> None:
@@ -169,6 +209,10 @@ class Client:
             self._socket.setsockopt(zmq.LINGER, 1_000)
         self._socket = None
         self._opened.__exit__(None, None, None)
+
+    def limit_messages(self, max_bytes: int) -> None:
+        """Use the learner's limit, which its `Welcome` gives."""
+        self._max_message_bytes = max_bytes
 
     def send(self, message: ActorMessage) -> bool:
         """Put `message` into the outbox; False if it is full because the learner is away.

@@ -1,4 +1,4 @@
-"""Endpoints: which are allowed, and how sockets are opened, bound, connected and guarded.
+"""Endpoints: which are allowed, and how sockets are bound and connected.
 
 `ipc://` is guarded by the mode of its folder (`ipc_folder`), `tcp://` by CURVE keys, which are
 required for addresses other than loopback. Keys apply to tcp only, so one socket can serve both.
@@ -11,20 +11,14 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import zmq
 import zmq.asyncio
-import zmq.auth.asyncio
 
 from protocol.errors import ChannelError, WireError
 from protocol.hosts import is_loopback_host
-from protocol.transport.curve_keys import (
-    ClientKeys,
-    ServerKeys,
-    load_client_keys,
-    load_server_keys,
-)
+from protocol.transport.curve_keys import ClientKeys, KeyPair
 from protocol.transport.socket_folders import PARENT, PREFIX, held, remove_dead
 
 MAX_IPC_PATH_BYTES = 103  # sun_path on macOS, less its terminator
@@ -33,6 +27,8 @@ HEARTBEAT_INTERVAL_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 20_000
 RECONNECT_MS = 100
 RECONNECT_TCP_MS = 2_000  # the longest, to which it doubles
+
+SocketT = TypeVar("SocketT")
 
 
 @contextmanager
@@ -104,9 +100,7 @@ def set_limits(socket: zmq.asyncio.Socket, *, max_message_bytes: int, outbox_bou
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
-def bind_all(
-    socket: zmq.asyncio.Socket, endpoints: list[str], keys: ServerKeys | None
-) -> list[str]:
+def bind_all(socket: zmq.asyncio.Socket, endpoints: list[str], keys: KeyPair | None) -> list[str]:
     """Bind every endpoint, each checked before, and return them with their actual ports.
 
     Raise `ChannelError` that names the endpoint that cannot be bound.
@@ -184,70 +178,24 @@ def connect(socket: zmq.asyncio.Socket, endpoint: str, keys: ClientKeys | None) 
         ) from error
 
 
-class _KeyCheck:
-    """Tells ZMQ's authenticator whether a public key (Z85) is admitted."""
-
-    def __init__(self, admitted: bytes) -> None:
-        self._admitted = admitted
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Decide on one connection."""
-        return key == self._admitted
-
-
 @contextmanager
-def open_socket(kind: int, keys: ServerKeys | None) -> Generator[zmq.asyncio.Socket]:
-    """Open a socket in its own ZMQ context and close both at the end.
+def connected_socket(
+    endpoint: str, keys: ClientKeys | None, *, max_message_bytes: int, outbox_bound: int
+) -> Generator[zmq.asyncio.Socket]:
+    """Open a DEALER, in a context of its own, that connects to `endpoint`; close it at the end.
 
-    With `keys`, only the holder of the admitted key can connect to its tcp endpoints.
+    Raise `ChannelError` for an endpoint that cannot be used.
     """
+    check_endpoint(endpoint, keys=keys is not None)
     context = zmq.asyncio.Context()
-    socket = context.socket(kind)
-    authenticator = None
+    socket = context.socket(zmq.DEALER)
     try:
-        if keys is not None:
-            authenticator = zmq.auth.asyncio.AsyncioAuthenticator(context)
-            authenticator.start()
-            authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), _KeyCheck(keys.admitted))
+        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
+        connect(socket, endpoint, keys)
         yield socket
     finally:
         socket.close()
-        if authenticator is not None:
-            authenticator.stop()
         context.term()
-
-
-@contextmanager
-def bound_socket(
-    endpoints: list[str], keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
-) -> Generator[tuple[zmq.asyncio.Socket, list[str]]]:
-    """Open a ROUTER bound to `endpoints`; yield it, and the endpoints with their actual ports.
-
-    `keys` is a folder made by `curve_keys.make_keys`. Raise `ChannelError` that names an endpoint
-    or a key file that cannot be used.
-    """
-    for endpoint in endpoints:
-        check_endpoint(endpoint, keys=keys is not None)
-    loaded = load_server_keys(keys) if keys is not None else None
-
-    with open_socket(zmq.ROUTER, loaded) as socket:
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
-        yield socket, bind_all(socket, endpoints, loaded)
-
-
-@contextmanager
-def connected_socket(
-    endpoint: str, keys: str | Path | None, *, max_message_bytes: int, outbox_bound: int
-) -> Generator[zmq.asyncio.Socket]:
-    """Open a DEALER that connects to `endpoint`; raises what `bound_socket` raises."""
-    check_endpoint(endpoint, keys=keys is not None)
-    loaded = load_client_keys(keys) if keys is not None else None
-
-    with open_socket(zmq.DEALER, None) as socket:
-        set_limits(socket, max_message_bytes=max_message_bytes, outbox_bound=outbox_bound)
-        connect(socket, endpoint, loaded)
-        yield socket
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
@@ -276,7 +224,7 @@ def single_frame(frames: list[bytes]) -> bytes:
     return frames[0]
 
 
-def require_open(socket: zmq.asyncio.Socket | None, owner: str) -> zmq.asyncio.Socket:
+def require_open(socket: SocketT | None, owner: str) -> SocketT:
     """Return the open socket; raise `ChannelError` outside the owner's `async with`."""
     if socket is None:
         raise ChannelError(f"{owner}: required an open channel, got one that is closed")

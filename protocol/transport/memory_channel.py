@@ -54,6 +54,9 @@ class MemoryClient:
         self._outgoing.close()
         self._incoming.close()
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Do nothing: messages pass by reference, of any size."""
+
     def send(self, message: ActorMessage) -> bool:
         """Queue `message`; False if the queue is full or an end is closed."""
         return self._outgoing.put(message)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 MAX_PEERS = 4096
 REFUSAL_BURST = 8
 REFUSALS_PER_S = 1.0
+LEAVE_S = 1.0
 
 
 @dataclass
 class _RefusalBudget:
     left: float
     refilled_at: float
+    shut_at: float = float("inf")
 
 
 class PeerTable:
@@ -34,6 +36,16 @@ class PeerTable:
         self._budgets[peer] = _RefusalBudget(REFUSAL_BURST, time.monotonic())
         if len(self._budgets) > MAX_PEERS:
             self._budgets.popitem(last=False)
+
+    def shut(self, peer: bytes) -> None:
+        """Note that a peer was told that it is not wanted; it has `LEAVE_S` to hear of it."""
+        if peer in self._budgets:
+            budget = self._budgets[peer]
+            budget.shut_at = min(budget.shut_at, time.monotonic() + LEAVE_S)
+
+    def is_shut(self, peer: bytes) -> bool:
+        """Whether the peer should have left by now."""
+        return peer in self._budgets and time.monotonic() >= self._budgets[peer].shut_at
 
     def drop(self, peer: bytes) -> None:
         """Forget a peer and report it in `take_gone`, once."""

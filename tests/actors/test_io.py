@@ -17,6 +17,7 @@ from actors.bridge_messages import (
     GroupScored,
     GroupScoreFailed,
     MessageReceived,
+    NotSent,
     ScoreGroup,
     Send,
     SnapshotFetched,
@@ -36,7 +37,9 @@ from protocol.messages.messages import (
 )
 from protocol.messages.parts import RewardResult, RewardService, TaskId
 from protocol.transport.bridge import Bridge, BridgeClosed
-from tests.protocol.builders import a_welcome
+from protocol.transport.channel import Client, Server
+from protocol.transport.endpoints import ipc_folder
+from tests.protocol.builders import a_completion, a_group, a_welcome
 
 KEY = (TaskId(run="r", incarnation="L1", number=1), 1)
 
@@ -72,6 +75,9 @@ class FakeChannel:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def limit_messages(self, max_bytes: int) -> None:
         pass
 
     def send(self, message: ActorMessage) -> bool:
@@ -243,3 +249,31 @@ def test_the_handle_keeps_what_it_waited_for():
             seen.extend(io.poll())
         assert seen == [MessageReceived(Stop(reason="1")), MessageReceived(Stop(reason="2"))]
         assert io.poll() == []
+
+
+def test_a_group_above_the_learners_limit_is_refused_here_with_the_settings_name():
+    group = a_group([a_completion(range(1000))])
+
+    async def scenario() -> None:
+        bridge = FakeBridge()
+        with ipc_folder() as folder, anyio.fail_after(10):
+            async with (
+                Server([f"ipc://{folder}/s"], max_message_bytes=4000) as server,
+                anyio.create_task_group() as tasks,
+            ):
+                io = ActorIo(lambda: Client(server.endpoint), House().make_scorer, lambda: None)
+                tasks.start_soon(io.run, bridge)
+                bridge.inward.put_nowait(Send(Request(free_completions=4)))
+                peer, _ = await server.receive()
+                server.send(peer, a_welcome(max_message_bytes=4000))
+                assert isinstance(await bridge.outward.get(), MessageReceived)
+                bridge.inward.put_nowait(Send(group))
+                refused = await bridge.outward.get()
+                assert isinstance(refused, NotSent)
+                assert refused.key == (group.task, group.attempt)
+                assert "at most 4000 bytes" in refused.reason
+                assert "raise transport.max_message_mb" in refused.reason
+                bridge.end()
+        assert not server.refusals
+
+    anyio.run(scenario)

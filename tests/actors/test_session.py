@@ -18,6 +18,7 @@ from actors.session import ActorIdentity, Session
 from protocol.errors import RefusedError
 from protocol.messages.arrays import floats_view
 from protocol.messages.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Applied,
     Cancel,
@@ -79,7 +80,11 @@ def test_hello_is_repeated_until_the_learner_welcomes():
     session = Session(identity())
     session.hello(0.0)
     (hello,) = said(session)
-    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == ("a0", "m", 3)
+    assert (hello.actor_id, hello.model_digest, hello.protocol_version) == (
+        "a0",
+        "m",
+        PROTOCOL_VERSION,
+    )
     session.credit(8)
     session.tick(4.9)
     assert said(session) == []

@@ -37,7 +37,7 @@ from learner.online.commands import Command, EndRun, PublishPolicy, Reply, Reque
 from learner.online.coordinator import Coordinator
 from learner.online.experience import TrainBatch
 from learner.online.service import LearnerService
-from learner.online.tasks import group_error
+from learner.online.tasks import group_fault
 from protocol.config.settings import DataSettings
 from protocol.messages import wire
 from protocol.messages.messages import Group, Policy, TaskKind
@@ -186,7 +186,7 @@ def _cost(
     journal = JournalWriter(folder, IDENTITY, 0)
     work: dict[str, Callable[[], object]] = {
         "decoded": lambda: wire.decode_actor(data),
-        "checked": lambda: group_error(group, sampling, VOCAB, digests),
+        "checked": lambda: group_fault(group, sampling, VOCAB, digests, None),
         "journalled": lambda: journal.append([group]),
     }
     parts = ", ".join(f"{name} in {_best_us(each):.0f} µs" for name, each in work.items())

@@ -14,6 +14,7 @@ from actors.engine.mlx_engine import MlxEngine
 from protocol.config.settings import ModelSettings, builtins
 from protocol.messages.arrays import floats_view
 from protocol.messages.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Applied,
     Group,
@@ -163,14 +164,14 @@ def test_an_actor_joins_samples_and_leaves_at_the_end_of_the_run(tmp_path):
 def test_a_refused_actor_says_why_and_fails():
     async def learner(server: Server) -> None:
         peer, hello = await next_of(server, Hello)
-        assert hello.protocol_version == 3
-        reason = "the learner speaks protocol version 3, actor a0 speaks 2"
+        assert hello.protocol_version == PROTOCOL_VERSION
+        reason = "the learner speaks protocol version 9, actor a0 speaks 8"
         server.send(peer, Refuse(code="protocol_version", reason=reason, fatal=True))
         await anyio.sleep_forever()
 
     status, logged = with_actor(learner)
     assert status == 1
-    assert "refused actor a0 (protocol_version): the learner speaks protocol version 3" in logged
+    assert "refused actor a0 (protocol_version): the learner speaks protocol version 9" in logged
 
 
 def test_an_actor_ends_when_its_launcher_is_gone():

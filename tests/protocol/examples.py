@@ -43,12 +43,12 @@ GROUP = a_group(
     TASK,
     reward=a_reward(
         [1.0, float("nan")],
-        log_extra={"answer": ["4", None]},
+        log_extra=b'{"answer":["4",null]}',
         faults=[RewardFault(function="f", kind="timeout", message="after 1 s")],
     ),
 )
 ACTOR_MESSAGES: list[ActorMessage] = [
-    Hello(protocol_version=3, actor_id="a", actor_incarnation="x"),
+    Hello(protocol_version=4, actor_id="a", actor_incarnation="x"),
     Request(free_completions=8),
     Release(reason="bye"),
     GROUP,

@@ -11,12 +11,12 @@ import anyio
 import numpy as np
 import pytest
 import zmq
+import zmq.asyncio
 
 from actors.rewards.client import RewardClient
 from actors.rewards.server import RewardServer
 from protocol.messages.arrays import floats_view
 from protocol.messages.parts import RewardService
-from protocol.transport.endpoints import bind_all, open_socket
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")
@@ -32,10 +32,10 @@ async def serving(endpoint, *functions):
 
 
 @asynccontextmanager
-async def client(*services, timeout_s=20.0, resend_s=0.2, slack_s=10.0):
+async def client(*services, timeout_s=20.0, resend_s=0.2, slack_s=10.0, **options):
     specs = [RewardService(endpoints=list(e), timeout_s=timeout_s) for e in services]
     with anyio.fail_after(40):
-        async with RewardClient(specs, resend_s=resend_s, slack_s=slack_s) as scorer:
+        async with RewardClient(specs, resend_s=resend_s, slack_s=slack_s, **options) as scorer:
             yield scorer
 
 
@@ -56,13 +56,13 @@ async def until(condition):
             await anyio.sleep(0.01)
 
 
-async def scored_by(answers, resend_s=0.2):
+async def scored_by(answers, **options):
     """Return the result of one score, from endpoints that answer as `answers` says."""
     results = []
     async with anyio.create_task_group() as tasks:
         for endpoint, answer in answers.items():
             await tasks.start(fake, endpoint, answer)
-        async with client(list(answers), resend_s=resend_s) as scorer:
+        async with client(list(answers), **options) as scorer:
             results.append(await score(scorer))
         tasks.cancel_scope.cancel()
     return results[0]
@@ -70,8 +70,9 @@ async def scored_by(answers, resend_s=0.2):
 
 async def fake(endpoint, answer, names=("f",), *, task_status):
     """Answer every request that has completions with `answer(request)`."""
-    with open_socket(zmq.ROUTER, None) as socket:
-        bind_all(socket, [endpoint], None)
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        socket.bind(endpoint)
         task_status.started()
         while True:
             peer, data = await socket.recv_multipart()
@@ -101,7 +102,7 @@ async def test_services_side_by_side_under_unique_names(folder):
     assert math.isnan(first[2])
     assert [*first[:2], *first[3:]] == [1.0, 0.0, 1.0, 0.0, 0.0, 3.0]
     assert second == [3.0, 0.0, 2.0, 3.0, 0.0, 1.0, 3.0]
-    assert result.log_extra == {"seen": ["a", "bbb", 0, 0]}
+    assert result.log_extra == b'{"seen":["a","bbb",0,0]}'
     assert result.log_metric == {"logs/accuracy": 1.0, "logs_too/accuracy": 0.0}
     assert result.faults == []
 
@@ -165,6 +166,24 @@ async def test_a_slow_reward_is_asked_for_at_one_endpoint_while_it_says_progress
     assert len(asked) == 3
     assert len(set(asked)) == 1
     assert strayed == []
+
+
+async def test_a_server_that_reports_progress_forever_is_timed_out(folder):
+    asked = []
+
+    def never(request):
+        asked.append(request["id"])
+        return {"type": "progress", "ahead": 1}
+
+    options = {"timeout_s": 0.1, "slack_s": 0.3, "resend_s": 0.1, "max_waits": 3}
+    started = anyio.current_time()
+    result = await scored_by({f"ipc://{folder}/a": never}, **options)
+    waited = anyio.current_time() - started
+    assert [fault.kind for fault in result.faults] == ["unreachable"]
+    assert "gave no answer within 1.5" in result.faults[0].message
+    assert np.isnan(table(result)).all()
+    assert 1.5 <= waited < 5  # three times the half second that one turn may take
+    assert len(asked) > 5  # progress beyond one turn's time: each report gave it another
 
 
 async def test_a_silent_endpoint_gives_way_to_another(folder):

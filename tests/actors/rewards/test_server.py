@@ -11,13 +11,12 @@ from pathlib import Path
 
 import anyio
 import pytest
-import zmq
 
 from actors.rewards.queue import FairQueue, QueuedRequest
 from actors.rewards.server import MAX_REQUEST_BYTES, RewardServer
 from protocol.errors import ChannelError, RewardError
 from protocol.transport.curve_keys import load_client_keys, make_keys
-from protocol.transport.endpoints import connect, ipc_folder, open_socket
+from protocol.transport.endpoints import connected_socket, ipc_folder
 
 pytestmark = pytest.mark.anyio
 SAMPLES = Path(__file__).with_name("sample_rewards.py")
@@ -41,6 +40,11 @@ def request(completions=("a", "bb"), **changes):
     } | changes
 
 
+def dealer(endpoint, keys=None):
+    """Connect as an actor does."""
+    return connected_socket(endpoint, keys, max_message_bytes=64 << 20, outbox_bound=1000)
+
+
 @asynccontextmanager
 async def serving(*functions, endpoint=None, **options):
     """Run a server; give it and a connected DEALER."""
@@ -52,8 +56,7 @@ async def serving(*functions, endpoint=None, **options):
         ):
             tasks.start_soon(server.run)
             keys = load_client_keys(options["keys"]) if "keys" in options else None
-            with open_socket(zmq.DEALER, None) as socket:
-                connect(socket, server.endpoint, keys)
+            with dealer(server.endpoint, keys) as socket:
                 yield server, socket
             tasks.cancel_scope.cancel()
 
@@ -252,11 +255,9 @@ async def test_bad_frames_are_refused_and_counted():
 
 
 async def test_keys_are_required_of_a_client(tmp_path):
-    good, bad = make_keys(tmp_path / "good"), make_keys(tmp_path / "bad")
+    good, bad = (make_keys(tmp_path / name, ["studio"]) for name in ("good", "bad"))
     async with serving("length", endpoint="tcp://127.0.0.1:*", keys=good) as (server, socket):
-        with open_socket(zmq.DEALER, None) as stranger:
-            stranger.setsockopt(zmq.LINGER, 0)
-            connect(stranger, server.endpoint, load_client_keys(bad))
+        with dealer(server.endpoint, load_client_keys(bad)) as stranger:
             await say(stranger, request())
             assert (await score(socket))["rewards"] == [[1.0, 2.0]]
             assert not await stranger.poll(200)

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from learner.online.tasks import task_seed
 from protocol.messages.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Applied,
     Cancel,
@@ -58,7 +59,7 @@ def test_an_enquiry_gets_the_terms_and_no_work():
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"protocol_version": 9}, "protocol_version", ("version 3", "speaks 9")),
+        ({"protocol_version": 9}, "protocol_version", (f"version {PROTOCOL_VERSION}", "speaks 9")),
         ({"model_digest": "x"}, "model", ("digest m", "has x")),
         ({"tokenizer_digest": "y"}, "tokenizer", ("digest t", "has y")),
     ],

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mutated", type=int, default=1_000, help="mutated valid messages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rewards", action="store_true", help="the socket is a reward server's")
-    parser.add_argument("--keys", default="", help="folder of CURVE keys")
+    parser.add_argument("--keys", default="", help="folder of CURVE keys with one actor's pair")
     parser.add_argument("--hold", action="store_true", help="stay until standard input ends")
     options = parser.parse_args(arguments)
     valid = [wire.encode(message) for message in ACTOR_MESSAGES]

@@ -71,7 +71,7 @@ def test_sizes_are_bounded_both_ways():
 def test_nesting_and_false_lengths_are_refused():
     head = b"\x83\xa4type\xa5Group\xa4task\xc0\xa6reward\x81\xa9log_extra\x81\xa1a"
     deep = head.replace(b"\xa4task\xc0", b"").replace(b"\x83", b"\x82") + b"\x91" * 100_000
-    assert kind_of(deep) == "undecodable"
+    assert kind_of(deep) == "invalid"
     for claim in (b"\xdd", b"\xdf", b"\xdb", b"\xc6"):
         assert kind_of(claim + b"\xff" * 4) in ("undecodable", "invalid")
 

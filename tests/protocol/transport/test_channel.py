@@ -9,21 +9,22 @@ import zmq
 import zmq.asyncio
 
 from protocol.errors import ChannelError, WireError
-from protocol.messages.messages import Hello, Refuse, Release, Stop
+from protocol.messages.messages import Hello, Policy, Refuse, Release, Stop
 from protocol.transport.channel import Client, Server
-from protocol.transport.curve_keys import make_keys
+from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import check_endpoint, ipc_folder, is_loopback
 
 pytestmark = pytest.mark.anyio
-HELLO = Hello(protocol_version=3, actor_id="a", actor_incarnation="i")
+HELLO = Hello(protocol_version=4, actor_id="a", actor_incarnation="i")
 
 
-async def greet(server, client):
+async def greet(server, client, name="a"):
     """Have the server learn the client's routing ID."""
-    assert client.send(HELLO)
+    hello = Hello(protocol_version=4, actor_id=name, actor_incarnation="i")
+    assert client.send(hello)
     with anyio.fail_after(5):
         peer, message = await server.receive()
-    assert message == HELLO
+    assert message == hello
     return peer
 
 
@@ -166,7 +167,7 @@ async def test_a_full_outbox_drops_that_peer_alone(folder):
     ):
         stuck = await greet(server, slow)
         other = await greet(server, quick)
-        big = Stop(reason="x" * (1 << 20))
+        big = Policy(version=1, digest="d", size=1, path="x" * (1 << 20))
         sent = 0
         with anyio.fail_after(20):
             while server.send(stuck, big):
@@ -261,25 +262,96 @@ def test_the_socket_folder_is_private_and_removed():
     assert not path.exists()
 
 
-async def test_only_the_holder_of_the_actor_key_is_admitted(folder):
-    keys = make_keys(folder / "keys")
-    stranger = make_keys(folder / "stranger")
+async def test_only_holders_of_keys_in_the_folder_are_admitted(folder):
+    keys = make_keys(folder / "keys", ["a"])
+    stranger = make_keys(folder / "stranger", ["a"])
     (stranger / "server.public").write_bytes((keys / "server.public").read_bytes())
     endpoints = ["tcp://127.0.0.1:*", f"ipc://{folder}/s"]
     async with Server(endpoints, keys=keys) as server:
         tcp, ipc = server.endpoints
         async with (
-            Client(tcp, keys=stranger) as wrong,
+            Client(tcp, keys=load_client_keys(stranger)) as wrong,
             Client(tcp) as plain,
             Client(ipc) as local,
-            Client(tcp, keys=keys) as right,
+            Client(tcp, keys=load_client_keys(keys)) as right,
         ):
             wrong.send(Release(reason="wrong key"))
             plain.send(Release(reason="no key"))
-            await greet(server, local)
+            await greet(server, local, "local")
             peer = await greet(server, right)
             assert server.send(peer, Stop(reason=""))
             assert await reply(right) == Stop(reason="")
             with anyio.move_on_after(0.3) as waited:
                 await server.receive()
             assert waited.cancelled_caught
+
+
+async def refused(server, impostor, right):
+    """Return the refusal of an impostor, while the server reads what `right` goes on saying."""
+    found: list[Refuse] = []
+
+    async def listen(tasks):
+        answer = await impostor.receive()
+        assert isinstance(answer, Refuse)
+        found.append(answer)
+        tasks.cancel_scope.cancel()
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listen, tasks)
+            while True:
+                impostor.send(HELLO)
+                right.send(Release(reason="right"))
+                assert (await server.receive())[1] == Release(reason="right")
+                await anyio.sleep(0.01)
+    return found[0]
+
+
+async def test_an_impostor_is_refused_over_tcp_and_over_ipc(folder):
+    keys = make_keys(folder / "keys", ["a", "b"])
+    endpoints = [f"ipc://{folder}/s", "tcp://127.0.0.1:*"]
+    async with (
+        Server(endpoints, keys=keys) as server,
+        Client(server.endpoints[0]) as local,
+        Client(server.endpoints[1], keys=load_client_keys(keys, "b")) as other,
+        Client(server.endpoints[1], keys=load_client_keys(keys, "a")) as right,
+    ):
+        for impostor, problem in ((other, "required 'b', got 'a'"), (local, "came without")):
+            refusal = await refused(server, impostor, right)
+            assert (refusal.code, refusal.fatal) == ("key", True)
+            assert problem in refusal.reason
+    assert set(server.refusals) == {"key"}
+
+
+async def test_a_peer_that_goes_on_after_a_fatal_refusal_is_disconnected(folder):
+    keys = make_keys(folder / "keys", ["a", "b"])
+    async with (
+        Server(["tcp://127.0.0.1:*"], keys=keys) as server,
+        Client(server.endpoint, keys=load_client_keys(keys, "a")) as right,
+        Client(server.endpoint, keys=load_client_keys(keys, "b")) as impostor,
+    ):
+        assert (await refused(server, impostor, right)).fatal
+        with anyio.fail_after(10):
+            while not server.refusals["shut"]:
+                impostor.send(Release(reason="still here"))
+                right.send(HELLO)
+                while (await server.receive())[1] != HELLO:
+                    pass
+                await anyio.sleep(0.01)
+        await greet(server, right)
+
+
+async def test_a_key_that_is_added_lets_its_actor_in_and_one_that_is_removed_shuts_it_out(folder):
+    keys = make_keys(folder / "keys", ["a"])
+    async with (
+        Server(["tcp://127.0.0.1:*"], keys=keys) as server,
+        Client(server.endpoint, keys=load_client_keys(keys, "a")) as actor,
+    ):
+        await greet(server, actor)
+        make_keys(keys, ["b"])
+        (keys / "a.public").unlink()
+        async with Client(server.endpoint, keys=load_client_keys(keys, "b")) as other:
+            await greet(server, other, "b")
+            refusal = await refused(server, actor, other)
+    assert (refusal.code, refusal.fatal) == ("key", True)
+    assert "no longer admitted" in refusal.reason

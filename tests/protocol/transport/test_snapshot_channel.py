@@ -12,9 +12,15 @@ import zmq.asyncio
 from protocol.errors import SnapshotError
 from protocol.messages import wire
 from protocol.messages.messages import Chunk, Fetch, Heartbeat, Policy
-from protocol.transport.curve_keys import make_keys
+from protocol.transport.curve_keys import load_client_keys, make_keys
 from protocol.transport.endpoints import ipc_folder
-from protocol.transport.snapshot_channel import SnapshotServer, fetch_snapshot
+from protocol.transport.snapshot_channel import (
+    MAX_READERS,
+    MAX_WAITING,
+    Readers,
+    SnapshotServer,
+    fetch_snapshot,
+)
 
 T = TypeVar("T", Fetch, Chunk)
 pytestmark = pytest.mark.anyio
@@ -53,13 +59,14 @@ async def test_a_snapshot_arrives_whole(file, endpoint, chunk_bytes):
 
 
 async def test_two_fetch_at_once_over_tcp_with_keys(file):
-    keys = make_keys(file.parent / "keys")
+    keys = make_keys(file.parent / "keys", ["studio"])
+    pair = load_client_keys(keys)
     async with SnapshotServer("tcp://127.0.0.1:*", keys=keys) as server:
         server.register(3, DIGEST, file)
         results = []
 
         async def fetch():
-            results.append(await fetch_snapshot(server.endpoint, POLICY, keys=keys, timeout_s=5))
+            results.append(await fetch_snapshot(server.endpoint, POLICY, keys=pair, timeout_s=5))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fetch)
@@ -145,3 +152,39 @@ async def test_the_bodys_own_error_is_not_wrapped(endpoint):
     with pytest.raises(KeyError):
         async with SnapshotServer(endpoint):
             raise KeyError("body")
+
+
+def test_readers_take_turns_and_one_that_has_gone_frees_its_place():
+    fetch = Fetch(version=3, digest="d3", offset=0, length=4)
+    readers = Readers()
+    for number in range(MAX_READERS + 2):
+        readers.ask(f"r{number}", b"p", fetch, now=0.0)
+    first = [reader for reader, *_ in readers.due(0.0)]
+    assert first == [f"r{number}" for number in range(MAX_READERS)]
+    assert readers.due(1.0) == []
+
+    readers.ask("r5", b"p", fetch, now=4.0)  # goes on reading; it does not wait again
+    readers.ask("r16", b"later", fetch, now=4.0)  # asks again, from the same place in the queue
+    assert readers.due(4.0) == [("r5", b"p", fetch)]
+    readers.finished("r0")
+    assert readers.due(4.0) == [("r16", b"later", fetch)]
+    assert readers.due(5.0) == []
+    assert [reader for reader, *_ in readers.due(5.1)] == ["r17"]
+
+
+def test_waiting_readers_are_bounded():
+    fetch = Fetch(version=3, digest="d3", offset=0, length=4)
+    readers = Readers()
+    for number in range(MAX_READERS):
+        readers.ask(f"r{number}", b"p", fetch, now=0.0)
+    assert len(readers.due(0.0)) == MAX_READERS
+    for number in range(2 * MAX_WAITING):
+        readers.ask(f"w{number}", b"p", fetch, now=0.0)
+    for number in range(MAX_READERS):
+        readers.finished(f"r{number}")
+    served = []
+    while due := readers.due(0.0):
+        served += [reader for reader, *_ in due]
+        for reader, *_ in due:
+            readers.finished(reader)
+    assert served == [f"w{number}" for number in range(MAX_WAITING)]
