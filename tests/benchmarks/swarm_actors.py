@@ -92,7 +92,7 @@ class SimulatedActor:
 
     def request(self) -> None:
         """Ask for as many completions as there is room for."""
-        self.send(Request(free_completions=ROOM - GENERATIONS * len(self.tasks)))
+        self.send(Request(free_completions=max(0, ROOM - GENERATIONS * len(self.tasks))))
 
     def beat(self) -> None:
         self.turns, self.tokens = self.turns + 1, self.tokens + 1
