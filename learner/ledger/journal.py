@@ -18,7 +18,7 @@ import msgspec
 
 from learner.ledger.events import AnyEvent
 from learner.ledger.frames import frame
-from protocol.messages.messages import Group
+from protocol.messages.messages import PROTOCOL_VERSION, Group
 
 FORMAT = 1
 SEGMENT_BYTES = 64 << 20  # a segment that has grown to this size is followed by another
@@ -53,6 +53,7 @@ class SegmentHeader(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     checkpoint: int | None
     format: int = FORMAT
+    protocol: int = PROTOCOL_VERSION  # of the groups
 
 
 class JournalWriter:

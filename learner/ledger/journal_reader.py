@@ -18,6 +18,7 @@ from learner.ledger.journal import (
     sync_folder,
 )
 from protocol.errors import JournalError
+from protocol.messages.messages import PROTOCOL_VERSION
 
 _headers = msgspec.msgpack.Decoder(SegmentHeader)
 _entries: msgspec.msgpack.Decoder[Entry] = msgspec.msgpack.Decoder(Entry)
@@ -138,11 +139,8 @@ class _Segment:
                 self.header = _headers.decode(payload)
             except msgspec.MsgspecError as error:
                 self.problem = f"its header cannot be read: {error}"
-        if self.header is not None and self.header.format != FORMAT:
-            raise JournalError(
-                f"{path}: required a journal of format {FORMAT}, got {self.header.format}; go on "
-                "with the version of Pippin that wrote it"
-            )
+        if self.header is not None:
+            _require_version(path, self.header)
 
     def __iter__(self) -> Iterator[Entry]:
         while (payload := self._next()) is not None:
@@ -192,6 +190,16 @@ class _Segment:
 
     def _take_back(self, payload: memoryview) -> None:
         self.whole -= len(payload) + HEAD.size
+
+
+def _require_version(path: Path, header: SegmentHeader) -> None:
+    ours, theirs = (FORMAT, PROTOCOL_VERSION), (header.format, header.protocol)
+    if ours != theirs:
+        raise JournalError(
+            f"{path}: required a journal of format {ours[0]} with groups of protocol version "
+            f"{ours[1]}, got format {theirs[0]} and version {theirs[1]}; go on with the version of "
+            "Pippin that wrote it"
+        )
 
 
 def _decoded(payload: memoryview) -> list[Entry]:

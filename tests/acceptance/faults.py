@@ -1,7 +1,6 @@
 """Kill parts of real runs and check that nothing is lost, trained twice or too stale. A program.
 
     python -m tests.acceptance.faults --max-staleness 0 1 4 [--kills 5] [--freeze]
-    python -m tests.acceptance.faults --kill-learner [--max-staleness 1]
     python -m tests.acceptance.faults --fuzz [--frames 1000000]
 
 Each run is launch/grpo.py with its default recipe, two actors and small batches; its folder stays
@@ -20,8 +19,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from launch.processes.exit_status import STOPPED
 from launch.staleness import measure
 from tests.acceptance.journal import account, check_complete, incarnations
@@ -38,14 +35,14 @@ BATCH = 8
 Json = dict[str, Any]
 
 
-def launch(args: argparse.Namespace, bound: int, *, save_steps: int = 0) -> Launcher:
+def launch(args: argparse.Namespace, bound: int) -> Launcher:
     """Start a run of `args.steps` batches with this staleness bound."""
     folder = args.dir / f"faults-eta{bound}-{time.strftime('%H%M%S')}-{os.getpid()}"
     flags = {
         "run.dir": folder.parent,
         "run.name": folder.name,
         "run.log_completions": 0,
-        "run.save_steps": save_steps,
+        "run.save_steps": 0,
         "run.max_restarts": 0,  # a killed learner ends the run, so that it is resumed by hand
         "data.eval_path": "",
         "eval.steps": 0,
@@ -119,64 +116,6 @@ def check_records(run: Launcher, bound: int, steps: int, *, left: int = 0) -> fl
         check(seen.max >= 1, "staleness never reached 1")
         check(seen.overlap_s > 0, "sampling and training never overlapped")
     return share
-
-
-def kill_learner(args: argparse.Namespace, bound: int) -> None:
-    """Kill the learner after a checkpoint, resume, and check lost.json against the journal."""
-    run = launch(args, bound, save_steps=5)
-    try:
-        run.until(lambda: len(run.steps()) >= 8, "step 8")
-        found = run.until(lambda: run.child("learn.py"), "learner")
-        os.kill(found[0], signal.SIGKILL)
-        status = run.wait(args.limit)
-    finally:
-        run.end()
-    check(status != 0, "the launcher ended with 0 although its learner was killed")
-    reached = len(run.steps())
-    again = Launcher(run.folder, ["--run.resume", str(run.folder)])
-    try:
-        resumed = again.wait(args.limit)
-    finally:
-        again.end()
-    check(resumed == 0, f"the resumed run ended with {resumed}; see {again.output}")
-    lost = msgspec.json.decode((run.folder / "lost.json").read_bytes())
-    print(f"eta {bound}: {run.folder}: learner killed after step {reached}, launcher {status}")
-    check_lost(run, lost, args.steps)
-
-
-def check_lost(run: Launcher, lost: Json, steps: int) -> None:
-    """Check lost.json against the journal of both incarnations."""
-    before, after = incarnations(run.events()).values()
-    old, version = account(before), lost["version"]
-    rejoined = {t["new"]["number"]: t["row_key"] for t in lost["checkpoint"]["rejoined"]}
-    new = account(after, rejoined)
-    check_complete(new)
-    kept = [n for n, v in old.trained if v <= version]
-    undone = [n for n, v in old.trained if v > version]
-    since = numbers(lost["trained_since"])
-    check(since == undone, f"trained_since is {since}, the journal has {undone}")
-    top = max((v for _, v in old.trained), default=0)
-    check(lost["version_reached"] == top, f"version_reached is not {top}")
-    reported = {*numbers(lost["checkpoint"]["groups"]), *numbers(lost["received_since"]), *undone}
-    wanted = set(old.received) - set(kept)
-    check(reported == wanted, f"groups reported {sorted(reported)}, journal {sorted(wanted)}")
-    again = {t["old"]["number"] for t in lost["checkpoint"]["rejoined"]}
-    every = {*kept, *again, *numbers(lost["joined_since"]), *old.dropped}
-    check(every == set(old.joined), "tasks that joined are missing in lost.json")
-    rows = [old.joined[n] for n in kept] + [new.joined[n] for n, _ in new.trained]
-    check(len(rows) == len(set(rows)), "a row was trained twice in the history that counts")
-    check(len(rows) == steps * BATCH, f"{len(rows)} tasks trained, required {steps * BATCH}")
-    print(
-        f"  checkpoint of version {version}, reached {lost['version_reached']}: lost "
-        f"{len(undone)} trained tasks, {len(wanted) - len(undone)} groups, "
-        f"{len(lost['checkpoint']['leases'])} leases; {len(again)} tasks leased again; all as in "
-        f"the journal; {len(rows)} rows trained once each"
-    )
-
-
-def numbers(tasks: list[Json]) -> list[int]:
-    """Return the numbers of task identities."""
-    return [task["number"] for task in tasks]
 
 
 def fuzz(args: argparse.Namespace, bound: int) -> None:
@@ -259,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--freeze", action="store_true", help="also stop actor-1 and the learner for seconds"
     )
-    parser.add_argument("--kill-learner", action="store_true")
     parser.add_argument("--fuzz", action="store_true")
     parser.add_argument("--frames", type=int, default=1_000_000)
     parser.add_argument("--mutated", type=int, default=1_000)
@@ -269,13 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds that a run may take")
     args = parser.parse_args(argv)
     args.dir = args.dir.absolute()
-    args.steps = args.steps or (24 if args.kill_learner else 100_000 if args.fuzz else 160)
+    args.steps = args.steps or (100_000 if args.fuzz else 160)
     shares: dict[int, float] = {}
     try:
         for bound in args.max_staleness:
-            if args.kill_learner:
-                kill_learner(args, bound)
-            elif args.fuzz:
+            if args.fuzz:
                 fuzz(args, bound)
             else:
                 shares[bound] = kills(args, bound)

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.processes.blas import deterministic_kernels
 from launch.processes.exit_status import NO_RESTART
 from protocol.run_record import (
     CheckpointSaved,
@@ -27,6 +28,7 @@ from protocol.run_record import (
 )
 from protocol.transport.endpoints import ipc_folder
 from tests.acceptance.run import ledger_events
+from tests.launch.processes.whole_runs import adapters
 from tests.tiny import write_model_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -241,37 +243,44 @@ def test_a_run_outlives_a_killed_actor_and_reward_server_and_its_adapters_load(t
         assert any(name.endswith("lora_b") and bool((v != 0).any()) for name, v in names.items())
 
 
-@pytest.mark.slow
-def test_a_killed_learner_resumes_and_says_what_was_lost(tmp_path):
-    with run_of(tmp_path, max_steps=200, save_steps=2) as run:
+def finished(folder: Path, *, kill_at: Sequence[int] = ()) -> tuple[Run, str]:
+    """Run to the end, with the learner killed after these steps; return the adapters' digest."""
+    folder.mkdir()
+    with run_of(folder, max_steps=9, save_steps=4) as run:
+        config = run.folder / "config.toml"
+        text = config.read_text().replace("max_staleness = 1", "max_staleness = 0")
+        config.write_text(text.replace("seed = 5", "seed = 5\ndeterministic = true"))
         run.rewards()
         actor, learner = run.actor(), run.learner()
-        run.wait_for_step(3, learner)
-        os.kill(learner.pid, signal.SIGKILL)
-        learner.wait()
-        reached = max(run.steps())
-        saved = max(
-            int(p.parent.name[5:]) for p in run.folder.glob("checkpoints/step-*/state.json")
-        )
-        for socket in ("learner", "snapshots"):
-            (run.sockets / socket).unlink(missing_ok=True)
-        config = run.folder / "config.toml"
-        config.write_text(
-            config.read_text()
-            .replace("[run]", f'[run]\nresume = "{run.folder}"')
-            .replace("max_steps = 200", f"max_steps = {reached + 2}")
-        )
-        again = run.learner()
-        run.settle(again)
+        for step in kill_at:
+            run.wait_for_step(step, learner)
+            os.kill(learner.pid, signal.SIGKILL)
+            learner.wait()
+            learner = run.learner()
+        run.settle(learner)
         run.settle(actor)
-        lost = json.loads((run.folder / "lost.json").read_text())
-        assert lost["version"] == saved
-        assert lost["version_reached"] >= reached
-        gone = [task["number"] for task in lost["trained_since"]]
-        assert len(gone) == 2 * (lost["version_reached"] - saved)
-        kept = [line["task"] for line in trained(run)[: 2 * saved]]
-        assert not set(map(str, kept)) & set(map(str, gone))
-        assert run.steps()[-1] == reached + 2
+        return run, adapters(run.folder)
+
+
+def test_a_killed_learner_goes_on_to_the_same_adapters_and_samples_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in deterministic_kernels().items():
+        monkeypatch.setenv(name, value)
+    calm, whole = finished(tmp_path / "calm")
+    run, digest = finished(tmp_path / "killed", kill_at=(2, 5, 6))
+    assert digest == whole
+    assert run.steps() == list(range(1, 10))
+    events = [line["event"] for line in ledger_events(run.folder)]
+    leased = [event["number"] for event in events if event["type"] == "Leased"]
+    assert len(leased) == len(set(leased))  # one attempt each
+    numbers = [line["task"] for line in trained(run)]
+    assert numbers == [line["task"] for line in trained(calm)]
+    assert "continuing from step 4" in (run.folder / "learner.log").read_text()
+    assert not (run.folder / "lost.json").exists()
+    assert [line["num_tokens"] for line in run.lines("metrics.jsonl") if "loss" in line] == [
+        line["num_tokens"] for line in calm.lines("metrics.jsonl") if "loss" in line
+    ]
 
 
 def test_rewards_that_are_all_none_stop_the_run_with_a_checkpoint(tmp_path):

@@ -228,8 +228,10 @@ def test_another_history_from_an_entry_on_keeps_the_old_one_aside(tmp_path: Path
     ]  # fmt: skip
 
 
-def test_a_journal_of_another_format_is_refused_by_name(tmp_path: Path):
-    header = SegmentHeader(identity=IDENTITY, first=0, checkpoint=None, format=99)
-    (tmp_path / segment_name(0)).write_bytes(frame(msgspec.msgpack.encode(header)))
-    with pytest.raises(JournalError, match="required a journal of format 1, got 99"):
+@pytest.mark.parametrize(("field", "said"), [("format", "got format 99 and"), ("protocol", "99;")])
+def test_the_journal_of_another_version_is_refused_by_name(tmp_path: Path, field: str, said: str):
+    header = SegmentHeader(identity=IDENTITY, first=0, checkpoint=None)
+    other = msgspec.structs.replace(header, **{field: 99})
+    (tmp_path / segment_name(0)).write_bytes(frame(msgspec.msgpack.encode(other)))
+    with pytest.raises(JournalError, match=f"required a journal of format 1 with .*{said}"):
         read(tmp_path)
