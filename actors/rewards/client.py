@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import zmq
 import zmq.asyncio
@@ -234,6 +235,8 @@ class RewardClient:
         while True:
             endpoint, pending.in_progress, pending.full = pending.endpoint, False, ""
             endpoint.outstanding.add(request_id)
+            # At an actor's end, what was just begun is cancelled after the sockets were closed.
+            await anyio.lowlevel.checkpoint_if_cancelled()
             endpoints.send_now(endpoint.socket, [data])
             await pending.wait(self._resend_s)
             if pending.reply is not None:

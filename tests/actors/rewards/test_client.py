@@ -247,3 +247,13 @@ async def test_a_reply_that_breaks_the_contract_is_a_fault(folder, reply, words)
     (fault,) = result.faults
     assert (fault.function, fault.kind) == ("f", "contract")
     assert re.search(words, fault.message), fault.message
+
+
+async def test_a_score_that_begins_while_all_is_cancelled_touches_no_closed_socket(tmp_path):
+    endpoint = f"ipc://{tmp_path}/r"
+    async with serving(endpoint, "length"), client([endpoint]) as scorer:
+        await score(scorer)  # the names are known from now on
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await score(scorer)
+    assert scope.cancelled_caught
