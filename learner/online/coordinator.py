@@ -39,6 +39,7 @@ from learner.online.open_tasks import OpenTasks
 from learner.online.progress import KEEPS_WORK, ActorProgress
 from learner.online.queue_metrics import queue_metrics
 from learner.online.recovery import History
+from learner.online.reward_names import RewardNames
 from learner.online.run_watch import RunWatch
 from learner.online.stalled import take_from_stalled
 from learner.online.tasks import GroupFault, group_fault, lease_fault, task_message
@@ -68,7 +69,7 @@ class Coordinator:
     """Leases tasks, takes groups, announces policies. One thread at a time may call it.
 
     `position` counts the rows that joined. `policy` is the newest that was announced.
-    `reward_names` are the run's functions once they are known.
+    `reward_names` are those of the run's functions.
     """
 
     ledger: Ledger
@@ -82,7 +83,7 @@ class Coordinator:
     connected: ConnectedActors = field(default_factory=ConnectedActors)
     policy: Policy | None = None
     position: int = 0
-    reward_names: list[str] | None = None
+    reward_names: RewardNames = field(default_factory=RewardNames)
     _conduct: Conduct = field(default_factory=Conduct)
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
     _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
@@ -209,7 +210,7 @@ class Coordinator:
         sampling = self.sampling[self._open_tasks.kind(group.task)]
         holder = self._open_tasks.holder(group.task, group.attempt)
         return lease_fault(actor.actor_id, group.actor_id, holder) or group_fault(
-            group, sampling, self.vocab_size, self._digests, self.reward_names
+            group, sampling, self.vocab_size, self._digests, self.reward_names.known
         )
 
     def _refuse_group(
@@ -225,6 +226,8 @@ class Coordinator:
             receipt = self.ledger.failed(group.task, group.attempt, fault.reason, now)
             self._settle(group.task, receipt, holder)
 
+        if fault.kind == "reward_names" and not self.reward_names.is_certain(now):
+            return  # perhaps a reward server was restarted with other functions
         if self._conduct.fault(actor.actor_id):
             refuse = _turned_away(actor.actor_id)
             log.warning("%s; its leases go to others. The last: %s", refuse.reason, fault.reason)

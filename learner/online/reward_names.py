@@ -4,6 +4,7 @@ The services are asked, not the actors: the first actor to answer might be the o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import anyio
 import msgspec
@@ -15,10 +16,34 @@ from protocol.transport.curve_keys import ClientKeys
 from protocol.transport.endpoints import connected_socket, reachable, send_now
 
 ASK_AGAIN_S = 5.0
+CERTAIN_S = 10.0  # after an answer, a group with other names is its actor's fault
 MAX_REPLY_BYTES = 1 << 20
 _QUESTION = msgspec.json.encode(
     ScoreRequest(id="names", prompts=[], completions=[], completion_ids=[])
 )
+
+
+@dataclass
+class RewardNames:
+    """The names of the run's reward functions, None until the services have answered.
+
+    `doubted`: a group had others, so the services should be asked again. One of them may have been
+    restarted with other functions, which is no fault of the actors.
+    """
+
+    known: list[str] | None = None
+    doubted: bool = False
+    _learned_at: float = float("-inf")
+
+    def learned(self, names: list[str], now: float) -> None:
+        """Note the services' answer."""
+        self.known, self.doubted, self._learned_at = names, False, now
+
+    def is_certain(self, now: float) -> bool:
+        """Whether the services have answered just now; if they have not, doubt the names."""
+        certain = now - self._learned_at < CERTAIN_S
+        self.doubted = self.doubted or not certain
+        return certain
 
 
 async def reward_names(services: Sequence[RewardService], keys: ClientKeys | None) -> list[str]:

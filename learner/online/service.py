@@ -127,8 +127,11 @@ class LearnerService:
 
     async def _learn_reward_names(self) -> None:
         services = self.coordinator.welcome.rewards
-        keys = own_client_keys(self.keys)
-        self.coordinator.reward_names = await reward_names(services, keys)
+        keys, names = own_client_keys(self.keys), self.coordinator.reward_names
+        while True:
+            names.learned(await reward_names(services, keys), time.monotonic())
+            while not names.doubted:  # noqa: ASYNC110 - the coordinator knows no events
+                await anyio.sleep(TICK_S)
 
     async def _commands(self) -> None:
         while True:

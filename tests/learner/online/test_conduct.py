@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from learner.online.conduct import MAX_FAULTS, MAX_NAMES, Conduct
+from learner.online.reward_names import CERTAIN_S
 from learner.online.tasks import LOGPROB_TOLERANCE
 from protocol.messages.arrays import floats_bytes
 from protocol.messages.messages import Ack, Cancel, Failed, Refuse, Request
@@ -38,7 +39,7 @@ FAULTS = {
 @pytest.mark.parametrize(("kind", "changes"), FAULTS.values(), ids=FAULTS)
 def test_groups_that_cannot_be_are_refused_and_counted_by_kind(kind, changes):
     made = coordinator()
-    made.reward_names = ["f"]
+    made.reward_names.learned(["f"], 0.0)
     first, *_ = join(made, free_completions=2)
     made.receive(A, group(first, **changes), 1.0)
     answers = said(made, A)
@@ -51,7 +52,7 @@ def test_groups_that_cannot_be_are_refused_and_counted_by_kind(kind, changes):
 @pytest.mark.parametrize("logprobs", [(0.0, -0.5), (LOGPROB_TOLERANCE / 2, -0.5), (-80.0, -1e-7)])
 def test_rounding_above_zero_is_accepted(logprobs):
     made = coordinator()
-    made.reward_names = ["f"]
+    made.reward_names.learned(["f"], 0.0)
     first, *_ = join(made, free_completions=2)
     made.receive(A, group(first, completions=completions(logprobs, kept=logprobs)), 1.0)
     assert not any(isinstance(m, Refuse) for m in said(made, A))
@@ -69,10 +70,28 @@ def test_float32_log_softmax_stays_within_the_tolerance():
 def test_a_group_without_names_or_before_the_names_are_known_is_accepted():
     for known, reward in ((["f"], a_reward([], [])), (None, a_reward([1.0] * G, ["x"]))):
         made = coordinator()
-        made.reward_names = known
+        if known is not None:
+            made.reward_names.learned(known, 0.0)
         first, *_ = join(made, free_completions=2)
         made.receive(A, group(first, reward=reward), 1.0)
         assert "wire/groups_invalid" not in made.metrics()
+
+
+def test_an_actor_is_not_blamed_for_a_reward_server_that_was_restarted_with_other_functions():
+    made = coordinator()
+    made.reward_names.learned(["f"], 0.0)
+    first, *_ = join(made, free_completions=2)
+    other = a_reward([1.0] * G, ["g"])
+    for _ in range(2 * MAX_FAULTS):  # the services have not been asked since
+        made.receive(A, group(first, reward=other), CERTAIN_S)
+    assert A in made.connected.by_peer
+    assert made.reward_names.doubted
+
+    made.reward_names.learned(["g"], CERTAIN_S)
+    assert not made.reward_names.doubted
+    again, *_ = join(made, B, "b", free_completions=2)
+    made.receive(B, group(again, "b", reward=other), CERTAIN_S + 1)
+    assert made.ledger.state.counters.received == 1
 
 
 def test_nobody_answers_or_fails_a_lease_of_another():
