@@ -33,7 +33,8 @@ from learner.ledger.events import (
     TaskLeased,
 )
 from learner.ledger.leases import OpenLeases
-from learner.ledger.state import Lease, LedgerState, RowKey, TaskRecord, require
+from learner.ledger.results import ended_lease, eval_round, grant, resume_report
+from learner.ledger.state import LedgerState, RowKey, TaskRecord, require
 from learner.ledger.types import (
     Batch,
     EndedLease,
@@ -42,7 +43,6 @@ from learner.ledger.types import (
     LedgerSettings,
     Receipt,
     Rejection,
-    RejoinedTask,
     ResumeReport,
 )
 from learner.ledger.waiting import WaitingTasks
@@ -70,7 +70,7 @@ class Ledger:
         """Continue as a new incarnation (see `LedgerState.begin`), and say what that ended."""
         before = self.state.copy()
         self._emit(IncarnationBegan(incarnation=incarnation, keep_groups=keep_groups))
-        return _report_resume(before, self.state, keep_groups=keep_groups)
+        return resume_report(before, self.state, keep_groups=keep_groups)
 
     def _use(self, state: LedgerState) -> None:
         """Work on a state: derive from it what operations look up."""
@@ -149,7 +149,7 @@ class Ledger:
                     at=now,
                 )
             )
-            grants.append(_grant(self.state, record))
+            grants.append(grant(self.state, record))
         return grants
 
     def completions_to_lease(self) -> int | None:
@@ -162,7 +162,7 @@ class Ledger:
 
     def leases_of(self, actor: str) -> list[Grant]:
         """Return an actor's open leases as they were granted, so that they can be sent again."""
-        return [_grant(self.state, record) for record in self._leases.of(actor)]
+        return [grant(self.state, record) for record in self._leases.of(actor)]
 
     def is_idle(self, actor: str) -> bool:
         """Whether an actor holds no lease."""
@@ -226,7 +226,7 @@ class Ledger:
         dropped = record.failures >= self.settings.max_attempts
         if dropped:
             self._emit(TaskDropped(number=number, cause=cause, detail=detail, at=now))
-        return _ended(
+        return ended_lease(
             self.state, record, lease, detail, dropped=dropped, overdue=cause == "overdue"
         )
 
@@ -252,7 +252,7 @@ class Ledger:
         # Whichever attempt comes first counts; another that is under way is no longer needed.
         lease, cancelled = record.lease, None
         if lease is not None and lease.attempt != attempt:
-            cancelled = _ended(self.state, record, lease, f"attempt {attempt} came first")
+            cancelled = ended_lease(self.state, record, lease, f"attempt {attempt} came first")
         self._emit(GroupReceived(number=record.number, attempt=attempt, actor=actor, at=now))
         return Receipt(outcome="accepted", cancelled=cancelled)
 
@@ -338,62 +338,3 @@ class Ledger:
                 | EvaluationTaken()
             ):
                 pass  # what these change is seen when it is looked up
-
-
-def _grant(state: LedgerState, record: TaskRecord) -> Grant:
-    return Grant(
-        task=state.task_id(record.number),
-        attempt=len(record.floors),
-        kind=record.kind,
-        row_key=record.row_key,
-        min_policy_version=record.floors[-1],
-        pinned_version=record.pinned_version,
-    )
-
-
-def _ended(
-    state: LedgerState,
-    record: TaskRecord,
-    lease: Lease,
-    reason: str,
-    *,
-    dropped: bool = False,
-    overdue: bool = False,
-) -> EndedLease:
-    return EndedLease(
-        task=state.task_id(record.number),
-        attempt=lease.attempt,
-        actor=lease.actor,
-        reason=reason,
-        dropped=dropped,
-        overdue=overdue,
-    )
-
-
-def _report_resume(old: LedgerState, new: LedgerState, *, keep_groups: bool) -> ResumeReport:
-    unfinished = old.unfinished
-    groups = [] if keep_groups else [r for r in unfinished if r.taken is not None]
-    return ResumeReport(
-        groups=[old.task_id(record.number) for record in groups],
-        leases=[_ended(old, r, lease, "learner resumed") for r, lease in old.open_leases()],
-        eval_rows=[record.row_key for record in old.evals.values()],
-        rejoined=rejoined_tasks(old, new),
-    )
-
-
-def rejoined_tasks(old: LedgerState, new: LedgerState) -> list[RejoinedTask]:
-    """Return what became of the unfinished tasks when a new incarnation began."""
-    return [
-        RejoinedTask(old=old.task_id(r.number), new=new.task_id(number), row_key=r.row_key)
-        for r, number in zip(old.unfinished, new.queue, strict=True)
-    ]
-
-
-def eval_round(state: LedgerState) -> EvalRound:
-    """Return what the open evaluation round, which must have ended, came to."""
-    records = list(state.evals.values())
-    return EvalRound(
-        version=records[0].pinned_version or 0,
-        tasks=[state.task_id(r.number) for r in records if r.taken is not None],
-        dropped={r.row_key: r.dropped for r in records if r.dropped is not None},
-    )

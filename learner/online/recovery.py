@@ -26,7 +26,7 @@ from learner.ledger.events import (
     TaskLeased,
 )
 from learner.ledger.journal import Entry
-from learner.ledger.ledger import eval_round, rejoined_tasks
+from learner.ledger.results import eval_round, rejoined_tasks
 from learner.ledger.state import LedgerState
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
