@@ -19,13 +19,12 @@ class Conduct:
 
     _faults: OrderedDict[str, int] = field(default_factory=OrderedDict[str, int])
 
-    def fault(self, name: str) -> bool:
-        """Count a group that could not be used; return whether the actor is turned away for it."""
+    def fault(self, name: str) -> None:
+        """Count a group that could not be used."""
         faults = self._faults.pop(name, 0) + 1
         self._faults[name] = faults
         if len(self._faults) > MAX_NAMES:
             self._faults.popitem(last=False)
-        return faults == MAX_FAULTS
 
     def useful(self, name: str) -> None:
         """Count a group that was accepted."""

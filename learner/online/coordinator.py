@@ -10,7 +10,7 @@ The life of a prompt, and where each step happens:
        │                                     Ledger.renew_leases; otherwise tick expires it, and the
        │                                     task is leased again from the same place in the queue
        │                                     (online/progress.py: what counts as progress)
-       │  is answered    Coordinator._group  checks the Group (online/tasks.py), Ledger.received
+       │  is answered    Deliveries.group    checks the Group (online/tasks.py), Ledger.received
        │                                     accepts or discards it, and either way it is acked
     group                online/open_tasks.py, until the first B tasks of the queue have theirs
        │  is batched     Coordinator.next_batch, Ledger.form_batch
@@ -31,20 +31,18 @@ from learner.data.prompts import Prompt, PromptSource
 from learner.ledger.events import GroupReceived
 from learner.ledger.journal import Entry
 from learner.ledger.ledger import Ledger
-from learner.ledger.types import EndedLease, Grant, Receipt
+from learner.ledger.types import EndedLease, Grant
 from learner.online.actors import ConnectedActor, ConnectedActors, is_enquiry, refusal
-from learner.online.conduct import MAX_FAULTS, Conduct
+from learner.online.deliveries import Deliveries
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.open_tasks import OpenTasks
 from learner.online.progress import KEEPS_WORK, ActorProgress
 from learner.online.queue_metrics import queue_metrics
 from learner.online.recovery import History
-from learner.online.reward_names import RewardNames
 from learner.online.run_watch import RunWatch
 from learner.online.stalled import take_from_stalled
-from learner.online.tasks import GroupFault, group_fault, lease_fault, task_message
+from learner.online.tasks import task_message
 from protocol.messages.messages import (
-    Ack,
     ActorMessage,
     Applied,
     Failed,
@@ -59,7 +57,7 @@ from protocol.messages.messages import (
     TaskKind,
     Welcome,
 )
-from protocol.messages.parts import Sampling, TaskId
+from protocol.messages.parts import Sampling
 
 log = logging.getLogger("pippin.learner")
 
@@ -69,7 +67,6 @@ class Coordinator:
     """Leases tasks, takes groups, announces policies. One thread at a time may call it.
 
     `position` counts the rows that joined. `policy` is the newest that was announced.
-    `reward_names` are those of the run's functions.
     """
 
     ledger: Ledger
@@ -83,13 +80,16 @@ class Coordinator:
     connected: ConnectedActors = field(default_factory=ConnectedActors)
     policy: Policy | None = None
     position: int = 0
-    reward_names: RewardNames = field(default_factory=RewardNames)
-    _conduct: Conduct = field(default_factory=Conduct)
+    deliveries: Deliveries = field(init=False)
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
-    _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
-    _digests: dict[int, str] = field(default_factory=dict[int, str])
     _unannounced: tuple[Policy, bytes] | None = None
     _watch: RunWatch = field(default_factory=RunWatch)
+
+    def __post_init__(self) -> None:
+        """Make what takes the actors' answers."""
+        self.deliveries = Deliveries(
+            self.ledger, self._open_tasks, self.connected, self.sampling, self.vocab_size
+        )
 
     # ---- messages from actors ------------------------------------------------------------
 
@@ -111,9 +111,10 @@ class Coordinator:
                     actor.credit = message.free_completions
                     self._place(actor.actor_id)
                 case Group():
-                    self._group(peer, actor, message, now)
+                    if not self.deliveries.group(peer, actor, message, now):
+                        self.actor_gone(peer, now, blamed=False)
                 case Failed():
-                    self._failed(peer, actor, message, now)
+                    self.deliveries.failed(peer, actor, message, now)
                 case Heartbeat():
                     self._heartbeat(actor, message, now)
                 case Applied():
@@ -130,8 +131,7 @@ class Coordinator:
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
         refused = refusal(hello, self.welcome)
-        if self._conduct.is_turned_away(hello.actor_id):
-            refused = _turned_away(hello.actor_id)
+        refused = self.deliveries.turned_away(hello.actor_id) or refused
         if refused is not None:
             self.connected.refuse(peer, refused)
             return
@@ -176,84 +176,6 @@ class Coordinator:
         actor.oldest_needed = max(actor.oldest_needed, applied.version)
         if self.policy is not None:
             actor.progress.has_applied(applied.version, self.policy.version, now)
-
-    def _group(self, peer: bytes, actor: ConnectedActor, group: Group, now: float) -> None:
-        task, attempt = group.task, group.attempt
-        if task.incarnation != self.welcome.incarnation:
-            self.connected.counters["groups_stale"] += 1
-            ours = self.welcome.incarnation
-            reason = f"task {task} belongs to another learner; this one is {ours}"
-            self.connected.send(peer, Refuse(code="stale", reason=reason))
-
-        holder = self.ledger.holder(task.number)
-        # A task that is not open was trained, dropped, or is another learner's: the ledger decides.
-        if task not in self._open_tasks:
-            receipt = self.ledger.received(task, attempt, actor.actor_id, now)
-            if receipt.outcome in ("duplicate", "dropped"):
-                actor.progress.delivered()
-        elif fault := self._group_fault(actor, group):
-            self._refuse_group(peer, actor, group, fault, now)
-        else:
-            versions = {span.version for c in group.completions for span in c.policy_spans}
-            receipt = self.ledger.received(task, attempt, actor.actor_id, now, sorted(versions))
-            if receipt.outcome == "accepted":
-                self._open_tasks.add_group(group)
-                self._accepted[task] = group
-                actor.progress.delivered()
-                self._conduct.useful(actor.actor_id)
-            self._settle(task, receipt, holder)
-
-        # Whatever became of it, the actor need not send it again.
-        self.connected.send(peer, Ack(task=task, attempt=attempt))
-
-    def _group_fault(self, actor: ConnectedActor, group: Group) -> GroupFault | None:
-        sampling = self.sampling[self._open_tasks.kind(group.task)]
-        holder = self._open_tasks.holder(group.task, group.attempt)
-        return lease_fault(actor.actor_id, group.actor_id, holder) or group_fault(
-            group, sampling, self.vocab_size, self._digests, self.reward_names.known
-        )
-
-    def _refuse_group(
-        self, peer: bytes, actor: ConnectedActor, group: Group, fault: GroupFault, now: float
-    ) -> None:
-        """Refuse a group; the task is leased again, unless it is another actor's."""
-        self.connected.counters["groups_invalid"] += 1
-        self.connected.counters[f"groups_invalid_{fault.kind}"] += 1
-        log.warning("group %d of actor %s: %s", group.task.number, actor.actor_id, fault.reason)
-        self.connected.send(peer, Refuse(code="invalid", reason=fault.reason))
-        if fault.kind != "lease":
-            holder = self.ledger.holder(group.task.number)
-            receipt = self.ledger.failed(group.task, group.attempt, fault.reason, now)
-            self._settle(group.task, receipt, holder)
-
-        if fault.kind == "reward_names" and not self.reward_names.is_certain(now):
-            return  # perhaps a reward server was restarted with other functions
-        if self._conduct.fault(actor.actor_id):
-            refuse = _turned_away(actor.actor_id)
-            log.warning("%s; its leases go to others. The last: %s", refuse.reason, fault.reason)
-            self.connected.refuse(peer, refuse)
-            self.actor_gone(peer, now, blamed=False)
-
-    def _failed(self, peer: bytes, actor: ConnectedActor, message: Failed, now: float) -> None:
-        task, attempt = message.task, message.attempt
-        if lease_fault(actor.actor_id, actor.actor_id, self._open_tasks.holder(task, attempt)):
-            self.connected.counters["failures_of_others"] += 1
-        else:
-            holder = self.ledger.holder(task.number)
-            receipt = self.ledger.failed(task, attempt, message.reason, now)
-            if receipt.outcome == "accepted":
-                log.warning("task %d of actor %s: %s", task.number, actor.actor_id, message.reason)
-            self._settle(task, receipt, holder)
-        self.connected.send(peer, Ack(task=message.task, attempt=message.attempt))
-
-    def _settle(self, task: TaskId, receipt: Receipt, holder: str | None) -> None:
-        """Do what follows from a receipt; `holder` had the lease before."""
-        if holder is not None:
-            self._place(holder)
-        if receipt.cancelled is not None:
-            self.connected.cancel(receipt.cancelled)
-        if receipt.dropped:
-            self._open_tasks.remove(task)
 
     # ---- actors that leave or fall silent ------------------------------------------------
 
@@ -351,7 +273,7 @@ class Coordinator:
         if self._unannounced is not None and not self.ledger.state.evals:
             (self.policy, tensors), self._unannounced = self._unannounced, None
             self.ledger.published(self.policy.version, self.policy.digest, tensors)
-            self._digests[self.policy.version] = self.policy.digest
+            self.deliveries.digests[self.policy.version] = self.policy.digest
             self._send_policy(self.policy, now)
         self.assign(now)
 
@@ -407,14 +329,15 @@ class Coordinator:
     def restore(self, history: History) -> None:
         """Continue from what a journal led to, with a ledger of the same state."""
         self.position, self._open_tasks = history.position, history.tasks
-        self._digests = {version: each.digest for version, each in history.published.items()}
+        self.deliveries.open_tasks = history.tasks
+        self.deliveries.digests |= {v: each.digest for v, each in history.published.items()}
 
     def drain_entries(self) -> list[Entry]:
         """Return what the journal must have before anything is sent: the events since last time."""
         entries: list[Entry] = []
         for event in self.ledger.drain_events():
             if isinstance(event, GroupReceived):
-                entries.append(self._accepted.pop(self.ledger.state.task_id(event.number)))
+                entries.append(self.deliveries.take(event.number))
             entries.append(event)
         return entries
 
@@ -425,8 +348,3 @@ class Coordinator:
         newest = -1 if self.policy is None else self.policy.version
         actors = self.connected.by_peer.values()
         return min((actor.oldest_needed for actor in actors), default=newest)
-
-
-def _turned_away(actor_id: str) -> Refuse:
-    reason = f"actor {actor_id} sent {MAX_FAULTS} groups that cannot be used and is turned away"
-    return Refuse(code="turned_away", reason=reason, fatal=True)

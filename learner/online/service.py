@@ -127,7 +127,7 @@ class LearnerService:
 
     async def _learn_reward_names(self) -> None:
         services = self.coordinator.welcome.rewards
-        keys, names = own_client_keys(self.keys), self.coordinator.reward_names
+        keys, names = own_client_keys(self.keys), self.coordinator.deliveries.reward_names
         while True:
             names.learned(await reward_names(services, keys), time.monotonic())
             while not names.doubted:  # noqa: ASYNC110 - the coordinator knows no events

@@ -39,7 +39,7 @@ FAULTS = {
 @pytest.mark.parametrize(("kind", "changes"), FAULTS.values(), ids=FAULTS)
 def test_groups_that_cannot_be_are_refused_and_counted_by_kind(kind, changes):
     made = coordinator()
-    made.reward_names.learned(["f"], 0.0)
+    made.deliveries.reward_names.learned(["f"], 0.0)
     first, *_ = join(made, free_completions=2)
     made.receive(A, group(first, **changes), 1.0)
     answers = said(made, A)
@@ -52,7 +52,7 @@ def test_groups_that_cannot_be_are_refused_and_counted_by_kind(kind, changes):
 @pytest.mark.parametrize("logprobs", [(0.0, -0.5), (LOGPROB_TOLERANCE / 2, -0.5), (-80.0, -1e-7)])
 def test_rounding_above_zero_is_accepted(logprobs):
     made = coordinator()
-    made.reward_names.learned(["f"], 0.0)
+    made.deliveries.reward_names.learned(["f"], 0.0)
     first, *_ = join(made, free_completions=2)
     made.receive(A, group(first, completions=completions(logprobs, kept=logprobs)), 1.0)
     assert not any(isinstance(m, Refuse) for m in said(made, A))
@@ -71,7 +71,7 @@ def test_a_group_without_names_or_before_the_names_are_known_is_accepted():
     for known, reward in ((["f"], a_reward([], [])), (None, a_reward([1.0] * G, ["x"]))):
         made = coordinator()
         if known is not None:
-            made.reward_names.learned(known, 0.0)
+            made.deliveries.reward_names.learned(known, 0.0)
         first, *_ = join(made, free_completions=2)
         made.receive(A, group(first, reward=reward), 1.0)
         assert "wire/groups_invalid" not in made.metrics()
@@ -79,16 +79,16 @@ def test_a_group_without_names_or_before_the_names_are_known_is_accepted():
 
 def test_an_actor_is_not_blamed_for_a_reward_server_that_was_restarted_with_other_functions():
     made = coordinator()
-    made.reward_names.learned(["f"], 0.0)
+    made.deliveries.reward_names.learned(["f"], 0.0)
     first, *_ = join(made, free_completions=2)
     other = a_reward([1.0] * G, ["g"])
     for _ in range(2 * MAX_FAULTS):  # the services have not been asked since
         made.receive(A, group(first, reward=other), CERTAIN_S)
     assert A in made.connected.by_peer
-    assert made.reward_names.doubted
+    assert made.deliveries.reward_names.doubted
 
-    made.reward_names.learned(["g"], CERTAIN_S)
-    assert not made.reward_names.doubted
+    made.deliveries.reward_names.learned(["g"], CERTAIN_S)
+    assert not made.deliveries.reward_names.doubted
     again, *_ = join(made, B, "b", free_completions=2)
     made.receive(B, group(again, "b", reward=other), CERTAIN_S + 1)
     assert made.ledger.state.counters.received == 1
@@ -149,14 +149,18 @@ def test_an_actor_that_keeps_sending_bad_groups_is_turned_away_once(caplog):
 def test_good_groups_make_up_for_bad_ones():
     conduct = Conduct()
     for _ in range(MAX_FAULTS - 1):
-        assert not conduct.fault("a")
+        conduct.fault("a")
+        assert not conduct.is_turned_away("a")
     conduct.useful("a")
-    assert not conduct.fault("a")
+    conduct.fault("a")
     assert not conduct.is_turned_away("a")
-    assert conduct.fault("a")
+    assert not conduct.is_turned_away("a")
+    conduct.fault("a")
+    assert conduct.is_turned_away("a")
     conduct.useful("a")  # too late
     assert conduct.is_turned_away("a")
-    assert not conduct.fault("a")  # it is told once
+    conduct.fault("a")
+    assert conduct.is_turned_away("a")
 
 
 def test_names_with_faults_are_bounded():
@@ -165,4 +169,5 @@ def test_names_with_faults_are_bounded():
         conduct.fault("a")
     for number in range(MAX_NAMES):
         conduct.fault(str(number))
-    assert not conduct.fault("a")
+    conduct.fault("a")
+    assert not conduct.is_turned_away("a")
