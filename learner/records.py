@@ -58,7 +58,10 @@ class Records:
 
         with path.open("rb") as file:
             for data in file:
-                line = msgspec.json.decode(data, type=dict[str, Any])
+                try:
+                    line = msgspec.json.decode(data, type=dict[str, Any])
+                except msgspec.DecodeError:  # a power cut leaves anything
+                    continue
                 if any(key.startswith("eval/") for key in line):
                     evaluated = max(evaluated, int(line["step"]))
                 else:

@@ -169,3 +169,14 @@ def test_a_run_that_was_not_ahead_keeps_its_files(tmp_path):
     Records(tmp_path, started_at=0.0).undo(3, 2)
     assert path.stat().st_ino == before
     assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_newest_step_and_evaluation_are_read_past_a_damaged_line(tmp_path: Path):
+    records = Records(tmp_path, 0.0)
+    assert records.newest() == (0, -1)
+    for step in (1, 2, 3):
+        records.metrics(step, {"loss": 0.5})
+    records.metrics(2, {"eval/reward": 0.5})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(64) + b"\n")
+    assert Records(tmp_path, 0.0).newest() == (3, 2)
