@@ -21,6 +21,7 @@ import msgspec
 
 from protocol.errors import CheckpointError, SnapshotError
 from protocol.model.snapshots import read_tensors, write_tensors
+from protocol.run_record import sync_folder
 
 WEIGHTS, OPTIMIZER, SOURCE = "weights.safetensors", "optimizer.safetensors", "source.msgpack"
 STATE = "state.json"
@@ -234,20 +235,11 @@ def _commit(temporary: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
 
-    _sync(temporary)
+    sync_folder(temporary)
     os.replace(temporary, final)
     # Before older checkpoints are deleted: a power cut must leave at least one.
-    _sync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder as durable as the files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> None:

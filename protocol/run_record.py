@@ -222,6 +222,15 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as the files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def change_state(folder: Path, state: State, **changes: Any) -> None:  # noqa: ANN401
     """Note a new state in `run.json` and as an event; `changes` are other fields of `RunRecord`."""
     write_run(folder, msgspec.structs.replace(read_run(folder), state=state, **changes))

@@ -19,6 +19,7 @@ import msgspec
 from learner.ledger.events import AnyEvent
 from learner.ledger.frames import frame
 from protocol.messages.messages import PROTOCOL_VERSION, Group
+from protocol.run_record import sync_folder
 
 FORMAT = 1
 SEGMENT_BYTES = 64 << 20  # a segment that has grown to this size is followed by another
@@ -160,15 +161,6 @@ def set_aside(folder: Path, start: int) -> None:
     for path in later:
         os.replace(path, _unused(aside / path.name))
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def segment_number(path: Path) -> int:

@@ -15,10 +15,10 @@ from learner.ledger.journal import (
     SegmentHeader,
     segment_number,
     segments,
-    sync_folder,
 )
 from protocol.errors import JournalError
 from protocol.messages.messages import PROTOCOL_VERSION
+from protocol.run_record import sync_folder
 
 _headers = msgspec.msgpack.Decoder(SegmentHeader)
 _entries: msgspec.msgpack.Decoder[Entry] = msgspec.msgpack.Decoder(Entry)
