@@ -32,8 +32,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a GRPO run")
-    parser.add_argument("--from", type=int, dest="start", metavar="STEP", help="a checkpoint's")
-    parser.add_argument("--resample", type=int, default=0, metavar="N", help="groups")
+    parser.add_argument(
+        "--from", type=int, dest="start", metavar="STEP", help="0, or that of a checkpoint"
+    )
+    parser.add_argument(
+        "--resample", type=int, default=0, metavar="N", help="groups to sample again"
+    )
     return parser.parse_args(argv)
 
 
