@@ -196,7 +196,8 @@ def _begin_incarnation(
     history.tasks.rejoin(report.rejoined, keep_groups=True)
     if not reader.end.damage:
         log.info(
-            "the machine has been restarted since: actors start over, and what was received is kept"
+            "the journal has nothing from this start of the machine: actors start over, and what "
+            "was received is kept"
         )
         return report
 
