@@ -32,8 +32,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a GRPO run")
-    parser.add_argument("--from", type=int, dest="start", metavar="STEP", help="a checkpoint's")
-    parser.add_argument("--resample", type=int, default=0, metavar="N", help="groups")
+    parser.add_argument(
+        "--from", type=int, dest="start", metavar="STEP", help="0, or that of a checkpoint"
+    )
+    parser.add_argument(
+        "--resample", type=int, default=0, metavar="N", help="groups to sample again"
+    )
     return parser.parse_args(argv)
 
 
@@ -131,10 +135,12 @@ class Resampler:
 
     def report(self) -> str:
         """Say how many tokens came out equal."""
-        share = f"{self._equal / self._tokens:.4%}" if self._tokens else "none"
+        found = "there was none to take"
+        if self._tokens:
+            found = f"{self._equal / self._tokens:.4%} of {self._tokens} tokens are equal"
         return (
-            f"resampled {self._groups} groups: {share} of {self._tokens} tokens are equal; "
-            f"{self._left_out} groups were left out, because several policies sampled them"
+            f"groups sampled again: {self._groups}; {found}; left out, because several policies "
+            f"sampled them: {self._left_out}"
         )
 
     def _sample(self, item: "PromptGroup", row: int, policy: "dict[str, mx.array]") -> None:

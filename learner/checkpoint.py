@@ -62,8 +62,8 @@ def save_checkpoint(
     except (OSError, SnapshotError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"Cannot write the checkpoint {final}: {error}. Earlier checkpoints are untouched. "
-            "Free space, then continue with --run.resume."
+            f"Cannot write the checkpoint {final}: {str(error).rstrip('.')}. "
+            "Earlier checkpoints are untouched. Free space, then continue with --run.resume."
         ) from error
 
     # Later ones were left by a resume from before them: newer names, but older than this one.

@@ -118,10 +118,10 @@ def continue_run(
         batches.pop()  # it is queued again
 
     log.info(
-        "continuing from step %d: %d batches are trained on again from the journal, which leads to "
-        "step %d; %d groups wait, %d leases are open",
+        "continuing from step %d: %d steps are taken again from the journal, up to step %d; then "
+        "%d groups are waiting and %d tasks are leased",
         checkpoint.step,
-        len(batches),
+        reached - checkpoint.step,
         reached,
         sum(record.taken is not None for record in ledger.state.queue.values()),
         len(ledger.state.open_leases()),
@@ -171,13 +171,13 @@ def _with_other_settings(
     report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=False)
     history.tasks.rejoin(report.rejoined, keep_groups=False)
 
-    reason = "the run was resumed with other settings, so what came after the checkpoint is undone"
+    reason = "the run is resumed with other settings, so what came after the checkpoint is undone"
     lost = losses_since(before, report, events, reason)
     _write_losses(folder, msgspec.json.encode(lost))
     set_aside(journal_folder(folder), state.journal)
     log.warning(
-        "%s: %d batches trained since, %d groups; lost.json lists them. To keep them, resume "
-        "without changes first",
+        "%s: %d steps and %d groups that were not trained yet, listed in lost.json. A run that was "
+        "killed keeps them if it is first resumed without changes",
         reason,
         lost.version_reached - lost.version,
         len(report.groups) + len(lost.received_since),
@@ -195,16 +195,19 @@ def _begin_incarnation(
     report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=True)
     history.tasks.rejoin(report.rejoined, keep_groups=True)
     if not reader.end.damage:
-        log.info("the machine was started again since: actors begin anew, with what was received")
+        log.info(
+            "the journal has nothing from this start of the machine: actors start over, and what "
+            "was received is kept"
+        )
         return report
 
     events = [entry for entry in reader.end.lost if isinstance(entry, LedgerEvent)]
     lost = losses_since(before, report, events, reader.end.damage)
     _write_losses(folder, msgspec.json.encode(lost))
     log.warning(
-        "the journal is damaged (%s): the run goes on from what came before. After it there were "
-        "%d batches and %d groups that can still be read, listed in lost.json; the damaged files "
-        "are in %s",
+        "the journal is damaged (%s): the run goes on from what came before. What came after and "
+        "can still be read, %d steps and %d groups, is listed in lost.json; the damaged files are "
+        "in %s",
         reader.end.damage,
         lost.version_reached - lost.version,
         len(lost.received_since),

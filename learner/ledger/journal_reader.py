@@ -54,7 +54,8 @@ class JournalReader:
         if found != start:
             raise JournalError(
                 f"{folder}: required a segment that begins with entry {start}, where the "
-                f"checkpoint was made; the first one after it begins with {found}"
+                f"checkpoint was made; the first one after it begins with {found}. Put back the "
+                "missing segments, or delete the journal to continue from the checkpoint alone"
             )
 
     def __iter__(self) -> Iterator[tuple[SegmentHeader, Entry]]:
