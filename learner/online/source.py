@@ -6,10 +6,12 @@
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.nn as nn
 
+from learner.full_disk import write_patiently
 from learner.online.commands import (
     Command,
     EncodedState,
@@ -97,7 +99,8 @@ class OnlineSource:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = snapshot_path(self.folder, version)
-            written = write_snapshot(path, self.model, version)
+            write = partial(write_snapshot, path, self.model, version)
+            written = write_patiently(write, f"policy version {version}")
             digests, size = written.digests, written.size
 
         if self.recovered is not None:
