@@ -78,11 +78,12 @@ class OnlineSource:
 
     def begin(self, version: int) -> None:
         """Let actors work for the policy as it is, or for the newest that they could fetch."""
-        if self.recovered is None or self.recovered.version == version:
-            self.publish(version)
-        elif self.recovered.announced is not None:
-            policy = self.recovered.announced
+        recovered = self.recovered
+        if recovered is not None and recovered.announced is not None:
+            policy = recovered.announced
             self.bridge.put(RestorePolicy(policy, Path(policy.path)))
+        if recovered is None or recovered.version == version:
+            self.publish(version)
 
     def publish(self, version: int) -> None:
         """Offer the policy as `version`, in a file, on the shelf or both, and announce it.
