@@ -88,6 +88,7 @@ class Coordinator:
     _accepted: dict[TaskId, Group] = field(default_factory=dict[TaskId, Group])
     _digests: dict[int, str] = field(default_factory=dict[int, str])
     _unannounced: tuple[Policy, bytes] | None = None
+    _takes_groups: bool = True
     _watch: RunWatch = field(default_factory=RunWatch)
 
     # ---- messages from actors ------------------------------------------------------------
@@ -109,6 +110,8 @@ class Coordinator:
                 case Request():
                     actor.credit = message.free_completions
                     self._place(actor.actor_id)
+                case Group() if not self._takes_groups:
+                    pass  # not acknowledged, so that it is not lost either
                 case Group():
                     self._group(peer, actor, message, now)
                 case Failed():
@@ -373,9 +376,14 @@ class Coordinator:
         return TrainBatch(self._open_tasks.take_batch(batch.tasks), trained_at=batch.version)
 
     def return_batch(self, reason: str, now: float) -> None:
-        """Have the batch in training sampled again: it cannot be trained on."""
-        self.ledger.return_batch(reason, now)
-        self._open_tasks.batch_returned()
+        """Have the batch in training sampled again: it cannot be trained on.
+
+        So have queued groups without any reward, and take no more: the run ends for that reason.
+        """
+        also = self._open_tasks.without_reward()
+        self.ledger.return_batch(reason, now, [task.number for task in also])
+        self._open_tasks.batch_returned(also)
+        self._takes_groups = False
 
     def next_eval(self, now: float) -> EvalResult | None:
         """Return a finished evaluation, if there is one."""
