@@ -6,11 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
+from learner.full_disk import write_patiently
 from protocol.run_record import BLOCK, AnyEvent, cut_partial_line, record_event
 
 log = logging.getLogger("pippin.learner")
@@ -20,7 +22,8 @@ class Records:
     """Appends whole lines to the files of a run folder, one JSON object per line.
 
     Every step is in them once: what a resumed run repeats is first moved to
-    `metrics.undone.jsonl` and `rollouts.undone.jsonl`. `started_at` is Unix time, so that `time_s`
+    `metrics.undone.jsonl` and `rollouts.undone.jsonl`. A full disk is waited for. `started_at` is
+    Unix time, so that `time_s`
     continues where an earlier learner of the same run ended.
     """
 
@@ -90,9 +93,21 @@ class Records:
                 log.info("%s: %d lines after step %d moved to %s", name, moved, step, _aside(name))
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        with (self.folder / name).open("ab") as file:
-            for line in lines:
-                file.write(msgspec.json.encode(line, enc_hook=str) + b"\n")
+        data = b"".join(msgspec.json.encode(line, enc_hook=str) + b"\n" for line in lines)
+        write_patiently(partial(_append_whole, self.folder / name, data), name)
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append to a file, all or nothing; raises OSError if the disk does not take it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def move_lines(path: Path, away: Callable[[dict[str, Any]], bool]) -> int:

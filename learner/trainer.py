@@ -208,6 +208,8 @@ class Trainer(Generic[BatchT]):
     def _start_eval(self) -> None:
         if self.evaluator is None or self.evaluator.pending or self.step <= self._evaluated:
             return
+        if self.catching_up:  # actors no longer have that policy
+            return
         self._evaluated = self.step
         self.records.event(EvaluationStarted(step=self.step))
         self.evaluator.start(self.step)
@@ -259,11 +261,14 @@ class Trainer(Generic[BatchT]):
         if self.catching_up:
             return
 
+        # What ended before the state was taken is not in the journal after it.
+        source = self.source.state()
+        self._take_eval()
         checkpoint = Checkpoint(
             step=self.step,
             weights=trainable(self.model),
             optimizer=self.updater.state(),
-            source=self.source.state(),
+            source=source,
             state={
                 **self.resume_state,
                 "num_tokens": self.num_tokens,

@@ -36,6 +36,10 @@ class JournalError(PippinError):
     """A journal that cannot be written, read, or continued from."""
 
 
+class DiskError(PippinError):
+    """A disk that did not take what the run cannot do without."""
+
+
 class WireError(PippinError):
     """A message that cannot be accepted.
 

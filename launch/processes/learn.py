@@ -48,9 +48,9 @@ def learn(args: argparse.Namespace, lifeline: Lifeline) -> State:
             _to_first_step(run, args.run_dir, lifeline, turn, stages)
             _advance(run.trainer, args.run_dir, lifeline, turn)
         except RewardError as error:
-            # The run can be resumed from here once the reward functions are fixed, and the batch
-            # that they did not score is sampled again.
-            if run.return_batch is not None:
+            # The run can be resumed from here once the reward functions are fixed, and what they
+            # did not score is sampled again. While catching up, no batch is in training.
+            if run.return_batch is not None and not run.trainer.catching_up:
                 run.return_batch(str(error))
             run.trainer.save(required=False)
             raise

@@ -163,12 +163,14 @@ def _new_source(
 ) -> OnlineSource:
     """Return the source of a run; earlier snapshots that actors do not need are deleted."""
     snapshots, recovered = plan.folder / "policy", continued.recovered
+    shared = plan.in_process
+    if shared is not None and recovered is not None:
+        recovered.announced = None  # the shelf is empty: the policy is published once more
     needed = "" if recovered is None or recovered.announced is None else recovered.announced.path
     for stale in snapshots.glob("policy-*"):
         if str(stale.resolve()) != needed:
             stale.unlink(missing_ok=True)  # left by a killed learner: nobody else would
 
-    shared = plan.in_process
     # Files are for actors elsewhere, if any can join.
     folder = snapshots if shared is None or plan.addresses.actors else None
     shelf = None if shared is None else shared.shelf

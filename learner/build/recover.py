@@ -55,7 +55,11 @@ def journal_identity(folder: Path, settings: OnlineRun, policy: LoadedPolicy) ->
     """Return what the journal of this run, as it is set up now, shares with what it had before."""
     values = builtins(settings)
     decisive = {name: values[name] for name in _DECISIVE if name in values}
-    decisive |= {"seed": settings.run.seed, "max_staleness": settings.queue.max_staleness}
+    decisive |= {
+        "seed": settings.run.seed,
+        "max_staleness": settings.queue.max_staleness,
+        "reward_weights": settings.rewards.reward_weights,
+    }
     text = msgspec.json.encode(decisive, order="deterministic")
     return JournalIdentity(
         run=folder.name,

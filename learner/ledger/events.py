@@ -181,14 +181,18 @@ class BatchFormed(LedgerEvent, frozen=True, kw_only=True, tag="Formed"):
 
 
 class BatchReturned(LedgerEvent, frozen=True, kw_only=True, tag="Returned"):
-    """The batch in training cannot be trained on: its tasks are queued again, without groups."""
+    """The batch in training cannot be trained on: its tasks are queued again, without groups.
+
+    Nor can the groups of the queued tasks `also`, which they lose.
+    """
 
     detail: str
     at: float
+    also: list[int] = []
 
     def apply_to(self, state: LedgerState) -> None:
         require(bool(state.training), "a batch was returned while none is in training")
-        for record in state.training.values():
+        for record in (*state.training.values(), *(state.queue[n] for n in self.also)):
             record.taken = None
         state.queue = {**state.training, **state.queue}
         state.training = {}

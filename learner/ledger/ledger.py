@@ -289,9 +289,12 @@ class Ledger:
         self._emit(BatchFormed(numbers=[r.number for r in records], version=version, at=now))
         return Batch(tasks=[self.state.task_id(r.number) for r in records], version=version)
 
-    def return_batch(self, reason: str, now: float) -> None:
-        """Queue the tasks of the batch in training again: their groups cannot be trained on."""
-        self._emit(BatchReturned(detail=reason, at=now))
+    def return_batch(self, reason: str, now: float, also: Sequence[int] = ()) -> None:
+        """Queue the tasks of the batch in training again: their groups cannot be trained on.
+
+        Nor can those of the queued tasks `also`.
+        """
+        self._emit(BatchReturned(detail=reason, at=now, also=list(also)))
 
     def consumed(self) -> None:
         """Record that the batch in training was consumed, which makes a new policy version."""

@@ -83,6 +83,7 @@ class Coordinator:
     deliveries: Deliveries = field(init=False)
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
     _unannounced: tuple[Policy, bytes] | None = None
+    _takes_groups: bool = True
     _watch: RunWatch = field(default_factory=RunWatch)
 
     def __post_init__(self) -> None:
@@ -110,6 +111,8 @@ class Coordinator:
                 case Request():
                     actor.credit = message.free_completions
                     self._place(actor.actor_id)
+                case Group() if not self._takes_groups:
+                    pass  # not acknowledged, so that it is not lost either
                 case Group():
                     if not self.deliveries.group(peer, actor, message, now):
                         self.actor_gone(peer, now, blamed=False)
@@ -298,9 +301,14 @@ class Coordinator:
         return TrainBatch(self._open_tasks.take_batch(batch.tasks), trained_at=batch.version)
 
     def return_batch(self, reason: str, now: float) -> None:
-        """Have the batch in training sampled again: it cannot be trained on."""
-        self.ledger.return_batch(reason, now)
-        self._open_tasks.batch_returned()
+        """Have the batch in training sampled again: it cannot be trained on.
+
+        So have queued groups without any reward, and take no more: the run ends for that reason.
+        """
+        also = self._open_tasks.without_reward()
+        self.ledger.return_batch(reason, now, [task.number for task in also])
+        self._open_tasks.batch_returned(also)
+        self._takes_groups = False
 
     def next_eval(self, now: float) -> EvalResult | None:
         """Return a finished evaluation, if there is one."""

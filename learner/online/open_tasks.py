@@ -1,13 +1,16 @@
 """The prompts and groups of the tasks that are not finished."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
+
+import numpy as np
 
 from learner.data.prompts import Prompt
 from learner.ledger.state import LedgerState
 from learner.ledger.types import RejoinedTask
 from learner.online.experience import OpenContents, PromptGroup
+from protocol.messages.arrays import floats_view
 from protocol.messages.messages import Group, TaskKind
 from protocol.messages.parts import TaskId
 
@@ -71,8 +74,18 @@ class OpenTasks:
         """Forget the batch in training."""
         self._in_training.clear()
 
-    def batch_returned(self) -> None:
-        """Queue the prompts of the batch in training again, without their groups."""
+    def without_reward(self) -> list[TaskId]:
+        """Return the queued tasks whose group is there, but got no reward at all."""
+        return [
+            task
+            for task, group in self._groups.items()
+            if task in self._train and np.isnan(floats_view(group.reward.rewards)).all()
+        ]
+
+    def batch_returned(self, also: Iterable[TaskId]) -> None:
+        """Queue the prompts of the batch in training again; forget its groups, and those `also`."""
+        for task in also:
+            del self._groups[task]
         prompts = {task: item.prompt for task, item in self._in_training.items()}
         self._train = {**prompts, **self._train}
         self._in_training.clear()

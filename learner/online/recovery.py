@@ -109,8 +109,8 @@ class History:
             case BatchFormed(numbers=numbers, version=version):
                 ids = [self.ledger.task_id(number) for number in numbers]
                 return TrainBatch(self.tasks.take_batch(ids), trained_at=version)
-            case BatchReturned():
-                self.tasks.batch_returned()
+            case BatchReturned(also=also):
+                self.tasks.batch_returned([self.ledger.task_id(number) for number in also])
             case BatchConsumed():
                 self.tasks.batch_consumed()
             case PolicyPublished(version=version):

@@ -5,10 +5,9 @@ command and tick, `_flush` writes what the coordinator decided to the journal, t
 hands finished batches and evaluations to the trainer.
 
 If the journal cannot be written (the disk is full), nothing is sent, received or decided until it
-can; after `DISK_PATIENCE_S` the run ends with JournalError, and can be resumed from the journal.
+can (`learner/full_disk.py`); a disk that stays full ends the run, which can be resumed.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -20,6 +19,7 @@ import anyio.to_thread
 import msgspec
 from msgspec import structs
 
+from learner.full_disk import PATIENCE_S, RETRY_S, DiskWait
 from learner.ledger.journal import Entry, JournalWriter
 from learner.online.commands import (
     Command,
@@ -37,7 +37,6 @@ from learner.online.commands import (
 )
 from learner.online.coordinator import Coordinator
 from learner.online.reward_names import reward_names
-from protocol.errors import JournalError
 from protocol.messages.messages import Policy, Stop
 from protocol.transport.bridge import Bridge
 from protocol.transport.channel import Server, ServerChannel
@@ -45,12 +44,8 @@ from protocol.transport.curve_keys import own_client_keys
 from protocol.transport.memory_channel import PEER, MemoryServer
 from protocol.transport.snapshot_channel import SnapshotServer
 
-log = logging.getLogger("pippin.learner")
-
 TICK_S = 0.25
 SYNC_S = 1.0  # between two times that the journal is made to survive a power cut
-DISK_RETRY_S = 0.5
-DISK_PATIENCE_S = 60.0
 SnapshotKey = tuple[int, str]  # version and digest
 
 
@@ -73,7 +68,7 @@ class LearnerService:
     in_process: MemoryServer | None = None
     batch_requested: bool = False
     drop_old_segments: Callable[[], None] = lambda: None
-    disk_patience_s: float = DISK_PATIENCE_S
+    disk_patience_s: float = PATIENCE_S
     _flushing: anyio.Lock = field(default_factory=anyio.Lock)
     _server: Server | None = None
     _snapshots: SnapshotServer | None = None
@@ -226,31 +221,16 @@ class LearnerService:
         if self.journal is None:
             return
 
-        deadline: float | None = None
+        wait = DiskWait("the journal", self.disk_patience_s)
         while True:
             try:
                 self.journal.append(entries)
-                break
             except OSError as error:
-                now = time.monotonic()
-                if deadline is None:
-                    deadline = now + self.disk_patience_s
-                    log.warning(
-                        "the journal cannot be written: %s. No group is acknowledged until it can; "
-                        "free space within %g s, or the run ends",
-                        error,
-                        self.disk_patience_s,
-                    )
-                if now > deadline:
-                    raise JournalError(
-                        f"the journal could not be written for {self.disk_patience_s:g} s: "
-                        f"{error}. What was acknowledged is in it; free space, then continue with "
-                        "--run.resume"
-                    ) from error
-            await anyio.sleep(DISK_RETRY_S)
-
-        if deadline is not None:
-            log.warning("the journal can be written again")
+                wait.refused(error)
+                await anyio.sleep(RETRY_S)
+            else:
+                wait.taken()
+                return
 
     async def _sync(self, journal: JournalWriter) -> None:
         while True:

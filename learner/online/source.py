@@ -6,10 +6,12 @@
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.nn as nn
 
+from learner.full_disk import write_patiently
 from learner.online.commands import (
     Command,
     EncodedState,
@@ -76,11 +78,11 @@ class OnlineSource:
 
     def begin(self, version: int) -> None:
         """Let actors work for the policy as it is, or for the newest that they could fetch."""
-        if self.recovered is not None and self.recovered.announced is not None:
-            policy = self.recovered.announced
+        recovered = self.recovered
+        if recovered is not None and recovered.announced is not None:
+            policy = recovered.announced
             self.bridge.put(RestorePolicy(policy, Path(policy.path)))
-        # Otherwise, when the version that was reached is reached again.
-        if self.recovered is None or self.recovered.version == version:
+        if recovered is None or recovered.version == version:
             self.publish(version)
 
     def publish(self, version: int) -> None:
@@ -98,7 +100,8 @@ class OnlineSource:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = snapshot_path(self.folder, version)
-            written = write_snapshot(path, self.model, version)
+            write = partial(write_snapshot, path, self.model, version)
+            written = write_patiently(write, f"policy version {version}")
             digests, size = written.digests, written.size
 
         if self.recovered is not None:

@@ -6,11 +6,13 @@ import tracemalloc
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch.run_folder.tail import JsonTail
 from learner.records import Records, move_lines
+from protocol.errors import DiskError
 from protocol.run_record import (
     BLOCK,
     CheckpointFailed,
@@ -93,6 +95,41 @@ def test_events_that_a_full_disk_refuses_follow_once_there_is_room(tmp_path, roo
     records.event(last)
     assert parse_events(path.read_bytes())[1:] == [*failed, last]
     assert path.read_bytes().count(b"\n") == 4  # no line was torn or written twice
+
+
+def test_records_wait_for_a_full_disk_and_are_then_whole(tmp_path, monkeypatch, caplog):
+    records, path = Records(tmp_path, started_at=0.0), tmp_path / "rollouts.jsonl"
+    records.rollouts([{"step": 1}])
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes: list[int] = []
+
+    def freed_after_three(_: float) -> None:
+        sizes.append(path.stat().st_size)
+        if len(sizes) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+
+    monkeypatch.setattr("learner.full_disk.time.sleep", freed_after_three)
+    with full_disk(20):
+        records.rollouts([{"step": step} for step in (2, 3)])
+    assert sizes == [11, 11, 11]  # nothing of the lines while some do not fit
+    assert path.read_text() == '{"step":1}\n{"step":2}\n{"step":3}\n'
+    assert [record.message for record in caplog.records] == [
+        "rollouts.jsonl cannot be written: [Errno 27] File too large. The run waits; free space "
+        "within 60 s, or it ends",
+        "rollouts.jsonl can be written again",
+    ]
+
+
+def test_records_that_a_full_disk_never_takes_end_the_run_with_its_reason(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(
+        "learner.full_disk.time",
+        SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda _: None),
+    )
+    records = Records(tmp_path, started_at=0.0)
+    with full_disk(4), pytest.raises(DiskError, match=r"metrics\.jsonl could not .* for 60 s"):
+        records.metrics(1, {"loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 METRICS = [

@@ -256,3 +256,29 @@ def test_every_further_pass_brings_the_batch_up_to_date_and_metrics_are_means(tm
     assert metrics["grad_norm"] == float("inf")
     assert metrics["optimizer_skipped"] == pytest.approx(2 / 3)
     assert not made.model.training
+
+
+def test_an_evaluation_that_was_left_out_is_not_begun_while_catching_up(tmp_path):
+    """Its policy was superseded before: no actor could answer with it."""
+    run(trainer(tmp_path, [], [1, 2, 3], save_steps=2, eval_at_start=False))
+    log: list[str] = []
+    made = trainer(tmp_path, log, [3, 4, 5], evaluator=Held(log), eval_steps=1, eval_at_start=False)
+    made.restore(load_checkpoint(tmp_path / "checkpoints/step-000002"))
+    made.catch_up(4, evaluated=None)
+    run(made)
+    assert [entry for entry in log if entry.startswith("evaluate")] == ["evaluate 4", "evaluate 5"]
+
+
+def test_an_evaluation_that_ended_before_a_checkpoint_is_recorded_before_it(tmp_path):
+    """The journal after that checkpoint does not have it: a learner killed there would lose it."""
+    log: list[str] = []
+    made = trainer(tmp_path, log, [1, 2], evaluator=Held(log), save_steps=1)
+    assert made.evaluator is not None
+    made.advance()  # the evaluation of step 0 is open
+    made.step = 1
+    recorded: list[int] = []
+    made.source.state = lambda: recorded.append(made.records.newest()[1]) or b""
+    made.evaluator.start(1)
+    made.save(required=True)
+    assert recorded == [0]
+    assert made.records.newest()[1] == 1

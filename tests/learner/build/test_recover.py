@@ -1,15 +1,25 @@
 """Where a learner goes on: from a checkpoint and the journal, whatever has become of them."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
-from learner.build.recover import Continued, begin_run, continue_run, drop_segments, journal_folder
+from learner.build.recover import (
+    Continued,
+    begin_run,
+    continue_run,
+    drop_segments,
+    journal_folder,
+    journal_identity,
+)
 from learner.checkpoint import Checkpoint
 from learner.ledger.journal import JournalIdentity, JournalWriter, segments
 from learner.ledger.journal_reader import JournalReader
 from learner.online.coordinator import Coordinator
+from protocol.config.settings import GrpoRun
 from protocol.errors import JournalError
 from tests.learner.small_run import LIMITS, A, B, G, coordinator_of, group, join, prompts, tasks
 from tests.protocol.builders import a_completion, a_policy
@@ -215,3 +225,29 @@ def test_segments_that_no_kept_checkpoint_needs_are_dropped(tmp_path: Path, keep
     before = segments(journal_folder(tmp_path))
     drop_segments(tmp_path, keep)
     assert segments(journal_folder(tmp_path)) == before[-left:]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"rewards": {"functions": ["other.py:f"], "reward_weights": [1.0]}}, True),
+        ({"rewards": {"functions": ["a.py:f"], "reward_weights": [2.0]}}, False),
+        ({"optimizer": {"learning_rate": 0.5}}, False),
+        ({"eval": {"steps": 7}}, True),
+    ],
+)
+def test_settings_that_recorded_batches_train_by_are_told_apart(
+    tmp_path: Path, change: dict[str, Any], same: bool
+):
+    base = {
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl"},
+        "rewards": {"functions": ["a.py:f"], "reward_weights": [1.0]},
+        "train": {"max_steps": 3},
+    }
+    policy: Any = SimpleNamespace(model_digest="m", tokenizer_digest="t")
+    before, after = (
+        journal_identity(tmp_path, msgspec.convert(values, GrpoRun), policy).settings
+        for values in (base, {**base, **change})
+    )
+    assert (before == after) is same

@@ -1,5 +1,6 @@
 """What a journal leads to, entry by entry: every prefix is a learner that was killed there."""
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -14,19 +15,21 @@ from learner.online.coordinator import Coordinator
 from learner.online.experience import CoordinatorState, EvalResult, TrainBatch
 from learner.online.recovery import History, follow
 from protocol.errors import JournalError
-from protocol.messages.messages import Group
+from protocol.messages.messages import Ack, Group
 from tests.learner.small_run import (
     LIMITS,
     A,
+    G,
     coordinator,
     coordinator_of,
     group,
     join,
     prompt,
     prompts,
+    said,
     tasks,
 )
-from tests.protocol.builders import a_policy
+from tests.protocol.builders import a_policy, a_reward
 
 HELD_OUT = [prompt(40), prompt(41)]
 IDENTITY = JournalIdentity(
@@ -141,6 +144,30 @@ def test_a_returned_batch_is_leased_again_with_its_rows_and_seeds():
     ]
     made_again = history_of(saved(made))
     assert [*follow(made_again, [])[0]] == []
+
+
+def test_groups_without_any_reward_are_returned_with_the_batch_and_none_is_taken_after_it():
+    """Reward functions that broke have scored what is queued, and still score what comes."""
+    made = coordinator()
+    made.drain_entries()
+    state = saved(made)
+    leased = join(made, free_completions=16)
+    unscored = a_reward([math.nan] * G)
+    for task in leased[:3]:
+        made.receive(A, group(task, reward=unscored), 1.0)
+    assert made.next_batch(1.0) is not None
+    made.return_batch("no rewards", 2.0)
+    said(made, A)
+    made.receive(A, group(leased[3], reward=unscored), 3.0)
+    assert [message for message in said(made, A) if isinstance(message, Ack)] == []
+
+    history = history_of(state)
+    follow(history, made.drain_entries())
+    again = continued(history)
+    assert msgspec.to_builtins(again.state(0)) == msgspec.to_builtins(made.state(0))
+    assert all(record.taken is None for record in again.ledger.state.queue.values())
+    rows = {task.row for task in join(again, free_completions=16)}
+    assert rows == {task.row for task in leased}
 
 
 def test_a_new_incarnation_leases_only_rows_without_a_group():

@@ -21,7 +21,7 @@ from learner.online.commands import (
 )
 from learner.online.experience import CoordinatorState
 from learner.online.service import LearnerService
-from protocol.errors import JournalError
+from protocol.errors import DiskError
 from protocol.messages.messages import Ack, LearnerMessage, Request, Task
 from protocol.transport.bridge import Bridge
 from protocol.transport.memory_channel import MemoryChannel
@@ -101,7 +101,7 @@ def test_what_is_sent_is_in_the_journal_before(tmp_path: Path):
 def test_while_the_disk_is_full_nothing_is_acknowledged_and_then_all_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("learner.online.service.DISK_RETRY_S", 0.01)
+    monkeypatch.setattr("learner.online.service.RETRY_S", 0.01)
     bench = Bench(tmp_path)
     acks_before: list[int] = []
 
@@ -118,8 +118,8 @@ def test_while_the_disk_is_full_nothing_is_acknowledged_and_then_all_is(
     played(bench, lambda: anyio.run(act))
     assert acks_before == [0, 0, 0]
     assert [record.message for record in caplog.records if "journal" in record.message] == [
-        "the journal cannot be written: [Errno 28] No space left on device. No group is "
-        "acknowledged until it can; free space within 60 s, or the run ends",
+        "the journal cannot be written: [Errno 28] No space left on device. The run waits; free "
+        "space within 60 s, or it ends",
         "the journal can be written again",
     ]
     assert bench.log.index("GroupReceived") < bench.log.index("Ack")
@@ -128,7 +128,7 @@ def test_while_the_disk_is_full_nothing_is_acknowledged_and_then_all_is(
 def test_a_disk_that_stays_full_ends_the_run_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("learner.online.service.DISK_RETRY_S", 0.01)
+    monkeypatch.setattr("learner.online.service.RETRY_S", 0.01)
     bench = Bench(tmp_path)
     bench.service.disk_patience_s = 0.05
     bench.journal.refusals = 10**6
@@ -137,7 +137,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_reason(
         bench.channel.client.send(hello())
         bench.bridge.get(10.0)
 
-    with pytest.raises(JournalError, match=r"could not be written for 0\.05 s: .*No space left"):
+    with pytest.raises(DiskError, match=r"could not be written for 0\.05 s: .*No space left"):
         played(bench, play)
 
 
