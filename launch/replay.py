@@ -17,7 +17,8 @@ from launch.processes.blas import deterministic_kernels, prepare_mlx
 from launch.processes.start import start_log
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun, builtins
-from protocol.errors import PippinError
+from protocol.errors import ConfigError, PippinError
+from protocol.run_record import read_run
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.run.resolve()
     start_log()
     try:
+        program = read_run(folder).program
+        if program != "grpo":
+            raise ConfigError(f"{folder}: required a run of launch/grpo.py, got one of {program}")
         settings = load(GrpoRun, folder / "config.toml")
         # MLX takes its kernels when it is loaded: those of the run.
         if settings.run.deterministic:
@@ -100,7 +104,7 @@ class Resampler:
         run, settings = replay.run, replay.run.settings
         self._replay = replay
         self._count = count
-        self._every = max(1, run.total * settings.train.batch_size // count)
+        self._every = max(1, replay.batches * settings.train.batch_size // count)
         self._seen = self._groups = self._left_out = 0
         self._equal = self._tokens = 0
 

@@ -7,6 +7,7 @@ program calls `advance` until `done`, and waits on the source in between.
 # pyright: reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -34,6 +35,9 @@ from protocol.run_record import (
 )
 
 BatchT = TypeVar("BatchT")
+
+log = logging.getLogger("pippin.learner")
+TELL_S = 15.0  # between two words on how far catching up has come
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Trainer(Generic[BatchT]):
     _recorded_evaluation: int = -1
     _save_failed: bool = False
     _idle_since: float = field(default_factory=time.monotonic)
+    _told_at: float = field(default_factory=time.monotonic)
 
     def advance(self, timeout_s: float = 0.0) -> bool:
         """Do the next piece of work, waiting at most `timeout_s`; return whether there was any."""
@@ -142,6 +147,9 @@ class Trainer(Generic[BatchT]):
         metrics |= memory_use().metrics("memory/")
 
         self.last_metrics = metrics
+        if self.catching_up and time.monotonic() - self._told_at > TELL_S:
+            self._told_at = time.monotonic()
+            log.info("caught up with step %d of %d", self.step, self._reached)
         if self.step > self._recorded:
             # The line of metrics comes last: a step that has one is recorded completely.
             self.records.rollouts(prepared.rollouts)

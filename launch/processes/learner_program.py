@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from protocol.transport.bridge import BridgeClosed
 
 log = logging.getLogger("pippin.learner")
 ROWS_LOGGER = "pippin.data.rows"  # messages about single dataset rows
+UNWRITTEN = 64  # messages kept while the disk is full
 SHOWN_ROWS = 5  # of those, how many are shown in a row; the log has all of them
 
 # Errors of ours that a restart may cure: an address still in use, a bug of ours in rare timing.
@@ -45,6 +47,7 @@ class NoticeHandler(logging.Handler):
         self._folder = folder
         self._log_file = log_file
         self._rows = 0
+        self._unwritten: deque[Notice] = deque(maxlen=UNWRITTEN)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the message, unless it is an event's own or one of too many about rows."""
@@ -59,8 +62,11 @@ class NoticeHandler(logging.Handler):
             text = f"    … all of them: {self._log_file}"
 
         level = "warning" if record.levelno >= logging.WARNING else "info"
-        with suppress(OSError):  # a full disk; the message is in the log
-            append_events(self._folder, [Notice(level=level, message=text)])
+        self._unwritten.append(Notice(level=level, message=text))
+        # On a full disk, with the next message; until then they are in the log.
+        with suppress(OSError):
+            append_events(self._folder, self._unwritten)
+            self._unwritten.clear()
 
 
 def arguments(description: str | None) -> argparse.Namespace:

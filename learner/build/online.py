@@ -134,8 +134,9 @@ def assemble_online(
 
     with bridge:
         bridge.start(lambda _: service.run())
-        if checkpoint is None:
-            trainer.save(required=True)  # before the first lease
+        if continued.recovered is None:
+            # Before the first lease: of a new run, or of one that goes on with other settings.
+            trainer.save(required=True)
         source.begin(trainer.step)
         done("preparation")
         if shared is None:

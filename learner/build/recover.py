@@ -14,7 +14,7 @@ import msgspec
 
 from learner.checkpoint import Checkpoint, checkpoints, restoring
 from learner.data.prompts import PromptSource
-from learner.ledger.events import LedgerEvent
+from learner.ledger.events import BatchConsumed, LedgerEvent
 from learner.ledger.journal import Entry, JournalIdentity, JournalWriter, segments, set_aside
 from learner.ledger.journal_reader import JournalReader, cut, drop_before, read_header
 from learner.ledger.ledger import Ledger
@@ -101,7 +101,8 @@ def continue_run(
     for header in since:
         _require_same_run(header.identity, identity, journal)
 
-    if any(header.identity.settings != identity.settings for header in since):
+    theirs = {state.settings, *(header.identity.settings for header in since)}
+    if theirs != {identity.settings}:
         return _with_other_settings(folder, history, reader, limits, identity, state)
 
     batches, evaluations = follow(history, _entries(reader))
@@ -165,27 +166,37 @@ def _with_other_settings(
     identity: JournalIdentity,
     state: CoordinatorState,
 ) -> Continued:
-    """Continue from the checkpoint alone, as a new incarnation: the rest belongs to other settings.
+    """Continue from the checkpoint with other settings, as a new incarnation without its groups.
 
-    It is moved aside, and lost.json lists it.
+    Groups that were received are moved aside, and lost.json lists them. Raises JournalError if
+    steps were taken since the checkpoint: these settings would not lead to them.
     """
     events = [entry for entry in _entries(reader) if isinstance(entry, LedgerEvent)]
+    steps = sum(isinstance(event, BatchConsumed) for event in events)
+    if steps:
+        raise JournalError(
+            f"{journal_folder(folder)}: {steps} steps were taken after the checkpoint of step "
+            f"{history.ledger.version}, with other settings, and cannot be taken again with these. "
+            "Resume without changes first, and stop the run: that saves a checkpoint, from which "
+            "it can be resumed with other settings. Or delete the journal to give the steps up"
+        )
+
     ledger = Ledger(limits, history.ledger)
     before = ledger.state.copy()
     report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=False)
     history.tasks.rejoin(report.rejoined, keep_groups=False)
-
-    reason = "the run is resumed with other settings, so what came after the checkpoint is undone"
-    lost = losses_since(before, report, events, reason)
-    _write_losses(folder, msgspec.json.encode(lost))
     set_aside(journal_folder(folder), state.journal)
-    log.warning(
-        "%s: %d steps and %d groups that were not trained yet, listed in lost.json. A run that was "
-        "killed keeps them if it is first resumed without changes",
-        reason,
-        lost.version_reached - lost.version,
-        len(report.groups) + len(lost.received_since),
-    )
+
+    reason = "the run goes on with other settings"
+    lost = losses_since(before, report, events, reason)
+    groups = len(lost.under_way.groups) + len(lost.received_since)
+    if groups:
+        _write_losses(folder, msgspec.json.encode(lost))
+        log.warning(
+            "%s: %d groups that were not trained on yet are sampled again; lost.json lists them",
+            reason,
+            groups,
+        )
     writer = JournalWriter(journal_folder(folder), identity, state.journal)
     writer.begin_segment(ledger.state.version)
     return Continued(ledger, writer, history)

@@ -124,12 +124,13 @@ class RecordedSource:
 
 @dataclass(frozen=True)
 class Replay:
-    """A run that is ready to be trained again; `start` is the step from which."""
+    """A run that is ready to be trained again: `batches` of them, from step `start` on."""
 
     run: LoadedRun
     trainer: Trainer[TrainBatch]
     source: RecordedSource
     start: int
+    batches: int
 
     def advance(self) -> list[Compared]:
         """Train on the next batch; return the comparisons that were made since the last call."""
@@ -155,6 +156,8 @@ def open_replay(folder: Path, start: int | None = None) -> Generator[Replay]:
         run.settings, run.policy, run.reference, longest_prompt(run.settings.data, run.prompts)
     )
     reader = JournalReader(journal_folder(folder), number)
+    entries = (entry for _, entry in JournalReader(journal_folder(folder), number))
+    batches = sum(isinstance(entry, BatchConsumed) for entry in entries)
     keep = run.settings.queue.max_staleness + 2
     source = RecordedSource(iter(reader), history, run.policy.model, settings, keep)
     with TemporaryDirectory(prefix="pippin-replay-") as records:
@@ -165,7 +168,7 @@ def open_replay(folder: Path, start: int | None = None) -> Generator[Replay]:
             load_trainable(run.policy.model, checkpoint.weights, f"checkpoint of step {start}")
             trainer.restore(checkpoint)
         source.publish(start)
-        yield Replay(run, trainer, source, start)
+        yield Replay(run, trainer, source, start, batches)
 
     if reader.end.damage:
         raise JournalError(f"the journal is damaged after what was replayed: {reader.end.damage}")

@@ -66,7 +66,7 @@ class JournalWriter:
     def __init__(self, folder: Path, identity: JournalIdentity, number: int) -> None:
         self.number = number
         self._folder = folder
-        self._identity = identity
+        self.identity = identity
         self._checkpoint: int | None = None
         self._descriptor: int | None = None
         self._size = 0
@@ -116,7 +116,7 @@ class JournalWriter:
         self._size = 0
 
         header = SegmentHeader(
-            identity=self._identity, first=self.number, checkpoint=self._checkpoint
+            identity=self.identity, first=self.number, checkpoint=self._checkpoint
         )
         try:
             self._write(frame(_encoder.encode(header)))

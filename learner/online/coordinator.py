@@ -84,6 +84,8 @@ class Coordinator:
     _open_tasks: OpenTasks = field(default_factory=OpenTasks)
     _unannounced: tuple[Policy, bytes] | None = None
     _takes_groups: bool = True
+    _awaited: set[str] = field(default_factory=set[str])
+    _awaited_since: float | None = None
     _watch: RunWatch = field(default_factory=RunWatch)
 
     def __post_init__(self) -> None:
@@ -199,8 +201,20 @@ class Coordinator:
                 log.warning("actor %s was silent for %.0f s", actor.actor_id, now - actor.last_seen)
                 self.actor_gone(peer, now)
 
+        self._give_up_awaited(now)
         self.assign(now)
         self._watch.tick(self.ledger, len(self.connected.by_peer), now)
+
+    def _give_up_awaited(self, now: float) -> None:
+        """Free the leases of actors that held some before a recovery, and have not come back."""
+        if self._awaited_since is None:
+            self._awaited_since = now
+        if not self._awaited or now - self._awaited_since <= self.actor_timeout_s:
+            return
+        for name in sorted(self._awaited - self.connected.peers.keys()):
+            log.warning("actor %s has not come back; its tasks go to others", name)
+            self._cancel(self.ledger.actor_gone(name, now, blamed=False))
+        self._awaited.clear()
 
     def _cancel(self, ended: list[EndedLease]) -> None:
         for lease in ended:
@@ -278,13 +292,13 @@ class Coordinator:
             self.ledger.published(self.policy.version, self.policy.digest, tensors)
             self.deliveries.digests[self.policy.version] = self.policy.digest
             self._send_policy(self.policy, now)
+            self._watch.started(now)
         self.assign(now)
 
     def _send_policy(self, policy: Policy, now: float) -> None:
         self.connected.send_all(policy)
         for actor in self.connected.by_peer.values():
             actor.progress.announced(policy.version, now)
-        self._watch.started(now)
 
     def evaluate(self, version: int, now: float) -> None:
         """Queue the held-out rows, pinned to a version."""
@@ -324,20 +338,22 @@ class Coordinator:
 
     # ---- checkpoints and the journal -----------------------------------------------------
 
-    def state(self, journal: int) -> CoordinatorState:
-        """Return what a later learner needs; `journal` is the number of the next journal entry."""
+    def state(self, journal: int, settings: str = "") -> CoordinatorState:
+        """Return what a later learner needs; see `CoordinatorState`."""
         return CoordinatorState(
             ledger=self.ledger.state.copy(),
             prompts=self.prompts.state(),
             position=self.position,
             tasks=self._open_tasks.contents(),
             journal=journal,
+            settings=settings,
         )
 
     def restore(self, history: History) -> None:
         """Continue from what a journal led to, with a ledger of the same state."""
         self.position, self._open_tasks = history.position, history.tasks
         self.deliveries.open_tasks = history.tasks
+        self._awaited = {lease.actor for _, lease in self.ledger.state.open_leases()}
         self.deliveries.digests |= {v: each.digest for v, each in history.published.items()}
 
     def drain_entries(self) -> list[Entry]:

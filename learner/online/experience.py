@@ -52,7 +52,8 @@ class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     """The coordinator's part of a checkpoint.
 
     `position` counts the rows that joined; `tasks` holds the data of the ledger's open tasks, by
-    number. `journal` is the number of the first journal entry that comes after this state.
+    number. `journal` is the number of the first journal entry that comes after this state;
+    `settings` is the digest of the settings that led to it (`JournalIdentity.settings`).
     """
 
     ledger: LedgerState
@@ -60,6 +61,7 @@ class CoordinatorState(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     tasks: OpenContents
     journal: int
+    settings: str
 
 
 def reward_matrix(groups: Sequence[PromptGroup]) -> tuple[list[str], np.ndarray]:

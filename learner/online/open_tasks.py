@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
+from msgspec import structs
 
 from learner.data.prompts import Prompt
 from learner.ledger.state import LedgerState
@@ -141,7 +142,9 @@ class OpenTasks:
         self._holders.clear()
         self._train = {each.new: prompts[each.old] for each in rejoined}
         self._groups = {
-            each.new: groups[each.old] for each in rejoined if keep_groups and each.old in groups
+            each.new: structs.replace(groups[each.old], task=each.new, attempt=1)
+            for each in rejoined
+            if keep_groups and each.old in groups
         }
 
     def _take(self, task: TaskId) -> PromptGroup:

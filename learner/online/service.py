@@ -242,9 +242,10 @@ class LearnerService:
         async with self._flushing:
             while entries := self.coordinator.drain_entries():
                 await self._write(entries)
-            step = self.coordinator.ledger.state.version
-            number = 0
+            number, settings = 0, ""
             if self.journal is not None:
-                number = self.journal.begin_segment(step)
+                number = self.journal.begin_segment(self.coordinator.ledger.state.version)
+                settings = self.journal.identity.settings
                 self.drop_old_segments()
-            return EncodedState(msgspec.msgpack.encode(self.coordinator.state(number)))
+            state = self.coordinator.state(number, settings)
+            return EncodedState(msgspec.msgpack.encode(state))

@@ -13,6 +13,7 @@ from learner.ledger.journal import Entry, JournalWriter, segments
 from learner.ledger.journal_reader import JournalReader, read_header
 from protocol.messages.arrays import floats_bytes, floats_view
 from protocol.messages.messages import Group
+from protocol.run_record import RunRecord, write_run
 from tests.launch.processes.whole_runs import launched
 
 STEPS, BATCH = 4, 4
@@ -59,7 +60,8 @@ def test_a_replay_may_begin_at_a_checkpoint(recorded: Path):
 def copied(run: Path, target: Path) -> Path:
     """Copy what a replay reads of a run, but for its journal."""
     target.mkdir()
-    (target / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    for name in ("config.toml", "run.json"):
+        (target / name).write_bytes((run / name).read_bytes())
     return target
 
 
@@ -97,6 +99,13 @@ def test_what_cannot_be_replayed_is_said(recorded: Path, tmp_path: Path):
     assert status == 2
     assert "JournalError: " in said
     assert "required a journal, found none" in said
+
+    status, said = replayed(tmp_path)
+    assert status == 2
+    assert "required a run folder with run.json; found none" in said
+    write_run(run, RunRecord(program="sft"))
+    status, said = replayed(run)
+    assert (status, "required a run of launch/grpo.py, got one of sft" in said) == (2, True)
 
     other = copied(recorded, tmp_path / "other")
     text = (other / "config.toml").read_text()

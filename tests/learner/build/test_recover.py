@@ -16,11 +16,13 @@ from learner.build.recover import (
     journal_identity,
 )
 from learner.checkpoint import Checkpoint
-from learner.ledger.journal import JournalIdentity, JournalWriter, segments
+from learner.ledger.journal import JournalIdentity, JournalWriter, segment_name, segments
 from learner.ledger.journal_reader import JournalReader
 from learner.online.coordinator import Coordinator
+from learner.online.experience import CoordinatorState
 from protocol.config.settings import GrpoRun
 from protocol.errors import JournalError
+from protocol.messages.messages import Request
 from tests.learner.small_run import LIMITS, A, B, G, coordinator_of, group, join, prompts, tasks
 from tests.protocol.builders import a_completion, a_policy
 
@@ -32,7 +34,8 @@ IDENTITY = JournalIdentity(
 def checkpoint_of(made: Coordinator, journal: JournalWriter, step: int) -> Checkpoint:
     """Make a checkpoint as the service does: it begins a segment."""
     journal.append(made.drain_entries())
-    source = msgspec.msgpack.encode(made.state(journal.begin_segment(step)))
+    state = made.state(journal.begin_segment(step), journal.identity.settings)
+    source = msgspec.msgpack.encode(state)
     return Checkpoint(step, {}, {}, source, {})
 
 
@@ -105,26 +108,69 @@ def test_after_a_start_of_the_machine_actors_begin_anew_and_groups_stay(tmp_path
     assert not (tmp_path / "lost.json").exists()
 
 
-def test_other_settings_undo_what_came_after_the_checkpoint_and_list_it(tmp_path: Path):
+def test_other_settings_are_refused_where_steps_were_taken_since_the_checkpoint(tmp_path: Path):
     _, checkpoint = a_run(tmp_path)
-    journal = journal_folder(tmp_path)
-    old = segments(journal)
+    with pytest.raises(JournalError, match="1 steps were taken after the checkpoint of step 0"):
+        again(tmp_path, checkpoint, settings="other")
+    made, _ = again(tmp_path, checkpoint)  # nothing was touched
+    assert made.ledger.state.version == 1
+
+
+def a_stopped_run(folder: Path) -> Checkpoint:
+    """Receive three groups, then stop with a checkpoint."""
+    continued = begin_run(folder, LIMITS, IDENTITY)
+    made, journal = coordinator_of(continued.ledger), continued.journal
+    made.publish(a_policy(0), 0.0)
+    for task in join(made)[:3]:
+        made.receive(A, group(task), 1.0)
+    checkpoint = checkpoint_of(made, journal, 0)
+    journal.close()
+    return checkpoint
+
+
+def test_other_settings_after_a_stop_are_noticed_and_groups_sampled_again(tmp_path: Path):
+    checkpoint = a_stopped_run(tmp_path)
     made, continued = again(tmp_path, checkpoint, settings="other")
     assert continued.recovered is None
-    assert made.ledger.state.version == 0
+    assert [r.taken for r in made.ledger.state.queue.values()] == [None] * 4
     lost = msgspec.json.decode((tmp_path / "lost.json").read_bytes())
-    assert "other settings" in lost["reason"]
-    assert (lost["version"], lost["version_reached"]) == (0, 1)
-    assert len(lost["trained_since"]) == 2
-    assert len(lost["received_since"]) == 3
-    assert sorted(path.name for path in (journal / "undone").iterdir()) == [old[-1].name]
+    assert lost["reason"] == "the run goes on with other settings"
+    assert len(lost["under_way"]["groups"]) == 3
     # The new history is appended, and can be continued in its turn.
     made.publish(a_policy(0), 0.0)
     continued.journal.append(made.drain_entries())
     continued.journal.close()
-    third, more = again(tmp_path, checkpoint, settings="other")
-    assert more.recovered is not None
-    assert third.ledger.state == made.ledger.state
+    state = msgspec.msgpack.decode(checkpoint.source, type=CoordinatorState)
+    assert segments(journal_folder(tmp_path))[-1].name == segment_name(state.journal)
+
+
+def test_actors_that_do_not_come_back_after_a_recovery_lose_their_tasks(tmp_path: Path):
+    _, checkpoint = a_run(tmp_path)
+    made, _ = again(tmp_path, checkpoint)
+    made.policy = a_policy(1)
+    assert join(made, B, "b") == []  # the only task is with actor a
+    made.tick(0.0)
+    made.receive(B, Request(free_completions=8), 30.0)
+    made.tick(30.0)
+    assert tasks(made, B) == []  # actor a may still come back
+    made.tick(30.5)
+    (task,) = tasks(made, B)
+    assert task.attempt == 2
+
+
+def test_groups_that_a_new_incarnation_kept_are_kept_by_its_checkpoints(tmp_path: Path):
+    _, checkpoint = a_run(tmp_path)
+    made, continued = again(tmp_path, checkpoint, boot="later")
+    saved = checkpoint_of(made, continued.journal, 1)
+    continued.journal.close()
+    third, _ = again(tmp_path, saved, boot="later")
+    third.publish(a_policy(1), 0.0)
+    batch = third.next_batch(0.0)
+    assert batch is not None
+    assert [item.prompt.row_key for item in batch.groups] == [2, 3]
+    assert {item.group.task.incarnation for item in batch.groups} == {
+        third.ledger.state.incarnation
+    }
 
 
 def test_damage_ends_the_recovery_there_and_says_what_was_lost(tmp_path: Path):
