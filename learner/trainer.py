@@ -337,3 +337,5 @@ class Trainer(Generic[BatchT]):
         self.records.undo(self._recorded, evaluation)
         if evaluated is not None:
             self._evaluated = max(self._evaluated, evaluated)
+        if self.evaluator is None or not self.evaluator.pending:
+            self._evaluated = min(self._evaluated, evaluation)  # what was begun since is lost

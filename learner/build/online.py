@@ -113,7 +113,10 @@ def assemble_online(
     if checkpoint is None:
         continued = begin_run(folder, limits, identity)
     else:
-        continued = continue_run(folder, checkpoint, limits, identity, prompts)
+        # In one process, no policy outlives the learner.
+        continued = continue_run(
+            folder, checkpoint, limits, identity, prompts, snapshots=shared is None
+        )
     coordinator = new_coordinator(
         plan, continued.ledger, forward.peak_bytes, settings.eval.max_completion_length
     )
@@ -165,8 +168,6 @@ def _new_source(
     """Return the source of a run; earlier snapshots that actors do not need are deleted."""
     snapshots, recovered = plan.folder / "policy", continued.recovered
     shared = plan.in_process
-    if shared is not None and recovered is not None:
-        recovered.announced = None  # the shelf is empty: the policy is published once more
     needed = "" if recovered is None or recovered.announced is None else recovered.announced.path
     for stale in snapshots.glob("policy-*"):
         if str(stale.resolve()) != needed:

@@ -83,11 +83,14 @@ def continue_run(
     limits: LedgerSettings,
     identity: JournalIdentity,
     prompts: PromptSource,
+    *,
+    snapshots: bool = True,
 ) -> Continued:
     """Continue from a checkpoint and what the journal has after it.
 
     Where the journal ends as the last learner process left it, its incarnation goes on: actors that
-    are still there keep their leases, and deliver what they hold. Otherwise a new one begins.
+    are still there keep their leases, and deliver what they hold. Otherwise a new one begins, and
+    where an evaluation is open whose policy no actor can fetch; without `snapshots`, none can be.
     Raises CheckpointError or JournalError if these files are not this run's.
     """
     with restoring(checkpoint) as source:
@@ -114,11 +117,10 @@ def continue_run(
 
     same_boot = bool(headers) and bool(identity.boot) and headers[-1].identity.boot == identity.boot
     reached = ledger.state.version
-    announced = None
-    if reader.end.damage or not same_boot:
+    announced = _announced(folder, history) if snapshots and same_boot else None
+    if reader.end.damage or not same_boot or (ledger.state.evals and announced is None):
+        announced = None
         _begin_incarnation(folder, ledger, history, reader)
-    else:
-        announced = _announced(folder, history)
     if batches and not history.ledger.training and batches[-1].trained_at == reached:
         batches.pop()  # it is queued again
 
@@ -211,8 +213,8 @@ def _begin_incarnation(
     history.tasks.rejoin(report.rejoined, keep_groups=True)
     if not reader.end.damage:
         log.info(
-            "the journal has nothing from this start of the machine: actors start over, and what "
-            "was received is kept"
+            "actors start over, and what was received is kept: they, or the policy of an open "
+            "evaluation, are gone"
         )
         return report
 

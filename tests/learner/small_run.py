@@ -24,12 +24,12 @@ def prompt(number: int) -> Prompt:
     return Prompt(row_key=number, prompt_ids=[2, 3 + number], row={"prompt": f"p{number}"})
 
 
-def prompts(count: int = 8) -> PromptSource:
-    """Make the training rows, in order."""
+def prompts(count: int = 8, held_out: Sequence[Prompt] = ()) -> PromptSource:
+    """Make the training rows, in order, and held-out ones."""
     settings = DataSettings(order="sequential")
     rows = [prompt(number) for number in range(count)]
     epochs = ListEpochs(rows, settings, seed=0, batch_size=1)
-    return PromptSource(Sets(epochs, [], Report("rows")), None)
+    return PromptSource(Sets(epochs, list(held_out), Report("rows")), None)
 
 
 LIMITS = LedgerSettings(

@@ -282,3 +282,14 @@ def test_an_evaluation_that_ended_before_a_checkpoint_is_recorded_before_it(tmp_
     made.save(required=True)
     assert recorded == [0]
     assert made.records.newest()[1] == 1
+
+
+def test_an_evaluation_of_the_last_step_that_was_lost_is_begun_again(tmp_path):
+    run(trainer(tmp_path, [], [1, 2], save_steps=2, eval_at_start=False))
+    log: list[str] = []
+    made = trainer(tmp_path, log, [], evaluator=Held(log), eval_at_start=False)
+    made.restore(load_checkpoint(tmp_path / "checkpoints/step-000002"))
+    made.catch_up(2, evaluated=2)
+    run(made)
+    assert [entry for entry in log if entry.startswith("evaluate")] == ["evaluate 2"]
+    assert made.records.newest() == (2, 2)

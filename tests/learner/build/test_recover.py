@@ -23,7 +23,18 @@ from learner.online.experience import CoordinatorState
 from protocol.config.settings import GrpoRun
 from protocol.errors import JournalError
 from protocol.messages.messages import Request
-from tests.learner.small_run import LIMITS, A, B, G, coordinator_of, group, join, prompts, tasks
+from tests.learner.small_run import (
+    LIMITS,
+    A,
+    B,
+    G,
+    coordinator_of,
+    group,
+    join,
+    prompt,
+    prompts,
+    tasks,
+)
 from tests.protocol.builders import a_completion, a_policy
 
 IDENTITY = JournalIdentity(
@@ -297,3 +308,24 @@ def test_settings_that_recorded_batches_train_by_are_told_apart(
         for values in (base, {**base, **change})
     )
     assert (before == after) is same
+
+
+def test_an_evaluation_whose_policy_is_gone_does_not_hold_up_the_next(tmp_path: Path):
+    """Newer policies wait for its end, and nobody could answer it."""
+    continued = begin_run(tmp_path, LIMITS, IDENTITY)
+    made, journal = coordinator_of(continued.ledger, [prompt(40)]), continued.journal
+    checkpoint = checkpoint_of(made, journal, 0)
+    made.publish(a_policy(0), 0.0)
+    made.evaluate(0, 0.0)
+    join(made, free_completions=16)
+    journal.append(made.drain_entries())
+    journal.close()
+
+    source = prompts(held_out=[prompt(40)])  # policy/ has no snapshot of version 0
+    after = continue_run(tmp_path, checkpoint, LIMITS, IDENTITY, source)
+    assert after.recovered is not None
+    assert after.recovered.announced is None
+    assert after.ledger.state.evals == {}
+    again = coordinator_of(after.ledger, [prompt(40)])
+    again.publish(a_policy(0), 1.0)
+    assert again.ledger.state.published == 0
