@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from launch.processes.placement import require_gpus
+from launch.processes.run_lock import hold_run_folder
 from launch.run_folder.create import CONFIG, make_run_folder
 from launch.run_folder.paths import DATA_SUFFIXES, require_files, resolve_flags, resolve_paths
 from launch.run_folder.resume import changed_settings, prepare_resume, require_program
@@ -83,7 +84,8 @@ def _resume_run(cls: type[RunT], folder: Path, flags: Sequence[str]) -> RunT:
     run = resolve_paths(run, Path.cwd())
     require_gpus(run)
     try:
-        prepare_resume(folder, run)
+        with hold_run_folder(folder):  # refused before anything is written
+            prepare_resume(folder, run)
     except OSError as error:
         raise ConfigError(f"--run.resume {folder}: cannot be written: {error}") from error
 

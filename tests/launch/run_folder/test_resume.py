@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.command_line import read_command_line
+from launch.processes.run_lock import hold_run_folder
 from launch.run_folder.resume import (
     accept_settings,
     changed_settings,
@@ -65,3 +67,16 @@ def test_a_damaged_run_json_is_an_error_that_says_how_to_repair_it(tmp_path: Pat
         require_program(tmp_path, "sft")
     (tmp_path / "run.json").write_text('{"program": "sft"}')
     require_program(tmp_path, "sft")
+
+
+def test_a_run_that_is_at_work_is_not_touched_by_a_resume(tmp_path: Path):
+    (tmp_path / "config.toml").write_text(to_toml(load(SftRun, None, FLAGS)))
+    write_run(tmp_path, RunRecord(program="sft", state="running"))
+    flags = [f"--run.resume={tmp_path}", "--run.save_steps=7"]
+    with hold_run_folder(tmp_path):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ConfigError, match=r"another learner .* is working in"):
+            read_command_line(SftRun, flags, "")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run, _ = read_command_line(SftRun, flags, "")
+    assert run.run.save_steps == 7
