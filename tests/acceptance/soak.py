@@ -162,7 +162,11 @@ class Soak:
             time.sleep(0.1)
         resumed = Launcher(run.folder, ["--run.resume", str(run.folder)])
         before = len(resumed.steps())
-        resumed.until(lambda: len(resumed.steps()) > before, "step after a resume")
+        try:
+            resumed.until(lambda: len(resumed.steps()) > before, "step after a resume")
+        except CheckFailed:
+            resumed.end()
+            raise
         return resumed
 
     def _check_records(self, run: Launcher) -> None:
