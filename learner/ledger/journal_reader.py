@@ -82,8 +82,20 @@ class JournalReader:
 
 
 def read_header(path: Path) -> SegmentHeader | None:
-    """Return a segment's header, or None if it has no whole one."""
-    return _Segment(path).header
+    """Return a segment's header, or None if it has no whole one; nothing else of it is read."""
+    with path.open("rb") as file:
+        head = file.read(HEAD.size)
+        length = HEAD.unpack(head)[0] if is_frame_head(memoryview(head), 0) else 0
+        found = frame_at(memoryview(head + file.read(length)), 0)
+    if found is None or found[0] is None:
+        return None
+
+    try:
+        header = _headers.decode(found[0])
+    except msgspec.MsgspecError:
+        return None
+    _require_version(path, header)
+    return header
 
 
 def drop_before(folder: Path, step: int) -> None:
