@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.processes.blas import deterministic_kernels, prepare_mlx
+from launch.processes.colocated import engine_model
 from launch.processes.start import start_log
+from launch.processes.workers import new_engine
 from protocol.config.load import load
 from protocol.config.settings import GrpoRun, builtins
 from protocol.errors import ConfigError, PippinError
@@ -98,25 +100,22 @@ class Resampler:
     """
 
     def __init__(self, replay: "Replay", count: int) -> None:
-        from actors.engine.mlx_engine import MlxEngine
-        from protocol.model.views import second_tree
+        from learner.build.forward import longest_prompt
 
         run, settings = replay.run, replay.run.settings
         self._replay = replay
         self._count = count
-        self._every = max(1, replay.batches * settings.train.batch_size // count)
+        self._every = max(1, replay.batches() * settings.train.batch_size // count)
         self._seen = self._groups = self._left_out = 0
         self._equal = self._tokens = 0
 
-        self._model = second_tree(run.policy.model, keep_wrapped=True)
-        longest = run.prompts.epochs.longest or 0
-        self._engine = MlxEngine(
+        self._model = engine_model(run.policy)
+        longest = longest_prompt(settings.data, run.prompts)
+        self._engine = new_engine(
+            run.policy,
             self._model,
-            stop_token_ids=run.policy.stop_token_ids,
-            vocab_size=run.policy.vocab_size,
-            max_concurrent_completions=settings.sampling.num_generations,
+            completions=settings.sampling.num_generations,
             prefill_step_size=settings.actors.prefill_step_size,
-            context_length=run.policy.config.get("max_position_embeddings"),
             max_tokens=longest + settings.sampling.max_completion_length,
             deterministic=settings.run.deterministic,
         )

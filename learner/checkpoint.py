@@ -53,7 +53,7 @@ def save_checkpoint(
     evaluation's). Raises CheckpointError, with earlier checkpoints untouched, if the disk does not
     take it.
     """
-    final = folder / f"step-{checkpoint.step:06d}"
+    final = checkpoint_path(folder, checkpoint.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         remove_unfinished(folder)
@@ -67,19 +67,24 @@ def save_checkpoint(
         ) from error
 
     # Later ones were left by a resume from before them: newer names, but older than this one.
-    past = [path for path in checkpoints(folder) if _step_of(path) <= checkpoint.step]
+    past = [path for path in checkpoints(folder) if step_of(path) <= checkpoint.step]
     for old in past[:-keep] if keep > 0 else []:
-        if _step_of(old) not in also:
+        if step_of(old) not in also:
             # Without this file, a folder that is half deleted does not count as a checkpoint.
             (old / STATE).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, among those under `folder`."""
+    return folder / f"step-{step:06d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints under `folder`, damaged or not, oldest first."""
     found = [path.parent for path in folder.glob(f"step-*/{STATE}")]
-    return sorted((path for path in found if _step_of(path) >= 0), key=_step_of)
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -92,7 +97,7 @@ def remove_unfinished(folder: Path) -> None:
         if not final.exists() and (replaced / STATE).is_file():
             os.replace(replaced, final)
 
-    named = [path for path in folder.glob("step-*/") if _step_of(path) >= 0]
+    named = [path for path in folder.glob("step-*/") if step_of(path) >= 0]
     half_deleted = [path for path in named if not (path / STATE).is_file()]
     for unfinished in [*folder.glob(".step-*"), *half_deleted]:
         log.info("deleting the unfinished checkpoint %s", unfinished)
@@ -207,7 +212,7 @@ def _state_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(msgspec.json.encode(state, order="sorted")).hexdigest()
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     """Return the step that a checkpoint's folder is named after; -1 for other names."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1

@@ -23,8 +23,7 @@ class Records:
 
     Every step is in them once: what a resumed run repeats is first moved to
     `metrics.undone.jsonl` and `rollouts.undone.jsonl`. A full disk is waited for. `started_at` is
-    Unix time, so that `time_s`
-    continues where an earlier learner of the same run ended.
+    Unix time, so that `time_s` continues where an earlier learner of the same run ended.
     """
 
     def __init__(self, folder: Path, started_at: float) -> None:

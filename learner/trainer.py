@@ -311,9 +311,9 @@ class Trainer(Generic[BatchT]):
                 self.model.eval()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint whose tensors are already in the model; undo what came after.
+        """Continue from a checkpoint whose tensors are already in the model.
 
-        `catch_up` may follow.
+        `undo_records` or `catch_up` follows, as what came after it is lost or taken again.
         """
         self.step = self._reached = self._recorded = checkpoint.step
         self.num_tokens = float(checkpoint.state.get("num_tokens", 0.0))

@@ -22,6 +22,7 @@ from protocol.transport.endpoints import reachable
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from actors.engine.mlx_engine import MlxEngine
     from actors.rewards.client import RewardClient
     from protocol.model.policy import LoadedPolicy
 
@@ -53,6 +54,34 @@ def new_io(
     )
 
 
+def new_engine(
+    policy: "LoadedPolicy",
+    model: "nn.Module",
+    *,
+    completions: int,
+    prefill_step_size: int,
+    max_tokens: int,
+    deterministic: bool,
+) -> "MlxEngine":
+    """Return an engine that samples with `model`, which belongs to it from now on.
+
+    `completions` are sampled at a time; `max_tokens` are those of the longest prompt and completion
+    together.
+    """
+    from actors.engine.mlx_engine import MlxEngine
+
+    return MlxEngine(
+        model,
+        stop_token_ids=policy.stop_token_ids,
+        vocab_size=policy.vocab_size,
+        max_concurrent_completions=completions,
+        prefill_step_size=prefill_step_size,
+        context_length=policy.config.get("max_position_embeddings"),
+        max_tokens=max_tokens,
+        deterministic=deterministic,
+    )
+
+
 def new_worker(
     policy: "LoadedPolicy",
     model: "nn.Module",
@@ -69,16 +98,13 @@ def new_worker(
     `load` is the worker's; the rest of `policy` says how to read and write tokens. `completions`
     are sampled at a time.
     """
-    from actors.engine.mlx_engine import MlxEngine
     from protocol.model.device_memory import memory_use
 
-    engine = MlxEngine(
+    engine = new_engine(
+        policy,
         model,
-        stop_token_ids=policy.stop_token_ids,
-        vocab_size=policy.vocab_size,
-        max_concurrent_completions=completions,
+        completions=completions,
         prefill_step_size=prefill_step_size,
-        context_length=policy.config.get("max_position_embeddings"),
         max_tokens=welcome.max_tokens,
         deterministic=welcome.deterministic,
     )

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from learner.checkpoint import Checkpoint, checkpoints, restoring
+from learner.checkpoint import Checkpoint, checkpoints, restoring, step_of
 from learner.data.prompts import PromptSource
 from learner.ledger.events import BatchConsumed, LedgerEvent
 from learner.ledger.journal import Entry, JournalIdentity, JournalWriter, segments, set_aside
 from learner.ledger.journal_reader import JournalReader, cut, drop_before, read_header
 from learner.ledger.ledger import Ledger
 from learner.ledger.losses import losses_since
+from learner.ledger.state import LedgerState
 from learner.ledger.types import LedgerSettings, ResumeReport
 from learner.online.experience import CoordinatorState
 from learner.online.recovery import History, Recovered, follow
@@ -120,7 +121,7 @@ def continue_run(
     announced = _announced(folder, history) if snapshots and same_boot else None
     if reader.end.damage or not same_boot or (ledger.state.evals and announced is None):
         announced = None
-        _begin_incarnation(folder, ledger, history, reader)
+        _start_actors_over(folder, ledger, history, reader)
     if batches and not history.ledger.training and batches[-1].trained_at == reached:
         batches.pop()  # it is queued again
 
@@ -143,7 +144,7 @@ def drop_segments(folder: Path, keep: int) -> None:
     """Delete what only checkpoints older than the newest `keep` need of a run's journal."""
     newest = checkpoints(folder / "checkpoints")[-keep:]
     if newest:
-        drop_before(journal_folder(folder), int(newest[0].name.removeprefix("step-")))
+        drop_before(journal_folder(folder), step_of(newest[0]))
 
 
 def _entries(reader: JournalReader) -> Iterator[Entry]:
@@ -184,9 +185,7 @@ def _with_other_settings(
         )
 
     ledger = Ledger(limits, history.ledger)
-    before = ledger.state.copy()
-    report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=False)
-    history.tasks.rejoin(report.rejoined, keep_groups=False)
+    before, report = _new_incarnation(ledger, history, keep_groups=False)
     set_aside(journal_folder(folder), state.journal)
 
     reason = "the run goes on with other settings"
@@ -204,19 +203,27 @@ def _with_other_settings(
     return Continued(ledger, writer, history)
 
 
-def _begin_incarnation(
-    folder: Path, ledger: Ledger, history: History, reader: JournalReader
-) -> ResumeReport:
-    """Begin a new incarnation with all received groups; say why, and what damage has cost."""
+def _new_incarnation(
+    ledger: Ledger, history: History, *, keep_groups: bool
+) -> tuple[LedgerState, ResumeReport]:
+    """Begin a new incarnation of ledger and tasks; return the state before, and what that ended."""
     before = ledger.state.copy()
-    report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=True)
-    history.tasks.rejoin(report.rejoined, keep_groups=True)
+    report = ledger.begin_incarnation(uuid.uuid4().hex, keep_groups=keep_groups)
+    history.tasks.rejoin(report.rejoined, keep_groups=keep_groups)
+    return before, report
+
+
+def _start_actors_over(
+    folder: Path, ledger: Ledger, history: History, reader: JournalReader
+) -> None:
+    """Begin a new incarnation with all received groups; say why, and what damage has cost."""
+    before, report = _new_incarnation(ledger, history, keep_groups=True)
     if not reader.end.damage:
         log.info(
             "actors start over, and what was received is kept: they, or the policy of an open "
             "evaluation, are gone"
         )
-        return report
+        return
 
     events = [entry for entry in reader.end.lost if isinstance(entry, LedgerEvent)]
     lost = losses_since(before, report, events, reader.end.damage)
@@ -230,7 +237,6 @@ def _begin_incarnation(
         len(lost.received_since),
         journal_folder(folder) / "damaged",
     )
-    return report
 
 
 def _write_losses(folder: Path, data: bytes) -> None:

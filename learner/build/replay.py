@@ -6,9 +6,10 @@ Imported by launch/replay.py.
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 # (mlx is only partly typed)
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,14 @@ from learner.build.common import require_same_inputs
 from learner.build.forward import choose_forward, longest_prompt
 from learner.build.grpo_run import LoadedRun, load_run, new_trainer
 from learner.build.recover import journal_folder, journal_identity
-from learner.checkpoint import Checkpoint, checkpoints, load_checkpoint, restoring
+from learner.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    checkpoints,
+    load_checkpoint,
+    restoring,
+    step_of,
+)
 from learner.ledger.events import BatchConsumed, BatchReturned, IncarnationBegan, PolicyPublished
 from learner.ledger.journal import Entry, SegmentHeader, segments
 from learner.ledger.journal_reader import JournalReader, read_header
@@ -124,13 +132,17 @@ class RecordedSource:
 
 @dataclass(frozen=True)
 class Replay:
-    """A run that is ready to be trained again: `batches` of them, from step `start` on."""
+    """A run that is ready to be trained again from step `start` on, by what `entries` yields."""
 
     run: LoadedRun
     trainer: Trainer[TrainBatch]
     source: RecordedSource
     start: int
-    batches: int
+    entries: Callable[[], JournalReader]
+
+    def batches(self) -> int:
+        """Count the batches to train on, which reads the journal once more."""
+        return sum(isinstance(entry, BatchConsumed) for _, entry in self.entries())
 
     def advance(self) -> list[Compared]:
         """Train on the next batch; return the comparisons that were made since the last call."""
@@ -155,9 +167,8 @@ def open_replay(folder: Path, start: int | None = None) -> Generator[Replay]:
     forward = choose_forward(
         run.settings, run.policy, run.reference, longest_prompt(run.settings.data, run.prompts)
     )
-    reader = JournalReader(journal_folder(folder), number)
-    entries = (entry for _, entry in JournalReader(journal_folder(folder), number))
-    batches = sum(isinstance(entry, BatchConsumed) for entry in entries)
+    entries = partial(JournalReader, journal_folder(folder), number)
+    reader = entries()
     keep = run.settings.queue.max_staleness + 2
     source = RecordedSource(iter(reader), history, run.policy.model, settings, keep)
     with TemporaryDirectory(prefix="pippin-replay-") as records:
@@ -168,7 +179,7 @@ def open_replay(folder: Path, start: int | None = None) -> Generator[Replay]:
             load_trainable(run.policy.model, checkpoint.weights, f"checkpoint of step {start}")
             trainer.restore(checkpoint)
         source.publish(start)
-        yield Replay(run, trainer, source, start, batches)
+        yield Replay(run, trainer, source, start, entries)
 
     if reader.end.damage:
         raise JournalError(f"the journal is damaged after what was replayed: {reader.end.damage}")
@@ -186,7 +197,7 @@ def _beginning(folder: Path, settings: str) -> int:
     if usable and usable[0].first == 0:
         return 0
 
-    kept = {int(path.name.removeprefix("step-")) for path in checkpoints(folder / "checkpoints")}
+    kept = {step_of(path) for path in checkpoints(folder / "checkpoints")}
     starts = [header.checkpoint for header in usable if header.checkpoint in kept]
     first = next(iter(starts), None)
     if first is None:
@@ -201,7 +212,7 @@ def _beginning(folder: Path, settings: str) -> int:
 def _checkpoint(folder: Path, start: int) -> Checkpoint | None:
     if start == 0:
         return None
-    path = folder / "checkpoints" / f"step-{start:06d}"
+    path = checkpoint_path(folder / "checkpoints", start)
     if not path.is_dir():
         names = ", ".join(each.name for each in checkpoints(path.parent)) or "none"
         raise CheckpointError(f"{path}: required a checkpoint of step {start}; kept are {names}")

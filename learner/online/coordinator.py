@@ -135,8 +135,7 @@ class Coordinator:
         self.assign(now)
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
-        refused = refusal(hello, self.welcome)
-        refused = self.deliveries.turned_away(hello.actor_id) or refused
+        refused = self.deliveries.turned_away(hello.actor_id) or refusal(hello, self.welcome)
         if refused is not None:
             self.connected.refuse(peer, refused)
             return
