@@ -30,7 +30,7 @@ from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
 from learner.data.sets import Sets
-from learner.ledger.journal import JournalIdentity, JournalWriter, segments
+from learner.ledger.journal import JournalWriter, segments
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.online.commands import Command, EndRun, PublishPolicy, Reply, RequestBatch
@@ -44,14 +44,12 @@ from protocol.messages.messages import Group, Policy, TaskKind
 from protocol.messages.parts import Sampling
 from protocol.transport.bridge import Bridge, BridgeClosed
 from tests.benchmarks.swarm_actors import GENERATIONS, TOKENS, VOCAB, Measured, Phase
+from tests.learner.small_run import IDENTITY
 from tests.protocol.builders import a_completion, a_group, a_welcome
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0  # for one answer of the actors' process
 FILES = 16_384
-IDENTITY = JournalIdentity(
-    run="r", model_digest="m", tokenizer_digest="m", settings="s", boot="now"
-)
 
 
 def coordinator(actors: int) -> Coordinator:

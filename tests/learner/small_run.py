@@ -7,6 +7,7 @@ from learner.data.epochs import ListEpochs
 from learner.data.filter import Report
 from learner.data.prompts import Prompt, PromptSource
 from learner.data.sets import Sets
+from learner.ledger.journal import JournalIdentity
 from learner.ledger.ledger import Ledger
 from learner.ledger.types import LedgerSettings
 from learner.online.coordinator import Coordinator
@@ -32,6 +33,9 @@ def prompts(count: int = 8, held_out: Sequence[Prompt] = ()) -> PromptSource:
     return PromptSource(Sets(epochs, list(held_out), Report("rows")), None)
 
 
+IDENTITY = JournalIdentity(
+    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
+)
 LIMITS = LedgerSettings(
     batch_size=2, max_staleness=1, num_generations=G, total_batches=3, lease_s=60.0
 )

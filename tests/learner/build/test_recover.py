@@ -16,7 +16,7 @@ from learner.build.recover import (
     journal_identity,
 )
 from learner.checkpoint import Checkpoint
-from learner.ledger.journal import JournalIdentity, JournalWriter, segment_name, segments
+from learner.ledger.journal import JournalWriter, segment_name, segments
 from learner.ledger.journal_reader import JournalReader
 from learner.online.coordinator import Coordinator
 from learner.online.experience import CoordinatorState
@@ -24,6 +24,7 @@ from protocol.config.settings import GrpoRun
 from protocol.errors import JournalError
 from protocol.messages.messages import Request
 from tests.learner.small_run import (
+    IDENTITY,
     LIMITS,
     A,
     B,
@@ -36,10 +37,6 @@ from tests.learner.small_run import (
     tasks,
 )
 from tests.protocol.builders import a_completion, a_policy
-
-IDENTITY = JournalIdentity(
-    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
-)
 
 
 def checkpoint_of(made: Coordinator, journal: JournalWriter, step: int) -> Checkpoint:

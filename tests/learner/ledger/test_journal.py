@@ -12,7 +12,6 @@ from learner.ledger.events import AnyEvent, BatchConsumed
 from learner.ledger.frames import HEAD, frame, frame_at
 from learner.ledger.journal import (
     Entry,
-    JournalIdentity,
     JournalWriter,
     SegmentHeader,
     segment_name,
@@ -22,11 +21,8 @@ from learner.ledger.journal import (
 from learner.ledger.journal_reader import JournalReader, cut, drop_before, read_header
 from protocol.errors import JournalError
 from protocol.messages.messages import Group
+from tests.learner.small_run import IDENTITY
 from tests.protocol.builders import a_completion, a_group
-
-IDENTITY = JournalIdentity(
-    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
-)
 
 
 def event(number: int) -> AnyEvent:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from learner.ledger.events import LedgerEvent
-from learner.ledger.journal import Entry, JournalIdentity, JournalWriter
+from learner.ledger.journal import Entry, JournalWriter
 from learner.ledger.journal_reader import JournalReader
 from learner.ledger.ledger import Ledger
 from learner.ledger.losses import losses_since
@@ -17,6 +17,7 @@ from learner.online.recovery import History, follow
 from protocol.errors import JournalError
 from protocol.messages.messages import Ack, Group
 from tests.learner.small_run import (
+    IDENTITY,
     LIMITS,
     A,
     G,
@@ -32,9 +33,6 @@ from tests.learner.small_run import (
 from tests.protocol.builders import a_policy, a_reward
 
 HELD_OUT = [prompt(40), prompt(41)]
-IDENTITY = JournalIdentity(
-    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
-)
 
 
 def saved(made: Coordinator) -> CoordinatorState:

@@ -9,7 +9,7 @@ import anyio
 import msgspec
 import pytest
 
-from learner.ledger.journal import Entry, JournalIdentity, JournalWriter
+from learner.ledger.journal import Entry, JournalWriter
 from learner.online.commands import (
     Command,
     EncodedState,
@@ -25,12 +25,8 @@ from protocol.errors import DiskError
 from protocol.messages.messages import Ack, LearnerMessage, Request, Task
 from protocol.transport.bridge import Bridge
 from protocol.transport.memory_channel import MemoryChannel
-from tests.learner.small_run import coordinator, group, hello
+from tests.learner.small_run import IDENTITY, coordinator, group, hello
 from tests.protocol.builders import a_policy
-
-IDENTITY = JournalIdentity(
-    run="r", model_digest="m", tokenizer_digest="t", settings="s", boot="now"
-)
 
 
 class NotedJournal(JournalWriter):
